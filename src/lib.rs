@@ -1,0 +1,4 @@
+//! x
+pub mod envelope;
+pub mod identity;
+pub mod secret;
