@@ -49,6 +49,9 @@ pub enum WrapAlgorithm {
 }
 
 impl WrapAlgorithm {
+    /// The one whose wrapped DEK is the longest.
+    pub const LONGEST: Self = Self::AesGcm;
+
     /// Bytes in a wrapped DEK.
     #[must_use]
     pub const fn wrapped_len(self) -> usize {

@@ -1,1 +1,7 @@
-fn main() {}
+//! The `trousseau` program; all of it is in the library.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    trousseau::cli::main()
+}

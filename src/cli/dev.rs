@@ -1,0 +1,130 @@
+//! `trousseau dev`: a SoftHSM token, a KEK, a configuration and a serving plugin, in one command.
+//!
+//! SoftHSM learns where its tokens are from its environment. So this process replaces itself once, with that
+//! environment set; the PIN is made here and goes into a file, never onto a command line.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use clap::Args;
+use secrecy::SecretString;
+use zeroize::Zeroizing;
+
+use super::output::Failure;
+use super::{key, serve};
+use crate::config::Config;
+use crate::provider::pkcs11::setup;
+
+pub(super) const EXAMPLES: &str = "All files lie in one directory; run it again and it goes on with what is there. \
+SoftHSM keeps its
+keys in files: this is for development, not for secrets that matter.
+
+Examples:
+  trousseau dev
+  trousseau dev --dir /tmp/trousseau-dev
+  trousseau probe --socket /tmp/trousseau-dev/kms.sock";
+
+#[derive(Args)]
+pub(super) struct DevArgs {
+    /// Where everything goes.
+    #[arg(long, value_name = "DIR", default_value = "./trousseau-dev")]
+    dir: PathBuf,
+}
+
+const SOFTHSM_VARIABLE: &str = "SOFTHSM2_CONF";
+const TOKEN: &str = "trousseau-dev";
+
+pub(super) fn run(args: &DevArgs) -> Result<(), Failure> {
+    make_directory(&args.dir)?;
+    let dir = args.dir.canonicalize().map_err(|error| failed(&args.dir, &error))?;
+    let softhsm = dir.join("softhsm2.conf");
+    if std::env::var_os(SOFTHSM_VARIABLE).is_none_or(|set| Path::new(&set) != softhsm) {
+        make_directory(&dir.join("tokens"))?;
+        let text = format!("directories.tokendir = {}\nobjectstore.backend = file\n", dir.join("tokens").display());
+        write(&softhsm, &text)?;
+        return Err(start_over(&dir, &softhsm));
+    }
+    let config = dir.join("trousseau.toml");
+    let pin = secret_file(&dir.join("pin"))?;
+    let so_pin = secret_file(&dir.join("so-pin"))?;
+    write(&config, &configuration(&dir))?;
+    let loaded = Config::load(&config)?;
+    let Some(provider) = loaded.providers.first() else { return Ok(()) };
+    setup::initialize_token(&provider.module, TOKEN, &so_pin, &pin)
+        .map_err(|what| Failure::failed(what, "remove the directory and try again"))?;
+    key::ensure_first(&loaded, provider)?;
+    let socket = loaded.listen.socket.display();
+    super::output::print(&format!(
+        "token, KEK and configuration are in {}\nserving on {socket}\n  try  trousseau probe --socket {socket}\n  \
+         or   trousseau key list --config {}  (with {SOFTHSM_VARIABLE}={})\n  end  Ctrl-C",
+        dir.display(),
+        config.display(),
+        softhsm.display(),
+    ))?;
+    serve::run(&config)
+}
+
+fn configuration(dir: &Path) -> String {
+    format!(
+        r#"# Made by `trousseau dev`.
+version = "v1"
+
+[listen]
+socket = "{dir}/kms.sock"
+v1beta1 = true
+
+[keyring]
+cluster = "dev"
+state = "{dir}/state"
+
+[[provider]]
+name = "softhsm"
+type = "pkcs11"
+profile = "softhsm"
+tokens = ["pkcs11:token={TOKEN}"]
+pin-file = "{dir}/pin"
+"#,
+        dir = dir.display()
+    )
+}
+
+/// Replaces this process by one that has SoftHSM's variable set; returns only if that fails.
+fn start_over(dir: &Path, softhsm: &Path) -> Failure {
+    let program = match std::env::current_exe() {
+        Ok(program) => program,
+        Err(error) => return Failure::failed(format!("this program cannot be found: {error}"), ""),
+    };
+    let error = Command::new(&program).args(["dev", "--dir"]).arg(dir).env(SOFTHSM_VARIABLE, softhsm).exec();
+    failed(&program, &error)
+}
+
+/// A random PIN of 16 letters, made once.
+fn secret_file(path: &Path) -> Result<SecretString, Failure> {
+    if !path.exists() {
+        let mut bytes = Zeroizing::new([0; 16]);
+        getrandom::fill(bytes.as_mut()).map_err(|error| Failure::failed(format!("getrandom(2): {error}"), ""))?;
+        let letters: String = bytes.iter().map(|byte| char::from(b'a' + (byte & 15))).collect();
+        let letters = Zeroizing::new(letters);
+        write(path, &letters)?;
+    }
+    let text = Zeroizing::new(fs::read_to_string(path).map_err(|error| failed(path, &error))?);
+    Ok(SecretString::from(text.trim_end()))
+}
+
+fn make_directory(path: &Path) -> Result<(), Failure> {
+    fs::create_dir_all(path).map_err(|error| failed(path, &error))
+}
+
+/// Writes a file for the owner alone.
+fn write(path: &Path, text: &str) -> Result<(), Failure> {
+    fs::write(path, text)
+        .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(0o600)))
+        .map_err(|error| failed(path, &error))
+}
+
+fn failed(path: &Path, error: &std::io::Error) -> Failure {
+    Failure::failed(format!("{}: {error}", path.display()), "")
+}

@@ -1,0 +1,271 @@
+//! `trousseau key …`: makes KEKs and lists them.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clap::{Args, Subcommand};
+use jiff::{SignedDuration, Timestamp};
+use serde::Serialize;
+
+use super::output::{Failure, Format, print, print_json, table};
+use super::{ConfigArgs, OutputArgs};
+use crate::config::{Config, Mode, Provider};
+use crate::identity::Identity;
+use crate::keyring::{KekDescription, Keyring};
+use crate::provider::Refused;
+use crate::provider::pkcs11::{Generated, Pkcs11};
+use crate::state::State;
+
+/// How long the tokens may take.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long a KEK waits before it becomes active, so that every control plane has seen it by then.
+const DEFAULT_WAIT: SignedDuration = SignedDuration::from_mins(10);
+const LONGEST_WAIT: SignedDuration = SignedDuration::from_hours(30 * 24);
+
+#[derive(Subcommand)]
+pub(super) enum KeyVerb {
+    /// Make a KEK in the token: 256-bit AES that never leaves it.
+    #[command(after_help = GENERATE_EXAMPLES)]
+    Generate(GenerateArgs),
+    /// List the KEKs, and the keys that look like one and are not used.
+    #[command(after_help = LIST_EXAMPLES)]
+    List(ListArgs),
+}
+
+const GENERATE_EXAMPLES: &str = "Every plugin that uses the token sees the new KEK within 30 seconds, unwraps with it \
+from then on, and
+makes it active at its instant. The first KEK of a keyring is active at once.
+
+Back up the token before a KEK wraps anything that you cannot lose.
+
+Examples:
+  trousseau key generate
+  trousseau key generate --activate-in 1h
+  trousseau key generate --provider hsm --mode gcm --output json";
+
+const LIST_EXAMPLES: &str = "Examples:
+  trousseau key list
+  trousseau key list --config ./trousseau.toml --output json";
+
+#[derive(Args)]
+pub(super) struct GenerateArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// The provider, where the configuration has several.
+    #[arg(long, value_name = "NAME")]
+    provider: Option<String>,
+    /// When it becomes active, from now [default: 10m; at once for the first KEK].
+    #[arg(long, value_name = "DURATION")]
+    activate_in: Option<SignedDuration>,
+    /// How it wraps [default: the profile's first mode].
+    #[arg(long)]
+    mode: Option<Mode>,
+    /// Go on although this host's clock is not synchronized.
+    #[arg(long)]
+    unsynchronized_clock_ok: bool,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+#[derive(Args)]
+pub(super) struct ListArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+pub(super) fn run(verb: KeyVerb) -> Result<(), Failure> {
+    let runtime = super::runtime()?;
+    match verb {
+        KeyVerb::Generate(args) => runtime.block_on(generate(&args)),
+        KeyVerb::List(args) => runtime.block_on(list(&args)),
+    }
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct GeneratedSummary {
+    identity: Identity,
+    id: String,
+    not_before: Timestamp,
+    mode: &'static str,
+    tokens: usize,
+    of_tokens: usize,
+}
+
+async fn generate(args: &GenerateArgs) -> Result<(), Failure> {
+    let config = Config::load(&args.config.config)?;
+    let provider = choose_provider(&config, args.provider.as_deref())?;
+    let choices =
+        Choices { wait: args.activate_in, mode: args.mode, unsynchronized_clock_ok: args.unsynchronized_clock_ok };
+    let generated = make_kek(&config, provider, &choices).await?;
+    let summary = GeneratedSummary {
+        identity: generated.identity,
+        id: base16ct::lower::encode_string(&generated.id),
+        not_before: generated.not_before,
+        mode: generated.mode.as_str(),
+        tokens: generated.tokens,
+        of_tokens: provider.tokens.len(),
+    };
+    match args.output.output {
+        Format::Json => print_json(&summary),
+        Format::Text => print(&format!(
+            "KEK {} made on provider {}\n  id          {}\n  mode        {}\n  active from {}\n  held by     {} of {} \
+             tokens: if all of them are lost, so is everything that it wrapped",
+            summary.identity,
+            provider.name,
+            summary.id,
+            summary.mode,
+            summary.not_before,
+            summary.tokens,
+            summary.of_tokens,
+        )),
+    }
+}
+
+fn choose_provider<'c>(config: &'c Config, name: Option<&str>) -> Result<&'c Provider, Failure> {
+    let names: Vec<&str> = config.providers.iter().map(|provider| provider.name.as_str()).collect();
+    let there = format!("the configuration has: {}", names.join(", "));
+    match (name, config.providers.as_slice()) {
+        (None, [only]) => Ok(only),
+        (None, _) => {
+            Err(Failure::failed("several providers: which one is meant?", format!("--provider NAME; {there}")))
+        }
+        (Some(name), providers) => providers
+            .iter()
+            .find(|provider| provider.name == name)
+            .ok_or_else(|| Failure::failed(format!("no provider is named {name}"), there)),
+    }
+}
+
+/// What its maker says of a new KEK.
+#[derive(Default)]
+struct Choices {
+    wait: Option<SignedDuration>,
+    mode: Option<Mode>,
+    unsynchronized_clock_ok: bool,
+}
+
+/// Makes a KEK on a provider whose every token is within reach.
+async fn make_kek(config: &Config, provider: &Provider, choices: &Choices) -> Result<Generated, Failure> {
+    let (pkcs11, deadline) = reach(config, provider).await?;
+    let newest = pkcs11.newest(deadline).await?;
+    let wait = match (choices.wait, newest) {
+        (Some(wait), _) => wait,
+        (None, Some(_)) => DEFAULT_WAIT,
+        (None, None) => SignedDuration::ZERO,
+    };
+    let not_before = activation_instant(Timestamp::now(), wait, newest, choices.unsynchronized_clock_ok)?;
+    Ok(pkcs11.generate(not_before, choices.mode, deadline).await?)
+}
+
+/// Makes the first KEK of a provider that has none.
+pub(super) fn ensure_first(config: &Config, provider: &Provider) -> Result<(), Failure> {
+    super::runtime()?.block_on(async {
+        let (pkcs11, deadline) = reach(config, provider).await?;
+        if pkcs11.newest(deadline).await?.is_none() {
+            pkcs11.generate(Timestamp::now(), None, deadline).await?;
+        }
+        Ok(())
+    })
+}
+
+/// The provider with every token connected, and by when all must be done.
+async fn reach(config: &Config, provider: &Provider) -> Result<(Pkcs11, Instant), Failure> {
+    let state = Arc::new(State::open(&config.keyring.state)?);
+    let pkcs11 = connect(provider, &state)?;
+    pkcs11.reach_every_token().await?;
+    Ok((pkcs11, Instant::now() + TIMEOUT))
+}
+
+/// The instant, unless this host's clock cannot be right, or the KEK would never become active.
+fn activation_instant(
+    now: Timestamp,
+    wait: SignedDuration,
+    newest: Option<Timestamp>,
+    unsynchronized_clock_ok: bool,
+) -> Result<Timestamp, Failure> {
+    if wait.is_negative() || wait > LONGEST_WAIT {
+        return Err(Failure::failed(format!("--activate-in {wait:#} is out of range"), "0s to 720h"));
+    }
+    let instant = now.saturating_add(wait).map_err(|error| Failure::failed(error.to_string(), "0s to 720h"))?;
+    // The first KEK's instant is compared with nothing.
+    let Some(newest) = newest else { return Ok(instant) };
+    if newest >= instant {
+        let what =
+            format!("the newest KEK is active from {newest}, and this one would be from {instant}: never active");
+        return Err(Failure::failed(what, "set this host's clock right, or activate it later with --activate-in"));
+    }
+    if !unsynchronized_clock_ok && clock_is_unsynchronized() {
+        let what = "this host's clock is not synchronized: other hosts would switch to the KEK at another moment";
+        return Err(Failure::failed(what, "start chrony or systemd-timesyncd, or give --unsynchronized-clock-ok"));
+    }
+    Ok(instant)
+}
+
+/// What systemd-timesyncd or chrony leave behind once the clock is right. Without either, nobody has set it.
+fn clock_is_unsynchronized() -> bool {
+    ["/run/systemd/timesync/synchronized", "/run/chrony/chronyd.pid", "/run/ntpd.pid", "/run/ntpd-rs/observe"]
+        .iter()
+        .all(|sign| !Path::new(sign).exists())
+}
+
+fn connect(provider: &Provider, state: &Arc<State>) -> Result<Pkcs11, Failure> {
+    Pkcs11::new(provider, state).map_err(|error| Failure::failed(format!("provider {}: {error}", provider.name), ""))
+}
+
+#[derive(Serialize)]
+struct Listing {
+    keks: Vec<KekDescription>,
+    refused: Vec<Refused>,
+    outages: Vec<String>,
+}
+
+async fn list(args: &ListArgs) -> Result<(), Failure> {
+    let config = Config::load(&args.config.config)?;
+    let state = Arc::new(State::open(&config.keyring.state)?);
+    let mut providers: Vec<(Box<dyn crate::provider::Provider>, bool)> = Vec::new();
+    for provider in &config.providers {
+        let pkcs11 = connect(provider, &state)?;
+        let _shown_as_outage = pkcs11.reach_every_token().await;
+        providers.push((Box::new(pkcs11), provider.seal));
+    }
+    let keyring = Keyring::new(&config.keyring, providers, state);
+    keyring.find_keks().await;
+    let (keks, refused) = keyring.describe(Timestamp::now());
+    let listing = Listing { keks, refused, outages: keyring.outages() };
+    match args.output.output {
+        Format::Json => print_json(&listing)?,
+        Format::Text => print(&text(&listing))?,
+    }
+    match listing.outages.first() {
+        Some(outage) => Err(Failure::unavailable(outage.clone(), "")),
+        None => Ok(()),
+    }
+}
+
+fn text(listing: &Listing) -> String {
+    let row = |kek: &KekDescription| {
+        vec![
+            kek.identity.to_string(),
+            kek.state.as_str().to_owned(),
+            kek.not_before.to_string(),
+            kek.mode.clone(),
+            kek.id.clone(),
+            kek.provider.clone(),
+            kek.held_by.len().to_string(),
+        ]
+    };
+    let header = ["KEK", "STATE", "ACTIVE FROM", "MODE", "ID", "PROVIDER", "TOKENS"];
+    let mut text = match listing.keks.as_slice() {
+        [] => "no KEK: make one with `trousseau key generate`".to_owned(),
+        keks => table(&header, keks.iter().map(row).collect()),
+    };
+    for refused in &listing.refused {
+        text.push_str(&format!("\nnot used: {}: {}", refused.key, refused.reason));
+    }
+    text
+}

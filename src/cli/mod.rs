@@ -1,0 +1,151 @@
+//! The command line: a file for each verb.
+
+mod check;
+mod dev;
+mod encryption_config;
+mod key;
+mod output;
+mod probe;
+mod serve;
+mod status;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+
+use self::output::{Failure, Format};
+use crate::config::DEFAULT_PATH;
+
+/// A Kubernetes KMS plugin whose key-encryption key never leaves its HSM.
+#[derive(Parser)]
+#[command(version, after_help = EXIT_CODES, max_term_width = 100, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+const EXIT_CODES: &str = "Exit codes:
+  0   done
+  1   a finding, or a failure
+  2   wrong usage
+  69  the plugin, or its token, is out of reach
+  77  not permitted
+  78  the configuration cannot be used
+
+Logs go to standard error; TROUSSEAU_LOG=debug shows more.";
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Serve KMS on the socket until SIGTERM.
+    #[command(after_help = serve::EXAMPLES)]
+    Serve(ConfigArgs),
+    /// Check a configuration as `serve` would read it, touching no token.
+    #[command(after_help = check::EXAMPLES)]
+    Check(check::CheckArgs),
+    /// Make and list key-encryption keys.
+    #[command(subcommand)]
+    Key(key::KeyVerb),
+    /// Show what a serving plugin says of itself.
+    #[command(after_help = status::EXAMPLES)]
+    Status(status::StatusArgs),
+    /// Send a value through a serving plugin and back, as the API server would.
+    #[command(after_help = probe::EXAMPLES)]
+    Probe(probe::ProbeArgs),
+    /// Print the EncryptionConfiguration, flags and mounts that an API server needs.
+    #[command(after_help = encryption_config::EXAMPLES)]
+    EncryptionConfig(encryption_config::EncryptionConfigArgs),
+    /// Make a SoftHSM token, a KEK and a configuration, and serve. For development.
+    #[command(after_help = dev::EXAMPLES)]
+    Dev(dev::DevArgs),
+    /// Print a completion script for a shell.
+    #[command(after_help = "Example:\n  trousseau completions bash > /etc/bash_completion.d/trousseau")]
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Args)]
+struct ConfigArgs {
+    /// The configuration file.
+    #[arg(long, value_name = "FILE", default_value = DEFAULT_PATH)]
+    config: PathBuf,
+}
+
+#[derive(Args)]
+struct SocketArgs {
+    /// The socket of the serving plugin.
+    #[arg(long, value_name = "PATH", default_value = "/run/trousseau/kms.sock")]
+    socket: PathBuf,
+}
+
+#[derive(Args)]
+struct OutputArgs {
+    /// How to print.
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    output: Format,
+}
+
+/// Runs the program.
+#[must_use]
+pub fn main() -> ExitCode {
+    match run(Cli::parse().verb) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+fn run(verb: Verb) -> Result<(), Failure> {
+    protect_process()?;
+    match verb {
+        Verb::Serve(args) => {
+            crate::telemetry::init("info");
+            serve::run(&args.config)
+        }
+        Verb::Check(args) => check::run(&args),
+        Verb::Key(verb) => {
+            crate::telemetry::init("error");
+            key::run(verb)
+        }
+        Verb::Status(args) => status::run(&args),
+        Verb::Probe(args) => probe::run(&args),
+        Verb::EncryptionConfig(args) => encryption_config::run(&args),
+        Verb::Dev(args) => {
+            crate::telemetry::init("warn");
+            dev::run(&args)
+        }
+        Verb::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "trousseau", &mut std::io::stdout());
+            Ok(())
+        }
+    }
+}
+
+/// Nobody else reads what this process makes, nor its memory: files and sockets are made for the owner alone, no core
+/// is dumped, and no process of the same user attaches.
+fn protect_process() -> Result<(), Failure> {
+    use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit, umask};
+    umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        .and_then(|()| setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) }))
+        .map_err(|error| Failure::failed(format!("core dumps cannot be switched off: {error}"), "run it on Linux"))
+}
+
+/// The runtime of every verb: one thread, since the tokens' sessions have threads of their own.
+fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::failed(format!("no runtime: {error}"), "raise the limit on open files"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+}

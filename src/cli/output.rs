@@ -1,0 +1,147 @@
+//! What people and programs read: results on standard output, failures on standard error with their exit code.
+
+use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
+
+use comfy_table::{ContentArrangement, Table, presets};
+use serde::Serialize;
+
+use crate::config::{ConfigError, CredentialError};
+use crate::keyring::KeyringError;
+use crate::provider::KekError;
+use crate::service::client::ClientError;
+use crate::service::listener::BindError;
+use crate::state::StateError;
+
+/// How a result is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum Format {
+    /// For people.
+    Text,
+    /// For programs.
+    Json,
+}
+
+/// What failed, what to do, and the exit code (sysexits.h).
+#[derive(Debug)]
+pub(super) struct Failure {
+    code: u8,
+    what: String,
+    remedy: String,
+}
+
+impl Failure {
+    /// A finding, or a failure that has no code of its own.
+    pub(super) fn failed(what: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { code: 1, what: what.into(), remedy: remedy.into() }
+    }
+
+    /// The plugin or its token is out of reach.
+    pub(super) fn unavailable(what: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { code: 69, what: what.into(), remedy: remedy.into() }
+    }
+
+    fn not_permitted(what: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { code: 77, what: what.into(), remedy: remedy.into() }
+    }
+
+    fn configuration(what: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { code: 78, what: what.into(), remedy: remedy.into() }
+    }
+
+    /// Prints it, and returns its exit code.
+    pub(super) fn report(&self) -> ExitCode {
+        let mut stderr = io::stderr();
+        let _nobody_reads = writeln!(stderr, "trousseau: error: {}", self.what);
+        if !self.remedy.is_empty() {
+            let _nobody_reads = writeln!(stderr, "trousseau: hint: {}", self.remedy);
+        }
+        self.code.into()
+    }
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        Self::configuration(error.to_string(), error.remedy())
+    }
+}
+
+impl From<CredentialError> for Failure {
+    fn from(error: CredentialError) -> Self {
+        Self::configuration(error.to_string(), error.remedy())
+    }
+}
+
+impl From<StateError> for Failure {
+    fn from(error: StateError) -> Self {
+        Self::configuration(error.to_string(), error.remedy())
+    }
+}
+
+impl From<BindError> for Failure {
+    fn from(error: BindError) -> Self {
+        Self::failed(error.to_string(), error.remedy())
+    }
+}
+
+/// These texts end with what to do.
+impl From<KekError> for Failure {
+    fn from(error: KekError) -> Self {
+        Self::unavailable(error.to_string(), "")
+    }
+}
+
+/// These texts end with what to do.
+impl From<KeyringError> for Failure {
+    fn from(error: KeyringError) -> Self {
+        Self::unavailable(error.to_string(), "")
+    }
+}
+
+impl From<ClientError> for Failure {
+    fn from(error: ClientError) -> Self {
+        let what = error.to_string();
+        match &error {
+            ClientError::Unreachable(_, cause) if cause.kind() == io::ErrorKind::PermissionDenied => {
+                Self::not_permitted(what, "run it as root, or as a user that may open the socket")
+            }
+            ClientError::Unreachable(..) => {
+                Self::unavailable(what, "is the plugin running? `systemctl status trousseau`, or name it with --socket")
+            }
+            ClientError::Answer { .. } if error.is_outage() => {
+                Self::unavailable(what, "the plugin's own log says more: `journalctl -u trousseau`")
+            }
+            ClientError::Answer { .. } => {
+                let remedy = "if the connection was closed at once, your uid is not in listen.allow-uids";
+                Self::failed(what, remedy)
+            }
+        }
+    }
+}
+
+/// Prints text for people.
+pub(super) fn print(text: &str) -> Result<(), Failure> {
+    let mut stdout = io::stdout().lock();
+    match writeln!(stdout, "{text}").and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure::failed(format!("standard output: {error}"), ""))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Prints a value for programs.
+pub(super) fn print_json(value: &impl Serialize) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(value).map_err(|error| Failure::failed(error.to_string(), ""))?;
+    print(&text)
+}
+
+/// A table: with lines on a terminal, plain columns elsewhere.
+pub(super) fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
+    let mut table = Table::new();
+    table.load_style(if io::stdout().is_terminal() { presets::UTF8_FULL_CONDENSED } else { presets::NOTHING });
+    table.set_content_arrangement(ContentArrangement::Disabled);
+    table.set_header(header.to_vec());
+    table.add_rows(rows);
+    table.trim_fmt()
+}

@@ -1,0 +1,97 @@
+//! The configuration file as it is written: every key, its type and its default. [`super`] makes it into what cannot
+//! be invalid.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct File {
+    #[serde(rename = "version")]
+    _version: Version,
+    #[serde(default)]
+    pub(super) listen: Listen,
+    pub(super) keyring: Keyring,
+    #[serde(default)]
+    pub(super) provider: Vec<Provider>,
+}
+
+/// The only version of this file so far.
+#[derive(Deserialize)]
+enum Version {
+    #[serde(rename = "v1")]
+    V1,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub(super) struct Listen {
+    pub(super) socket: PathBuf,
+    pub(super) mode: Option<String>,
+    pub(super) group: Option<String>,
+    pub(super) allow_uids: BTreeSet<u32>,
+    pub(super) v1beta1: bool,
+}
+
+impl Default for Listen {
+    fn default() -> Self {
+        Self {
+            socket: "/run/trousseau/kms.sock".into(),
+            mode: None,
+            group: None,
+            allow_uids: BTreeSet::from([0]),
+            v1beta1: false,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Keyring {
+    pub(super) cluster: String,
+    #[serde(default)]
+    pub(super) seal_under: super::SealUnder,
+    pub(super) state: Option<PathBuf>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum ProviderType {
+    Pkcs11,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Provider {
+    pub(super) name: String,
+    #[serde(rename = "type")]
+    _type: ProviderType,
+    #[serde(default = "yes")]
+    pub(super) seal: bool,
+    pub(super) profile: String,
+    pub(super) module: Option<PathBuf>,
+    pub(super) tokens: Vec<String>,
+    pub(super) label: Option<String>,
+    pub(super) pin_file: String,
+    #[serde(default = "four")]
+    pub(super) sessions: usize,
+    #[serde(default)]
+    pub(super) kek: Vec<AdmittedKek>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct AdmittedKek {
+    pub(super) id: String,
+    pub(super) not_before: toml::value::Datetime,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn four() -> usize {
+    4
+}

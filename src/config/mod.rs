@@ -1,0 +1,260 @@
+//! The configuration: read from one TOML file, checked once, and from then on of types that cannot be invalid.
+//!
+//! [`Config::load`] is what `serve` and `check` both call; it touches no token. Its parts end at the constructors that
+//! take them: no other room reads a file of the administrator's.
+
+mod credential;
+mod error;
+mod file;
+mod profile;
+mod uri;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use serde::Deserialize;
+
+pub use self::credential::{Credential, CredentialError};
+pub use self::error::ConfigError;
+pub use self::profile::{Mode, Profile};
+pub use self::uri::TokenUri;
+use crate::envelope::{MAX_RECIPIENTS, WrapAlgorithm};
+
+/// Where the configuration lies when nothing else is said.
+pub const DEFAULT_PATH: &str = "/etc/trousseau/trousseau.toml";
+
+/// Where the small state files lie when neither the configuration nor systemd says so.
+const DEFAULT_STATE: &str = "/var/lib/trousseau";
+
+/// A whole, valid configuration.
+#[derive(Debug)]
+pub struct Config {
+    /// The socket.
+    pub listen: Listen,
+    /// What holds for all KEKs.
+    pub keyring: Keyring,
+    /// Where KEKs are: at least one, of which at least one seals.
+    pub providers: Vec<Provider>,
+}
+
+/// `[listen]`
+#[derive(Debug, PartialEq, Eq)]
+pub struct Listen {
+    /// An absolute path.
+    pub socket: PathBuf,
+    /// The socket's permission bits.
+    pub mode: u32,
+    /// The group that owns the socket, where it is not our own.
+    pub group: Option<String>,
+    /// Who may connect (SO_PEERCRED), besides ourselves.
+    pub allow_uids: BTreeSet<u32>,
+    /// Whether KMS v1beta1 is served beside v2.
+    pub v1beta1: bool,
+}
+
+/// `[keyring]`
+#[derive(Debug, PartialEq, Eq)]
+pub struct Keyring {
+    /// Part of every key_id: two clusters that share an HSM have two names.
+    pub cluster: String,
+    /// What Encrypt does while a provider is out of reach.
+    pub seal_under: SealUnder,
+    /// The directory of the small state files.
+    pub state: PathBuf,
+}
+
+/// What Encrypt does while a provider that seals is out of reach.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SealUnder {
+    /// It goes on with those that are there.
+    #[default]
+    Any,
+    /// It fails.
+    All,
+}
+
+/// One `[[provider]]` of type `pkcs11`.
+#[derive(Debug)]
+pub struct Provider {
+    /// For people; renaming is harmless.
+    pub name: String,
+    /// Whether its active KEK wraps new DEKs; otherwise its KEKs only unwrap.
+    pub seal: bool,
+    /// What is known of its tokens.
+    pub profile: Profile,
+    /// The module's file. It need not exist yet.
+    pub module: PathBuf,
+    /// The tokens, replicas of each other, in the order of preference: at least one.
+    pub tokens: Vec<TokenUri>,
+    /// CKA_LABEL of the KEKs.
+    pub label: String,
+    /// The user PIN.
+    pub pin: Credential,
+    /// Sessions, and so worker threads, a token: 1 to 256.
+    pub sessions: usize,
+    /// KEKs made elsewhere, by CKA_ID, each with its activation instant.
+    pub admitted: BTreeMap<Vec<u8>, Timestamp>,
+}
+
+impl Provider {
+    /// The wrap algorithm of its modes that makes the longest recipient.
+    #[must_use]
+    pub fn longest_algorithm(&self) -> WrapAlgorithm {
+        let algorithms = self.profile.modes.iter().map(|mode| mode.algorithm());
+        algorithms.max_by_key(|algorithm| algorithm.wrapped_len()).unwrap_or(WrapAlgorithm::LONGEST)
+    }
+}
+
+impl Config {
+    /// Reads and checks the file, the profiles that it names, and the secrets that it points to.
+    ///
+    /// # Errors
+    /// [`ConfigError`] with the line or the field, and what to do.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            ConfigError::new(path, format!("cannot be read: {error}"), "name another file with --config FILE")
+        })?;
+        refuse_if_writable_by_others(path)?;
+        let file: file::File = toml::from_str(&text).map_err(|error| ConfigError::from_toml(path, &text, &error))?;
+        let profiles = path.parent().unwrap_or(Path::new("/")).join("hsm-profiles");
+        let check = Check { path, profiles };
+        let keyring = check.keyring(file.keyring)?;
+        let providers: Vec<Provider> = file
+            .provider
+            .into_iter()
+            .map(|provider| check.provider(provider, &keyring.cluster))
+            .collect::<Result<_, _>>()?;
+        check.providers_together(&providers)?;
+        Ok(Self { listen: check.listen(file.listen)?, keyring, providers })
+    }
+}
+
+fn refuse_if_writable_by_others(path: &Path) -> Result<(), ConfigError> {
+    let mode = std::fs::metadata(path).map_err(|error| ConfigError::new(path, error.to_string(), "try again"))?.mode();
+    if mode & 0o022 != 0 {
+        let what = format!("can be changed by others: its mode is {:04o}", mode & 0o7777);
+        return Err(ConfigError::new(path, what, format!("chmod go-w {}", path.display())));
+    }
+    Ok(())
+}
+
+/// Makes the parts of a file into their typed forms; it knows the file's name for the errors.
+struct Check<'a> {
+    path: &'a Path,
+    profiles: PathBuf,
+}
+
+impl Check<'_> {
+    fn error(&self, what: impl Into<String>, remedy: impl Into<String>) -> ConfigError {
+        ConfigError::new(self.path, what, remedy)
+    }
+
+    fn listen(&self, file: file::Listen) -> Result<Listen, ConfigError> {
+        let default_mode = if file.group.is_some() { "0660" } else { "0600" };
+        let text = file.mode.as_deref().unwrap_or(default_mode);
+        let mode = u32::from_str_radix(text, 8).ok().filter(|mode| mode & !0o660 == 0 && mode & 0o600 == 0o600);
+        let mode = mode.ok_or_else(|| {
+            self.error(
+                format!("listen.mode `{text}` is not a socket's mode"),
+                "write \"0600\", or \"0660\" with a group",
+            )
+        })?;
+        // 104: sun_path holds 108 bytes, and people put the path into `unix://` URLs with room to spare.
+        if !file.socket.is_absolute() || file.socket.as_os_str().len() > 104 {
+            let what =
+                format!("listen.socket `{}` is not an absolute path of at most 104 bytes", file.socket.display());
+            return Err(self.error(what, "write for example \"/run/trousseau/kms.sock\""));
+        }
+        if file.allow_uids.contains(&65534) {
+            let what = "listen.allow-uids has 65534, as which every user of another user namespace is seen";
+            return Err(self.error(what, "name the API server's own uid"));
+        }
+        let file::Listen { socket, group, allow_uids, v1beta1, .. } = file;
+        Ok(Listen { socket, mode, group, allow_uids, v1beta1 })
+    }
+
+    fn keyring(&self, file: file::Keyring) -> Result<Keyring, ConfigError> {
+        let named = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+        if file.cluster.is_empty() || file.cluster.len() > 63 || !file.cluster.chars().all(named) {
+            let what = format!("keyring.cluster `{}` is not a name", file.cluster);
+            return Err(self.error(what, "use 1 to 63 letters, digits, `-`, `.` and `_`; it can never be changed"));
+        }
+        let state = file.state.or_else(|| std::env::var_os("STATE_DIRECTORY").map(PathBuf::from));
+        let state = state.unwrap_or_else(|| DEFAULT_STATE.into());
+        if !state.is_absolute() {
+            return Err(self.error(format!("keyring.state `{}` is relative", state.display()), "write the whole path"));
+        }
+        Ok(Keyring { cluster: file.cluster, seal_under: file.seal_under, state })
+    }
+
+    fn provider(&self, file: file::Provider, cluster: &str) -> Result<Provider, ConfigError> {
+        let name = file.name;
+        let wrong =
+            |field: &str, what: &str, remedy: &str| self.error(format!("provider {name}: {field}: {what}"), remedy);
+        let profile = Profile::load(&file.profile, &self.profiles, self.path)?;
+        let module = match file.module.or_else(|| profile.find_module().cloned()) {
+            Some(module) if module.is_absolute() => module,
+            Some(module) => {
+                return Err(wrong("module", &format!("`{}` is relative", module.display()), "write the whole path"));
+            }
+            None => {
+                let paths: Vec<_> = profile.module_paths.iter().map(|path| path.display().to_string()).collect();
+                let what = format!("{} is not installed: none of {} exists", profile.title, paths.join(", "));
+                return Err(wrong("module", &what, "install it, or name its file with `module = …`"));
+            }
+        };
+        let tokens: Vec<TokenUri> = file
+            .tokens
+            .iter()
+            .map(|text| {
+                text.parse().map_err(|what: String| {
+                    wrong("tokens", &format!("`{text}`: {what}"), "write for example \"pkcs11:token=trousseau\"")
+                })
+            })
+            .collect::<Result<_, _>>()?;
+        if tokens.is_empty() {
+            return Err(wrong("tokens", "no token is named", "write for example [\"pkcs11:token=trousseau\"]"));
+        }
+        if !(1..=256).contains(&file.sessions) {
+            return Err(wrong("sessions", "not a number from 1 to 256", "4 is a good start"));
+        }
+        let pin = Credential::parse(&file.pin_file).map_err(|what| wrong("pin-file", &what, "name the PIN's file"))?;
+        pin.read().map_err(|error| wrong("pin-file", &error.to_string(), error.remedy()))?;
+        let admitted = file.kek.into_iter().map(|kek| self.admitted(&name, &kek)).collect::<Result<_, _>>()?;
+        let label = file.label.unwrap_or_else(|| format!("trousseau-{cluster}"));
+        Ok(Provider { seal: file.seal, profile, module, tokens, label, pin, sessions: file.sessions, admitted, name })
+    }
+
+    fn admitted(&self, provider: &str, kek: &file::AdmittedKek) -> Result<(Vec<u8>, Timestamp), ConfigError> {
+        let id = base16ct::lower::decode_vec(&kek.id).ok().filter(|id| !id.is_empty());
+        let id = id.ok_or_else(|| {
+            let what = format!("provider {provider}: kek.id `{}` is not a CKA_ID in lower-case hex digits", kek.id);
+            self.error(what, "`trousseau key list` shows the ids of all keys with the label")
+        })?;
+        let not_before = kek.not_before.to_string().parse().map_err(|_| {
+            let what = format!("provider {provider}: kek.not-before `{}` is not an instant", kek.not_before);
+            self.error(what, "write it with its zone, for example 2026-11-23T00:00:00Z")
+        })?;
+        Ok((id, not_before))
+    }
+
+    /// What holds for the providers as a whole.
+    fn providers_together(&self, providers: &[Provider]) -> Result<(), ConfigError> {
+        let sealing = providers.iter().filter(|provider| provider.seal).count();
+        if sealing == 0 {
+            return Err(self.error("no [[provider]] seals", "add one, or remove `seal = false`"));
+        }
+        if sealing > MAX_RECIPIENTS {
+            let what = format!("{sealing} providers seal, and an envelope has at most {}", MAX_RECIPIENTS);
+            return Err(self.error(what, "set `seal = false` for some"));
+        }
+        let mut names = BTreeSet::new();
+        match providers.iter().find(|provider| !names.insert(&provider.name)) {
+            Some(twice) => Err(self.error(format!("two providers are named {}", twice.name), "rename one")),
+            None => Ok(()),
+        }
+    }
+}

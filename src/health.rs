@@ -1,0 +1,42 @@
+//! What Status says, from how the KEKs really fared: requests and the keyring's own round trips.
+//!
+//! Status itself costs no token call. It must be an error, and not a soft `healthz`, when Encrypt or Decrypt would
+//! fail: with a soft one the API server goes on to write under an old seed for ever (kubernetes/kubernetes#138950).
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::identity::Identity;
+use crate::provider::KekError;
+
+/// What last went wrong with each KEK, until something goes right.
+#[derive(Default)]
+pub struct Health(Mutex<BTreeMap<Identity, String>>);
+
+impl Health {
+    /// Remembers how a KEK fared in a request.
+    ///
+    /// A damaged ciphertext proves that the KEK works. A full queue proves nothing, nor does a deadline: the client
+    /// chose it.
+    pub fn note<T>(&self, kek: Identity, outcome: &Result<T, KekError>) {
+        match outcome {
+            Ok(_) | Err(KekError::BadInput) => drop(self.faults().remove(&kek)),
+            Err(KekError::Busy(_) | KekError::Deadline(_)) => (),
+            Err(error @ KekError::Unavailable(_)) => self.fault(kek, error),
+        }
+    }
+
+    /// Remembers that a KEK cannot be used.
+    pub fn fault(&self, kek: Identity, error: &KekError) {
+        self.faults().insert(kek, error.to_string());
+    }
+
+    /// What is wrong with a KEK, if anything is.
+    pub fn fault_of(&self, kek: Identity) -> Option<String> {
+        self.faults().get(&kek).cloned()
+    }
+
+    fn faults(&self) -> MutexGuard<'_, BTreeMap<Identity, String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

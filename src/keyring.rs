@@ -1,0 +1,310 @@
+//! The keyring: every KEK that this configuration can reach. It is the only room that chooses a key.
+//!
+//! One KEK of each provider that seals is active and wraps new DEKs; all others only unwrap. Which one is active
+//! follows from the KEKs themselves ([`activation`]); the active ones together are the key set, whose hash is the
+//! `key_id`. What was refused before any token call, and why, is decided here and in [`crate::envelope`].
+
+pub mod activation;
+mod description;
+mod errors;
+mod member;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures_util::future::{join_all, select_all};
+use jiff::Timestamp;
+
+pub use self::description::{KekDescription, KekState};
+pub use self::errors::KeyringError;
+use self::member::{ActiveKek, Member};
+use crate::config::SealUnder;
+use crate::envelope::{self, Envelope, Recipient, WrapAlgorithm};
+use crate::health::Health;
+use crate::identity::{Identity, KeySet};
+use crate::provider::{Kek, KekError, Provider};
+use crate::secret::{Dek, Plaintext};
+use crate::state::State;
+
+/// How often the providers are asked for new KEKs.
+const LOOK_EVERY: Duration = Duration::from_secs(30);
+/// How often at most an unknown identity makes the keyring look at once.
+const LOOK_AT_ONCE_EVERY: Duration = Duration::from_secs(5);
+/// How long a look, and the round trip after it, may take.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(10);
+/// Key sets tried before a `key_id` counts as unknown; hundreds of KEKs on several providers would make more.
+const MOST_KEY_SETS: usize = 10_000;
+
+/// Every KEK of the configuration. Shared by reference between tasks.
+pub struct Keyring {
+    cluster: String,
+    seal_under: SealUnder,
+    members: Vec<Member>,
+    state: Arc<State>,
+    health: Health,
+    looked_at_once: tokio::sync::Mutex<Option<Instant>>,
+}
+
+/// The KEKs that wrap new DEKs at one moment.
+pub struct ActiveSet {
+    /// Its hash, whose text is the `key_id`.
+    pub key_set: KeySet,
+    keks: Vec<ActiveKek>,
+}
+
+impl Keyring {
+    /// A keyring over these providers, each with whether it seals, in the order in which Decrypt takes them.
+    #[must_use]
+    pub fn new(config: &crate::config::Keyring, providers: Vec<(Box<dyn Provider>, bool)>, state: Arc<State>) -> Self {
+        Self {
+            cluster: config.cluster.clone(),
+            seal_under: config.seal_under,
+            members: providers.into_iter().map(|(provider, seals)| Member::new(provider, seals)).collect(),
+            state,
+            health: Health::default(),
+            looked_at_once: tokio::sync::Mutex::default(),
+        }
+    }
+
+    /// Looks at all providers again and again, at once when one of them has changed. Never returns.
+    pub async fn keep_looking(&self) {
+        loop {
+            self.look().await;
+            let changed = select_all(self.members.iter().map(|member| member.provider.changed()));
+            let _changed_or_due = tokio::time::timeout(LOOK_EVERY, changed).await;
+        }
+    }
+
+    /// Looks for KEKs, and has each active one wrap and unwrap a value.
+    pub async fn look(&self) {
+        let deadline = self.find_keks().await;
+        let Ok(set) = self.active(Timestamp::now()) else { return };
+        let keks = set.keks.iter().filter_map(|active| active.kek.as_ref().ok());
+        join_all(keks.map(|kek| self.round_trip(kek, deadline))).await;
+    }
+
+    /// Looks for KEKs. Returns by when all else that belongs to the look must be done.
+    pub async fn find_keks(&self) -> Instant {
+        let deadline = Instant::now() + LOOK_TIMEOUT;
+        join_all(self.members.iter().map(|member| self.look_at(member, deadline))).await;
+        deadline
+    }
+
+    async fn look_at(&self, member: &Member, deadline: Instant) {
+        match member.provider.look(deadline).await {
+            Ok(sighting) => member.shows(sighting),
+            Err(error) => {
+                member.is_out_of_reach(&error);
+                member.seen().keks.iter().for_each(|kek| self.health.fault(kek.identity(), &error));
+            }
+        }
+    }
+
+    async fn round_trip(&self, kek: &Arc<dyn Kek>, deadline: Instant) {
+        let Ok(dek) = Dek::generate() else { return };
+        let both = async {
+            let wrapped = kek.wrap_dek(Arc::new(dek), deadline).await?;
+            kek.unwrap_dek(&wrapped, deadline).await
+        };
+        match both.await {
+            Err(error @ KekError::Deadline(_)) => self.health.fault(kek.identity(), &error), // the deadline was ours
+            outcome => self.health.note(kek.identity(), &outcome),
+        }
+    }
+
+    /// The set that is active now. Advances this host's mark when a KEK becomes active.
+    ///
+    /// # Errors
+    /// A provider has no KEK, or has lost the one that this host made active.
+    pub fn active(&self, now: Timestamp) -> Result<ActiveSet, KeyringError> {
+        let mut marks = self.state.marks();
+        let mut keks = Vec::new();
+        for member in self.members.iter().filter(|member| member.seals) {
+            let (kek, new_mark) = member.active(&marks, now).map_err(KeyringError::Unavailable)?;
+            if let Some(mark) = new_mark {
+                tracing::info!(provider = mark.provider, kek = %mark.identity, "KEK is active");
+                marks = member.advance(marks, mark);
+                self.state.set_marks(marks.clone());
+            }
+            keks.push(kek);
+        }
+        let identities: Vec<Identity> = keks.iter().map(|active| active.identity).collect();
+        Ok(ActiveSet { key_set: KeySet::of(&self.cluster, &identities), keks })
+    }
+
+    /// Whether Encrypt and Decrypt under this set would work, from what was last seen of its KEKs.
+    ///
+    /// # Errors
+    /// Why they would not.
+    pub fn health(&self, set: &ActiveSet) -> Result<(), KeyringError> {
+        let fault = |active: &ActiveKek| match &active.kek {
+            Ok(_) => self.health.fault_of(active.identity),
+            Err(outage) => Some(outage.clone()),
+        };
+        let faults: Vec<String> = set.keks.iter().filter_map(fault).collect();
+        let enough = match self.seal_under {
+            SealUnder::Any => faults.len() < set.keks.len(),
+            SealUnder::All => faults.is_empty(),
+        };
+        if enough { Ok(()) } else { Err(KeyringError::Unavailable(faults.join("; "))) }
+    }
+
+    /// Seals `plaintext` into an envelope of at most `limit` bytes: a DEK of its own, wrapped under every KEK of `set`.
+    ///
+    /// # Errors
+    /// Nothing is sealed: see [`KeyringError`].
+    pub async fn encrypt(
+        &self,
+        set: &ActiveSet,
+        plaintext: &[u8],
+        limit: usize,
+        deadline: Instant,
+    ) -> Result<Vec<u8>, KeyringError> {
+        let limit = envelope::plaintext_limit(limit, &self.algorithms(set));
+        if plaintext.is_empty() || plaintext.len() > limit {
+            return Err(KeyringError::PlaintextLength { length: plaintext.len(), limit });
+        }
+        let dek = Arc::new(Dek::generate().map_err(KeyringError::internal)?);
+        let wrapped = join_all(set.keks.iter().map(|active| self.wrap(active, &dek, deadline))).await;
+        let mut recipients = Vec::with_capacity(wrapped.len());
+        let mut missed = None;
+        for outcome in wrapped {
+            match outcome {
+                Ok(recipient) => recipients.push(recipient),
+                Err(error) if self.seal_under == SealUnder::All => return Err(error.into()),
+                Err(error) => missed = Some(error),
+            }
+        }
+        match missed {
+            Some(error) if recipients.is_empty() => return Err(error.into()),
+            Some(error) => tracing::warn!(%error, "sealed under fewer KEKs than are active"),
+            None => (),
+        }
+        envelope::seal(set.key_set, recipients, &dek, plaintext).map_err(KeyringError::internal)
+    }
+
+    /// The algorithms of a full envelope. A KEK that is out of reach counts as the longest, so that what fits does not
+    /// depend on an outage.
+    fn algorithms(&self, set: &ActiveSet) -> Vec<WrapAlgorithm> {
+        let algorithm = |active: &ActiveKek| active.kek.as_ref().map_or(WrapAlgorithm::LONGEST, |kek| kek.algorithm());
+        set.keks.iter().map(algorithm).collect()
+    }
+
+    async fn wrap(
+        &self,
+        active: &ActiveKek,
+        dek: &Arc<Dek>,
+        deadline: Instant,
+    ) -> Result<Recipient<Vec<u8>>, KekError> {
+        let kek = active.kek.as_ref().map_err(|outage| KekError::Unavailable(outage.clone()))?;
+        let wrapped = kek.wrap_dek(Arc::clone(dek), deadline).await;
+        self.health.note(active.identity, &wrapped);
+        Ok(Recipient { identity: active.identity, algorithm: kek.algorithm(), wrapped: wrapped? })
+    }
+
+    /// Opens an envelope. `key_id` is what the request says of it; KMS v1beta1 says nothing.
+    ///
+    /// # Errors
+    /// See [`KeyringError`]. What can be refused without a token is refused before one is asked.
+    pub async fn decrypt(
+        &self,
+        ciphertext: &[u8],
+        key_id: Option<&str>,
+        deadline: Instant,
+    ) -> Result<Plaintext, KeyringError> {
+        let envelope = Envelope::parse(ciphertext).map_err(|error| KeyringError::bad_ciphertext(&error))?;
+        if let Some(key_id) = key_id {
+            self.check_key_id(key_id, &envelope)?;
+        }
+        let mut failure = KeyringError::BadCiphertext;
+        for (kek, recipient) in self.keks_of(&envelope).await? {
+            if kek.algorithm() != recipient.algorithm {
+                tracing::debug!(kek = %recipient.identity, "recipient refused: not the algorithm of its KEK");
+                continue;
+            }
+            let unwrapped = kek.unwrap_dek(recipient.wrapped, deadline).await;
+            self.health.note(recipient.identity, &unwrapped);
+            match unwrapped {
+                Ok(dek) => return envelope.open(&dek).map_err(|error| KeyringError::bad_ciphertext(&error)),
+                Err(KekError::BadInput) => (),
+                // The others may be damaged and this one whole, when its KEK is back.
+                Err(error) => failure = error.into(),
+            }
+        }
+        Err(failure)
+    }
+
+    /// A ciphertext under another key_id than its own was bound anew by somebody; a key_id that these KEKs cannot
+    /// have made is not ours at all.
+    fn check_key_id(&self, key_id: &str, envelope: &Envelope<'_>) -> Result<(), KeyringError> {
+        match key_id.parse::<KeySet>() {
+            Ok(key_set) if key_set == envelope.key_set => Ok(()),
+            Ok(key_set) if self.could_have_made(key_set) => {
+                tracing::debug!(key_id, sealed_under = %envelope.key_set, "ciphertext refused: bound to another key_id");
+                Err(KeyringError::BadCiphertext)
+            }
+            _ => Err(KeyringError::UnknownKey("its key_id".into())),
+        }
+    }
+
+    /// Whether the key set is one of a KEK of each provider that seals.
+    fn could_have_made(&self, key_set: KeySet) -> bool {
+        let mut sets: Vec<Vec<Identity>> = vec![vec![]];
+        for member in self.members.iter().filter(|member| member.seals) {
+            let identities: Vec<Identity> = member.seen().keks.iter().map(|kek| kek.identity()).collect();
+            let extended = sets.iter().flat_map(|set| identities.iter().map(|kek| [set.as_slice(), &[*kek]].concat()));
+            sets = extended.take(MOST_KEY_SETS).collect();
+        }
+        sets.iter().any(|set| KeySet::of(&self.cluster, set) == key_set)
+    }
+
+    /// The KEKs that can unwrap the envelope's DEK, in the order of the configuration: at least one.
+    async fn keks_of<'e>(&self, envelope: &'e Envelope<'_>) -> Result<Vec<Named<'e>>, KeyringError> {
+        let mut known = self.known_keks_of(envelope);
+        if known.is_empty() {
+            self.look_at_once().await;
+            known = self.known_keks_of(envelope);
+        }
+        if !known.is_empty() {
+            return Ok(known);
+        }
+        // As long as a provider cannot be asked, an identity is not known to be unknown.
+        match self.outages().into_iter().next() {
+            Some(outage) => Err(KeyringError::Unavailable(outage)),
+            None => {
+                let identities: Vec<String> =
+                    envelope.recipients.iter().map(|recipient| recipient.identity.to_string()).collect();
+                Err(KeyringError::UnknownKey(format!("KEK {}", identities.join(", "))))
+            }
+        }
+    }
+
+    fn known_keks_of<'e>(&self, envelope: &'e Envelope<'_>) -> Vec<Named<'e>> {
+        let mut known = Vec::new();
+        for member in &self.members {
+            for kek in &member.seen().keks {
+                let named = envelope.recipients.iter().find(|recipient| recipient.identity == kek.identity());
+                known.extend(named.map(|recipient| (Arc::clone(kek), recipient)));
+            }
+        }
+        known
+    }
+
+    /// Looks now, unless that was done a moment ago: whoever sends unknown identities must not keep the tokens busy.
+    async fn look_at_once(&self) {
+        let mut last = self.looked_at_once.lock().await;
+        if last.is_none_or(|last| last.elapsed() >= LOOK_AT_ONCE_EVERY) {
+            *last = Some(Instant::now());
+            self.look().await;
+        }
+    }
+
+    /// Why providers could not be asked, for each of which that is so.
+    #[must_use]
+    pub fn outages(&self) -> Vec<String> {
+        self.members.iter().filter_map(|member| member.seen().outage.clone()).collect()
+    }
+}
+
+/// A KEK that an envelope names, and what it wrapped there.
+type Named<'e> = (Arc<dyn Kek>, &'e Recipient<&'e [u8]>);

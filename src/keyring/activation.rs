@@ -1,0 +1,146 @@
+//! Which KEK of a provider is active: a pure function of what every host sees alike, so that all hosts agree without
+//! talking to each other.
+
+use jiff::Timestamp;
+
+use crate::provider::Rank;
+
+/// The outcome for one provider.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Choice<'a> {
+    /// This KEK wraps.
+    Active(&'a Rank),
+    /// This host made that KEK active before, and now it is not to be seen. Nothing lower takes its place.
+    Missing(&'a Rank),
+    /// There is no KEK.
+    None,
+}
+
+/// Chooses among the KEKs that were seen, given the one that this host last made active.
+///
+/// Active is the highest whose instant has come; if none has, the lowest. A host never goes back below its mark: not
+/// when its clock steps back, and not when a token returns from an older copy.
+#[must_use]
+pub fn choose<'a>(seen: &[&'a Rank], mark: Option<&'a Rank>, now: Timestamp) -> Choice<'a> {
+    let due = seen.iter().filter(|rank| rank.not_before <= now).max();
+    let by_time = due.or_else(|| seen.iter().min()).copied();
+    match (by_time, mark) {
+        (Some(rank), Some(mark)) if rank >= mark => Choice::Active(rank),
+        (_, Some(mark)) => match seen.iter().find(|rank| **rank == mark) {
+            Some(marked) => Choice::Active(marked),
+            None => Choice::Missing(mark),
+        },
+        (Some(rank), None) => Choice::Active(rank),
+        (None, None) => Choice::None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::constant(1_800_000_000 + second, 0)
+    }
+
+    fn rank((second, name): (i64, u8)) -> Rank {
+        Rank { not_before: at(second), name: vec![name] }
+    }
+
+    /// One host: what it remembers, and what it would answer.
+    #[derive(Default)]
+    struct Host {
+        mark: Option<Rank>,
+    }
+
+    impl Host {
+        /// The name of the active KEK; `None` if Encrypt is unavailable.
+        fn active(&mut self, seen: &[(i64, u8)], second: i64) -> Option<u8> {
+            let seen: Vec<Rank> = seen.iter().copied().map(rank).collect();
+            let seen: Vec<&Rank> = seen.iter().collect();
+            let mark = self.mark.clone();
+            match choose(&seen, mark.as_ref(), at(second)) {
+                Choice::Active(rank) => {
+                    self.mark = Some(rank.clone());
+                    rank.name.first().copied()
+                }
+                Choice::Missing(_) | Choice::None => None,
+            }
+        }
+    }
+
+    /// A second of one host's life: which KEKs it sees, the clock, and the KEK that must be active.
+    type Step<'a> = (&'a [(i64, u8)], i64, Option<u8>);
+
+    #[test]
+    fn the_rule_holds_through_a_hosts_life() {
+        const FIRST: (i64, u8) = (100, 1);
+        const SECOND: (i64, u8) = (200, 2);
+        const TWIN: (i64, u8) = (100, 9);
+        let lives: &[(&str, &[Step<'_>])] = &[
+            ("no KEK yet", &[(&[], 0, None), (&[FIRST], 100, Some(1))]),
+            ("a first KEK serves before its instant", &[(&[FIRST], 0, Some(1)), (&[FIRST], 150, Some(1))]),
+            (
+                "a second KEK before the first's delay is over",
+                &[
+                    (&[FIRST], 0, Some(1)),
+                    (&[FIRST, SECOND], 50, Some(1)),
+                    (&[FIRST, SECOND], 150, Some(1)),
+                    (&[FIRST, SECOND], 200, Some(2)),
+                ],
+            ),
+            (
+                "two hosts each make the first KEK at one moment: the higher name wins on both",
+                &[(&[FIRST], 100, Some(1)), (&[FIRST, TWIN], 101, Some(9)), (&[TWIN, FIRST], 102, Some(9))],
+            ),
+            (
+                "the clock steps back and forth",
+                &[
+                    (&[FIRST, SECOND], 250, Some(2)),
+                    (&[FIRST, SECOND], 150, Some(2)),
+                    (&[FIRST, SECOND], 0, Some(2)),
+                    (&[FIRST, SECOND], 300, Some(2)),
+                ],
+            ),
+            (
+                "the token is restored from an older copy, then from the right one",
+                &[(&[FIRST, SECOND], 250, Some(2)), (&[FIRST], 260, None), (&[FIRST, SECOND], 270, Some(2))],
+            ),
+            (
+                "an older copy, and then a new KEK",
+                &[(&[FIRST, SECOND], 250, Some(2)), (&[FIRST], 260, None), (&[FIRST, (300, 3)], 300, Some(3))],
+            ),
+            ("an empty token is not a new beginning", &[(&[FIRST], 100, Some(1)), (&[], 110, None)]),
+            (
+                "a KEK that appears with an earlier instant does not take over",
+                &[(&[SECOND], 250, Some(2)), (&[FIRST, SECOND], 260, Some(2))],
+            ),
+        ];
+        for (life, steps) in lives {
+            let mut host = Host::default();
+            for (n, (seen, second, expected)) in steps.iter().enumerate() {
+                // A restart between any two steps changes nothing: the mark is all that a host remembers.
+                assert_eq!(host.active(seen, *second), *expected, "{life}, step {n}");
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_host_never_goes_back_and_all_hosts_agree_in_the_end(
+            keks in prop::collection::vec((0i64..1000, any::<u8>()), 1..6),
+            clock in prop::collection::vec(0i64..1000, 1..20),
+        ) {
+            let (mut wandering, mut fresh) = (Host::default(), Host::default());
+            let mut last = None;
+            for second in clock {
+                wandering.active(&keks, second);
+                prop_assert!(wandering.mark >= last);
+                last = wandering.mark.clone();
+            }
+            prop_assert_eq!(wandering.active(&keks, 1000), fresh.active(&keks, 1000));
+        }
+    }
+}

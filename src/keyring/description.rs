@@ -1,0 +1,83 @@
+//! The keyring as people see it.
+
+use jiff::Timestamp;
+use serde::Serialize;
+
+use super::Keyring;
+use crate::identity::Identity;
+use crate::provider::Refused;
+
+/// A KEK as people see it.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct KekDescription {
+    /// The provider that has it.
+    pub provider: String,
+    /// Its name for ever.
+    pub identity: Identity,
+    /// Its name within the provider (CKA_ID), in hex.
+    pub id: String,
+    /// When it may begin to wrap.
+    pub not_before: Timestamp,
+    /// What it does now.
+    pub state: KekState,
+    /// How it wraps.
+    pub mode: String,
+    /// The tokens that hold it.
+    pub held_by: Vec<String>,
+}
+
+/// What a KEK does at the moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KekState {
+    /// It wraps and unwraps.
+    Active,
+    /// It unwraps, and will become active.
+    Waiting,
+    /// It unwraps what was wrapped under it.
+    UnwrapOnly,
+}
+
+impl KekState {
+    /// In a word or two.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Active => "active",
+            Self::Waiting => "waiting",
+            Self::UnwrapOnly => "unwrap only",
+        }
+    }
+}
+
+impl Keyring {
+    /// Every KEK as of the last look, and every key that is not used; no mark is moved.
+    #[must_use]
+    pub fn describe(&self, now: Timestamp) -> (Vec<KekDescription>, Vec<Refused>) {
+        let marks = self.state.marks();
+        let (mut keks, mut refused) = (Vec::new(), Vec::new());
+        for member in &self.members {
+            let active = member.active(&marks, now).ok().map(|(active, _)| active.identity);
+            let seen = member.seen();
+            refused.extend(seen.refused.iter().cloned());
+            keks.extend(seen.keks.iter().map(|kek| KekDescription {
+                provider: member.provider.name().to_owned(),
+                identity: kek.identity(),
+                id: base16ct::lower::encode_string(&kek.rank().name),
+                not_before: kek.rank().not_before,
+                state: match active {
+                    Some(active) if member.seals && active == kek.identity() => KekState::Active,
+                    _ if member.seals && kek.rank().not_before > now => KekState::Waiting,
+                    _ => KekState::UnwrapOnly,
+                },
+                mode: kek.mode().to_owned(),
+                held_by: kek.held_by(),
+            }));
+        }
+        keks.sort_by(|one, other| {
+            (&one.provider, one.not_before, &one.id).cmp(&(&other.provider, other.not_before, &other.id))
+        });
+        (keks, refused)
+    }
+}

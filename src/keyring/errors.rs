@@ -1,0 +1,58 @@
+//! Why the keyring did not do what was asked.
+
+use crate::provider::KekError;
+
+/// Each variant is one row of the contract: the service gives it its gRPC code. The text says first whether the data
+/// or the token is at fault.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum KeyringError {
+    /// Nothing to encrypt, or more than the answer has room for.
+    #[error("the plaintext has {length} bytes: send 1 to {limit}")]
+    PlaintextLength {
+        /// Bytes that were sent.
+        length: usize,
+        /// Bytes that fit.
+        limit: usize,
+    },
+    /// Damaged, truncated, foreign, or bound to another key_id. One text for all: an attacker learns nothing.
+    #[error("the ciphertext is damaged or is not one of this plugin's: restore the object, retrying does not help")]
+    BadCiphertext,
+    /// No KEK of this keyring.
+    #[error("{0} is unknown here: check that every control plane uses the same tokens and the same keyring.cluster")]
+    UnknownKey(String),
+    /// More requests than the tokens serve.
+    #[error("overloaded, the object is intact: {0}")]
+    Busy(String),
+    /// No answer in time.
+    #[error("too slow, the object is intact: {0}")]
+    Deadline(String),
+    /// A token, or what leads to it.
+    #[error("token unreachable, the object is intact: {0}")]
+    Unavailable(String),
+    /// Something of ours.
+    #[error("the plugin failed, the object is intact: {0}")]
+    Internal(String),
+}
+
+impl KeyringError {
+    /// A bad ciphertext; the reason goes to the log alone.
+    pub(super) fn bad_ciphertext(reason: &dyn std::error::Error) -> Self {
+        tracing::debug!(%reason, "ciphertext refused");
+        Self::BadCiphertext
+    }
+
+    pub(super) fn internal(reason: impl std::fmt::Display) -> Self {
+        Self::Internal(reason.to_string())
+    }
+}
+
+impl From<KekError> for KeyringError {
+    fn from(error: KekError) -> Self {
+        match error {
+            KekError::BadInput => Self::BadCiphertext,
+            KekError::Busy(what) => Self::Busy(format!("too many requests wait for {what}")),
+            KekError::Deadline(what) => Self::Deadline(format!("{what} did not answer in time")),
+            KekError::Unavailable(what) => Self::Unavailable(what),
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! Where KEKs are. A provider finds its KEKs; each [`Kek`] wraps and unwraps DEKs. The rooms below know one kind of
+//! service each; the rooms above know only what is said here.
+
+pub mod pkcs11;
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Instant;
+
+use jiff::Timestamp;
+
+use crate::envelope::WrapAlgorithm;
+use crate::identity::Identity;
+use crate::secret::Dek;
+
+/// A boxed future, as the traits here need.
+pub type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T, KekError>> + Send + 'a>>;
+
+/// Where a KEK stands among those of its provider: by activation instant, then by name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Rank {
+    /// When it may start to wrap.
+    pub not_before: Timestamp,
+    /// Its name within the provider: CKA_ID under PKCS#11.
+    pub name: Vec<u8>,
+}
+
+/// One key-encryption key that this process can use.
+pub trait Kek: Send + Sync {
+    /// Its name for ever.
+    fn identity(&self) -> Identity;
+
+    /// Where it stands among its provider's KEKs.
+    fn rank(&self) -> &Rank;
+
+    /// The one algorithm that is pinned to it.
+    fn algorithm(&self) -> WrapAlgorithm;
+
+    /// How it wraps, in a word.
+    fn mode(&self) -> &'static str;
+
+    /// The tokens that hold it, or whatever else its provider consists of.
+    fn held_by(&self) -> Vec<String>;
+
+    /// Wraps a DEK. The answer has [`WrapAlgorithm::wrapped_len`] bytes.
+    fn wrap_dek(&self, dek: Arc<Dek>, deadline: Instant) -> Answer<'_, Vec<u8>>;
+
+    /// Unwraps what [`Kek::wrap_dek`] made.
+    fn unwrap_dek(&self, wrapped: &[u8], deadline: Instant) -> Answer<'_, Dek>;
+}
+
+/// One entry of the configuration: a service that holds KEKs.
+pub trait Provider: Send + Sync {
+    /// Its name, for people.
+    fn name(&self) -> &str;
+
+    /// Looks for KEKs. Each one found has proved that it wraps, or unwraps what it once wrapped.
+    fn look(&self, deadline: Instant) -> Answer<'_, Sighting>;
+
+    /// Returns when the provider has come back, or changed so much, that a [`Provider::look`] is due at once.
+    fn changed(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
+}
+
+/// What a look found.
+#[derive(Default)]
+pub struct Sighting {
+    /// The KEKs that can be used.
+    pub keks: Vec<Arc<dyn Kek>>,
+    /// Keys under the KEKs' label that are not used, each with its name and the reason.
+    pub refused: Vec<Refused>,
+}
+
+/// A key that looks like a KEK and is not one.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Refused {
+    /// What the key is called, and where.
+    pub key: String,
+    /// Why it is not used, and what to do.
+    pub reason: String,
+}
+
+/// Why a KEK, or its provider, did not do what was asked. The texts are for people, and hold nothing secret.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum KekError {
+    /// The wrapped DEK is not one that this KEK made. The provider is well.
+    #[error("the wrapped data key is damaged")]
+    BadInput,
+    /// More requests wait than the provider has room for.
+    #[error("too many requests wait for {0}")]
+    Busy(String),
+    /// No answer in time.
+    #[error("{0} did not answer in time")]
+    Deadline(String),
+    /// The provider cannot be reached, or cannot use the KEK.
+    #[error("{0}")]
+    Unavailable(String),
+}

@@ -1,0 +1,248 @@
+//! One session and what was found through it: where a worker thread's calls are made.
+//!
+//! A KEK's handle is found once a session and kept. It is used only after the key behind it has unwrapped the KEK's
+//! reference, so a token that comes back with another key under the same id is not used, whatever it calls that key.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use cryptoki::object::{Attribute, KeyType, ObjectClass, ObjectHandle};
+use cryptoki::session::Session;
+use jiff::Timestamp;
+use sha2::{Digest, Sha256};
+
+use super::admission::{self, Admitted, Said};
+use super::error::{CallError, Class};
+use super::mechanism;
+use super::token::Connected;
+use crate::config::Mode;
+use crate::identity::Identity;
+use crate::provider::Refused;
+use crate::secret::Dek;
+use crate::state::{Reference, State};
+
+/// What a lane needs to know of a KEK.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct KekName {
+    pub(super) identity: Identity,
+    /// CKA_ID.
+    pub(super) id: Vec<u8>,
+    /// CKA_LABEL.
+    pub(super) label: String,
+    pub(super) mode: Mode,
+}
+
+/// A session of a worker. It is closed before the connection that it came from is let go.
+pub(super) struct Lane {
+    session: Session,
+    handles: HashMap<Identity, ObjectHandle>,
+    pub(super) connected: Arc<Connected>,
+    state: Arc<State>,
+}
+
+/// What a token holds under a label.
+pub(super) struct Inventory {
+    pub(super) keks: Vec<Admitted>,
+    pub(super) refused: Vec<Refused>,
+}
+
+impl Lane {
+    pub(super) fn open(connected: Arc<Connected>, state: Arc<State>) -> Result<Self, CallError> {
+        let session = connected.open_session()?;
+        Ok(Self { session, handles: HashMap::new(), connected, state })
+    }
+
+    /// Wraps a DEK under the KEK.
+    pub(super) fn wrap(&mut self, kek: &KekName, dek: &Dek) -> Result<Vec<u8>, CallError> {
+        let handle = self.handle(kek)?;
+        mechanism::wrap(kek.mode, &self.session, handle, kek.identity, dek)
+    }
+
+    /// Unwraps a DEK that the KEK is said to have wrapped.
+    ///
+    /// Many tokens answer a damaged ciphertext and a broken device with one code. So after such an answer the KEK
+    /// unwraps its reference: if it cannot, the token is broken. If it can, the input is tried once more, and only
+    /// then is it bad. Three calls at most.
+    pub(super) fn unwrap(&mut self, kek: &KekName, wrapped: &[u8]) -> Result<Dek, CallError> {
+        let handle = self.handle(kek)?;
+        let unwrap = || mechanism::unwrap(kek.mode, &self.session, handle, kek.identity, wrapped);
+        match unwrap() {
+            Err(first) if first.class == Class::Doubtful => match self.check_reference(kek, handle) {
+                Ok(()) => unwrap().map_err(|again| match again.class {
+                    Class::Doubtful => again.settled(Class::BadInput),
+                    _ => again,
+                }),
+                Err(reference) => Err(reference.settled(Class::Token)),
+            },
+            settled => settled,
+        }
+    }
+
+    /// The handle of the KEK, which has proved to be the key that it was.
+    fn handle(&mut self, kek: &KekName) -> Result<ObjectHandle, CallError> {
+        if let Some(handle) = self.handles.get(&kek.identity) {
+            return Ok(*handle);
+        }
+        let handle = self.find(kek)?;
+        match self.state.reference(kek.identity) {
+            Some(_) => self.recognise(kek, handle)?,
+            None => self.make_reference(kek, handle)?,
+        }
+        self.handles.insert(kek.identity, handle);
+        Ok(handle)
+    }
+
+    fn find(&self, kek: &KekName) -> Result<ObjectHandle, CallError> {
+        let found = self.session.find_objects(&[
+            Attribute::Class(ObjectClass::SECRET_KEY),
+            Attribute::KeyType(KeyType::AES),
+            Attribute::Token(true),
+            Attribute::Label(kek.label.clone().into_bytes()),
+            Attribute::Id(kek.id.clone()),
+        ])?;
+        match *found.as_slice() {
+            [handle] => Ok(handle),
+            [] => Err(CallError::new(Class::Refused, "C_FindObjects", format!("no key {}", hex(&kek.id)))),
+            _ => Err(CallError::new(Class::Refused, "C_FindObjects", format!("several keys {}", hex(&kek.id)))),
+        }
+    }
+
+    /// The KEK wraps a random value and unwraps it again: its mode works here, and from now on it can be recognised.
+    fn make_reference(&self, kek: &KekName, handle: ObjectHandle) -> Result<(), CallError> {
+        let reference = self.round_trip(kek, handle)?;
+        if self.state.keep_reference(kek.identity, reference.clone()) != reference {
+            self.check_reference(kek, handle)?; // another process was first
+        }
+        Ok(())
+    }
+
+    /// The key unwraps the KEK's reference. A key that does not, and yet works, is another one.
+    fn recognise(&self, kek: &KekName, handle: ObjectHandle) -> Result<(), CallError> {
+        match self.check_reference(kek, handle) {
+            Err(error) if matches!(error.class, Class::Doubtful | Class::BadInput) => {
+                self.round_trip(kek, handle)?;
+                Err(another_key())
+            }
+            settled => settled,
+        }
+    }
+
+    fn round_trip(&self, kek: &KekName, handle: ObjectHandle) -> Result<Reference, CallError> {
+        let no_randomness = |error: getrandom::Error| CallError::new(Class::Refused, "getrandom(2)", error.to_string());
+        let value = Dek::generate().map_err(no_randomness)?;
+        let wrapped = mechanism::wrap(kek.mode, &self.session, handle, kek.identity, &value)?;
+        let unwrapped = mechanism::unwrap(kek.mode, &self.session, handle, kek.identity, &wrapped)?;
+        if sha256(&unwrapped) != sha256(&value) {
+            return Err(CallError::new(Class::Refused, "unwrapping", "another value than was wrapped"));
+        }
+        Ok(Reference { wrapped: hex(&wrapped), sha256: sha256(&value) })
+    }
+
+    fn check_reference(&self, kek: &KekName, handle: ObjectHandle) -> Result<(), CallError> {
+        let reference = self.state.reference(kek.identity).ok_or_else(another_key)?;
+        let wrapped = base16ct::lower::decode_vec(&reference.wrapped).map_err(|_| another_key())?;
+        let value = mechanism::unwrap(kek.mode, &self.session, handle, kek.identity, &wrapped)?;
+        if sha256(&value) == reference.sha256 { Ok(()) } else { Err(another_key()) }
+    }
+
+    /// Looks at every object with the label, and proves every KEK among them by its reference.
+    pub(super) fn look(&mut self, rules: &Rules, now: Timestamp) -> Result<Inventory, CallError> {
+        let label = Attribute::Label(rules.label.clone().into_bytes());
+        let mut inventory = Inventory { keks: Vec::new(), refused: Vec::new() };
+        let mut found: Vec<(String, Admitted)> = Vec::new();
+        for handle in self.session.find_objects(&[Attribute::Token(true), label])? {
+            let said = Said(self.session.get_attributes(handle, &admission::ASKED)?);
+            let key = format!("key {} with label {}", said.id().map_or("without id".into(), hex), rules.label);
+            match rules.admit(&said, now) {
+                Ok(kek) => found.push((key, kek)),
+                Err(reason) => inventory.refused.push(Refused { key, reason }),
+            }
+        }
+        for (n, (key, kek)) in found.iter().enumerate() {
+            let twice = found.iter().enumerate().any(|(m, (_, other))| m != n && other.rank.name == kek.rank.name);
+            if twice {
+                let reason = "another key has the same CKA_ID: remove the one that is not meant".into();
+                inventory.refused.push(Refused { key: key.clone(), reason });
+            } else if let Err(error) = self.prove(&rules.name_of(kek)) {
+                if error.class != Class::Refused {
+                    return Err(error);
+                }
+                inventory.refused.push(Refused { key: key.clone(), reason: error.to_string() });
+            } else {
+                inventory.keks.push(kek.clone());
+            }
+        }
+        Ok(inventory)
+    }
+
+    /// Finds the KEK anew, since a handle may have outlived its key, and has it unwrap its reference.
+    fn prove(&mut self, kek: &KekName) -> Result<(), CallError> {
+        self.handles.remove(&kek.identity);
+        self.handle(kek).map(|_| ())
+    }
+
+    /// Makes a KEK in the token: 256-bit AES that never leaves it, and whose attributes nobody changes.
+    pub(super) fn generate(&self, kek: &KekName) -> Result<(), CallError> {
+        let wraps_objects = kek.mode.wraps_objects();
+        self.session.generate_key(
+            &cryptoki::mechanism::Mechanism::AesKeyGen,
+            &[
+                Attribute::Class(ObjectClass::SECRET_KEY),
+                Attribute::KeyType(KeyType::AES),
+                Attribute::ValueLen(32.into()),
+                Attribute::Label(kek.label.clone().into_bytes()),
+                Attribute::Id(kek.id.clone()),
+                Attribute::Token(true),
+                Attribute::Private(true),
+                Attribute::Sensitive(true),
+                Attribute::Extractable(false),
+                Attribute::Modifiable(false),
+                Attribute::Copyable(false),
+                Attribute::Wrap(wraps_objects),
+                Attribute::Unwrap(wraps_objects),
+                Attribute::Encrypt(!wraps_objects),
+                Attribute::Decrypt(!wraps_objects),
+                Attribute::Sign(false),
+                Attribute::Verify(false),
+                Attribute::Derive(false),
+                // The token itself then refuses every other use of the key, such as CBC or ECB.
+                Attribute::AllowedMechanisms(vec![kek.mode.mechanism()]),
+            ],
+        )?;
+        Ok(())
+    }
+}
+
+/// How a provider recognises and uses its KEKs.
+#[derive(Debug)]
+pub(super) struct Rules {
+    pub(super) label: String,
+    pub(super) modes: Vec<Mode>,
+    /// KEKs made elsewhere, by CKA_ID.
+    pub(super) admitted: std::collections::BTreeMap<Vec<u8>, Timestamp>,
+}
+
+impl Rules {
+    fn admit(&self, said: &Said, now: Timestamp) -> Result<Admitted, String> {
+        let not_before = said.id().and_then(|id| self.admitted.get(id)).copied();
+        admission::admit(said, &self.modes, not_before, now)
+    }
+
+    pub(super) fn name_of(&self, kek: &Admitted) -> KekName {
+        let identity = Identity::of_pkcs11(&kek.rank.name);
+        KekName { identity, id: kek.rank.name.clone(), label: self.label.clone(), mode: kek.mode }
+    }
+}
+
+fn another_key() -> CallError {
+    let what = "for another key than the one that this host first saw under this id: restore the right key";
+    CallError::new(Class::Refused, "the reference", what)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    base16ct::lower::encode_string(bytes)
+}
+
+fn sha256(value: &Dek) -> String {
+    hex(&Sha256::digest(value.expose()))
+}

@@ -1,0 +1,266 @@
+//! The provider of type `pkcs11`: KEKs in one token, or in several that are replicas of each other.
+//!
+//! From top to bottom: this room knows tokens and their KEKs; [`pool`] runs work on a token's sessions; [`token`]
+//! keeps its connection; [`lane`] is what one session does; [`mechanism`] is how a KEK wraps. [`admission`] decides
+//! which keys are KEKs, [`error`] what a return code means, [`module`] when a library is initialized. They are the
+//! only rooms that know the cryptoki crate.
+
+mod admission;
+mod error;
+mod lane;
+mod mechanism;
+mod module;
+mod pool;
+mod queue;
+pub mod setup;
+mod token;
+mod wraps;
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Instant;
+
+use jiff::Timestamp;
+use tokio::sync::Notify;
+
+use self::admission::Admitted;
+use self::lane::{Inventory, KekName};
+use self::token::Token;
+use self::wraps::WrapCounter;
+use super::{Answer, Kek, KekError, Provider, Rank, Refused, Sighting};
+use crate::config::Mode;
+use crate::envelope::WrapAlgorithm;
+use crate::identity::Identity;
+use crate::secret::Dek;
+use crate::state::State;
+
+/// Tokens that hold the same KEKs. Its threads end when it is dropped.
+pub struct Pkcs11 {
+    name: String,
+    modes: Vec<Mode>,
+    tokens: Vec<Arc<Token>>,
+    state: Arc<State>,
+    changed: Arc<Notify>,
+    /// Every KEK seen so far; it keeps its counter from one look to the next.
+    keks: Mutex<HashMap<Identity, Arc<Pkcs11Kek>>>,
+}
+
+/// A KEK that was made: what its maker wants to know.
+#[derive(Clone, Debug)]
+pub struct Generated {
+    /// Its identity.
+    pub identity: Identity,
+    /// CKA_ID.
+    pub id: Vec<u8>,
+    /// When it becomes active.
+    pub not_before: Timestamp,
+    /// How it wraps.
+    pub mode: Mode,
+    /// How many of the configured tokens hold it.
+    pub tokens: usize,
+}
+
+impl Pkcs11 {
+    /// Begins to connect to the tokens; this returns before any of them has answered.
+    ///
+    /// # Errors
+    /// The operating system gives no thread.
+    pub fn new(config: &crate::config::Provider, state: &Arc<State>) -> std::io::Result<Self> {
+        let changed = Arc::new(Notify::new());
+        let start =
+            |uri: &crate::config::TokenUri| Token::start(uri.clone(), config, Arc::clone(state), Arc::clone(&changed));
+        let tokens = config.tokens.iter().map(start).collect::<Result<_, _>>()?;
+        let (name, modes) = (config.name.clone(), config.profile.modes.clone());
+        Ok(Self { name, modes, tokens, state: Arc::clone(state), changed, keks: Mutex::default() })
+    }
+
+    /// Waits until every token was tried once.
+    ///
+    /// # Errors
+    /// Why the first one that is out of reach is.
+    pub async fn reach_every_token(&self) -> Result<(), KekError> {
+        for token in &self.tokens {
+            token.first_attempt().await.map_err(|reason| KekError::Unavailable(reason.to_string()))?;
+        }
+        Ok(())
+    }
+
+    /// The activation instant of the newest KEK, if there is one.
+    ///
+    /// # Errors
+    /// No token is within reach.
+    pub async fn newest(&self, deadline: Instant) -> Result<Option<Timestamp>, KekError> {
+        let sighting = self.look(deadline).await?;
+        Ok(sighting.keks.iter().map(|kek| kek.rank().not_before).max())
+    }
+
+    /// Makes a KEK that becomes active at `not_before`, in the first token. `mode`: the profile's first, if `None`.
+    ///
+    /// # Errors
+    /// The mode is not one of the profile's, or the token does not do it; nothing is left behind then.
+    pub async fn generate(
+        &self,
+        not_before: Timestamp,
+        mode: Option<Mode>,
+        deadline: Instant,
+    ) -> Result<Generated, KekError> {
+        let refused = |what: String| KekError::Unavailable(format!("provider {}: {what}", self.name));
+        let mode = mode.or(self.modes.first().copied()).filter(|mode| self.modes.contains(mode));
+        let mode = mode.ok_or_else(|| {
+            refused(format!(
+                "its profile knows only {}",
+                self.modes.iter().map(|mode| mode.as_str()).collect::<Vec<_>>().join(", ")
+            ))
+        })?;
+        let first = self.tokens.first().ok_or_else(|| refused("it has no token".into()))?;
+        let id = admission::new_id(not_before).map_err(|error| refused(error.to_string()))?;
+        let rank = Rank { not_before, name: id.to_vec() };
+        let kek = first.rules.name_of(&Admitted { rank, mode });
+        let template = kek.clone();
+        first.pool.run(first, deadline, move |lane| lane.generate(&template)).await?;
+        let tokens = self.holders_of(&kek, deadline).await?;
+        Ok(Generated { identity: kek.identity, id: kek.id, not_before, mode, tokens })
+    }
+
+    /// How many tokens hold the KEK that was just made, each having proved it.
+    async fn holders_of(&self, kek: &KekName, deadline: Instant) -> Result<usize, KekError> {
+        self.look(deadline).await?;
+        Ok(self.keks().get(&kek.identity).map_or(0, |kek| kek.holders().len()))
+    }
+
+    /// What one token holds, or `None` if it is out of reach.
+    async fn look_at(&self, token: &Arc<Token>, deadline: Instant) -> Result<Inventory, KekError> {
+        let of = Arc::clone(token);
+        token.pool.run(token, deadline, move |lane| lane.look(&of.rules, Timestamp::now())).await
+    }
+
+    async fn look_at_every_token(&self, deadline: Instant) -> Result<Sighting, KekError> {
+        let mut found: HashMap<Identity, (KekName, Rank, Vec<Arc<Token>>)> = HashMap::new();
+        let mut refused = Vec::new();
+        let (mut reached, mut out_of_reach) = (0, Vec::new());
+        for token in &self.tokens {
+            let inventory = match self.look_at(token, deadline).await {
+                Ok(inventory) => inventory,
+                Err(error) => {
+                    out_of_reach.push(error);
+                    continue;
+                }
+            };
+            reached += 1;
+            let place = |refusal: Refused| Refused { key: format!("{} on {}", refusal.key, token.name), ..refusal };
+            refused.extend(inventory.refused.into_iter().map(place));
+            for kek in inventory.keks {
+                let name = token.rules.name_of(&kek);
+                let place = found.entry(name.identity).or_insert_with(|| (name, kek.rank, Vec::new()));
+                place.2.push(Arc::clone(token));
+            }
+        }
+        if let (0, Some(error)) = (reached, out_of_reach.pop()) {
+            return Err(error);
+        }
+        let keks = found.into_values().map(|(name, rank, holders)| self.known(name, rank, holders)).collect();
+        Ok(Sighting { keks, refused })
+    }
+
+    /// The KEK of this name, with the tokens that now hold it.
+    fn known(&self, name: KekName, rank: Rank, holders: Vec<Arc<Token>>) -> Arc<dyn Kek> {
+        let mut keks = self.keks();
+        let kek = keks.entry(name.identity).or_insert_with(|| {
+            let wraps = WrapCounter::new(&name, Arc::clone(&self.state));
+            Arc::new(Pkcs11Kek { name, rank, wraps, holders: RwLock::default() })
+        });
+        *kek.holders.write().unwrap_or_else(PoisonError::into_inner) = holders;
+        Arc::clone(kek) as Arc<dyn Kek>
+    }
+
+    fn keks(&self) -> MutexGuard<'_, HashMap<Identity, Arc<Pkcs11Kek>>> {
+        self.keks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Pkcs11 {
+    fn drop(&mut self) {
+        self.tokens.iter().for_each(|token| token.close());
+    }
+}
+
+impl Provider for Pkcs11 {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn look(&self, deadline: Instant) -> Answer<'_, Sighting> {
+        Box::pin(self.look_at_every_token(deadline))
+    }
+
+    fn changed(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(self.changed.notified())
+    }
+}
+
+/// A KEK and the tokens that hold it.
+struct Pkcs11Kek {
+    name: KekName,
+    rank: Rank,
+    wraps: WrapCounter,
+    holders: RwLock<Vec<Arc<Token>>>,
+}
+
+impl Pkcs11Kek {
+    fn holders(&self) -> Vec<Arc<Token>> {
+        self.holders.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Has the first token do `work` that is not out of reach.
+    async fn first_of<T, W>(&self, deadline: Instant, work: W) -> Result<T, KekError>
+    where
+        T: Send + 'static,
+        W: Fn(&mut lane::Lane, &KekName) -> Result<T, error::CallError> + Clone + Send + 'static,
+    {
+        let mut last = KekError::Unavailable(format!("no token holds KEK {}", self.name.identity));
+        for token in self.holders() {
+            let (work, name) = (work.clone(), self.name.clone());
+            match token.pool.run(&token, deadline, move |lane| work(lane, &name)).await {
+                Err(error @ (KekError::Unavailable(_) | KekError::Busy(_))) => last = error,
+                answer => return answer,
+            }
+        }
+        Err(last)
+    }
+}
+
+impl Kek for Pkcs11Kek {
+    fn identity(&self) -> Identity {
+        self.name.identity
+    }
+
+    fn rank(&self) -> &Rank {
+        &self.rank
+    }
+
+    fn algorithm(&self) -> WrapAlgorithm {
+        self.name.mode.algorithm()
+    }
+
+    fn mode(&self) -> &'static str {
+        self.name.mode.as_str()
+    }
+
+    fn held_by(&self) -> Vec<String> {
+        self.holders().iter().map(|token| token.uri.to_string()).collect()
+    }
+
+    fn wrap_dek(&self, dek: Arc<Dek>, deadline: Instant) -> Answer<'_, Vec<u8>> {
+        Box::pin(async move {
+            self.wraps.count()?;
+            self.first_of(deadline, move |lane, name| lane.wrap(name, &dek)).await
+        })
+    }
+
+    fn unwrap_dek(&self, wrapped: &[u8], deadline: Instant) -> Answer<'_, Dek> {
+        let wrapped = wrapped.to_vec();
+        Box::pin(self.first_of(deadline, move |lane, name| lane.unwrap(name, &wrapped)))
+    }
+}

@@ -1,0 +1,103 @@
+//! A PKCS#11 module: the shared library, loaded once a process, initialized while somebody uses it.
+//!
+//! `C_Initialize` and `C_Finalize` belong to the library and not to a token: a second C_Initialize without C_Finalize
+//! crashes SoftHSM, and C_Finalize ends every session of every token. So whoever uses a library holds an [`InUse`]
+//! for as long as it has sessions, and when the last one is gone the library is finalized. Some libraries see a new
+//! token only after that.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
+use cryptoki::error::Error;
+
+/// Every library that this process has loaded; none is ever unloaded, since some leave threads behind.
+static LOADED: Mutex<BTreeMap<PathBuf, Arc<Module>>> = Mutex::new(BTreeMap::new());
+
+/// A loaded library.
+pub(super) struct Module {
+    library: Pkcs11,
+    users: Mutex<usize>,
+}
+
+/// The right to call an initialized library. Sessions must be closed before it is dropped.
+pub(super) struct InUse(Arc<Module>);
+
+impl Module {
+    /// The library at `path`, initialized.
+    ///
+    /// # Errors
+    /// What failed and what to do, for people.
+    pub(super) fn acquire(path: &Path) -> Result<InUse, String> {
+        let module = Self::load(path)?;
+        let mut users = lock(&module.users);
+        if *users == 0 {
+            module
+                .library
+                .initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK))
+                .map_err(|error| initialize_error(path, &error))?;
+        }
+        *users += 1;
+        drop(users);
+        Ok(InUse(module))
+    }
+
+    fn load(path: &Path) -> Result<Arc<Self>, String> {
+        let mut loaded = lock(&LOADED);
+        // Two names of one file are one library to the dynamic linker.
+        let path = path.canonicalize().map_err(|error| format!("module {}: {error}: install it", path.display()))?;
+        if let Some(module) = loaded.get(&path) {
+            return Ok(Arc::clone(module));
+        }
+        let library = Pkcs11::new(&path).map_err(|error| load_error(&path, &error))?;
+        let module = Arc::new(Self { library, users: Mutex::new(0) });
+        loaded.insert(path, Arc::clone(&module));
+        Ok(module)
+    }
+}
+
+impl InUse {
+    pub(super) fn library(&self) -> &Pkcs11 {
+        &self.0.library
+    }
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        let mut users = lock(&self.0.users);
+        *users -= 1;
+        if *users == 0
+            && let Err(error) = self.0.library.clone().finalize()
+        {
+            tracing::debug!(%error, "C_Finalize failed");
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn load_error(path: &Path, error: &Error) -> String {
+    let path = path.display();
+    match error {
+        Error::LibraryLoading(_) => format!(
+            "module {path} cannot be loaded: {error}: check that it is a shared library for this machine, and with \
+             `ldd {path}` that what it needs is installed"
+        ),
+        Error::MissingSymbol(_) | Error::NullFunctionPointer => {
+            format!("module {path} is not a PKCS#11 module: {error}: name the vendor's PKCS#11 library")
+        }
+        _ => format!("module {path} cannot be used: {error}: see the vendor's installation guide"),
+    }
+}
+
+fn initialize_error(path: &Path, error: &Error) -> String {
+    format!(
+        "module {}: C_Initialize failed: {error}: check the vendor's configuration file and environment variables, and \
+         that uid {} may read them",
+        path.display(),
+        rustix::process::geteuid().as_raw()
+    )
+}

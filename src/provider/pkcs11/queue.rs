@@ -1,0 +1,133 @@
+//! The bounded queue between async callers and the worker threads of one token.
+//!
+//! It is ours because a request that is cancelled, or whose deadline passes while it waits, must free its place at
+//! once: that takes a removal from the middle, which channels do not have.
+
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+/// Jobs in the order they came. Shared by reference; all methods may be called from any thread.
+pub(super) struct Queue<J> {
+    inner: Mutex<Inner<J>>,
+    arrived: Condvar,
+    capacity: usize,
+}
+
+struct Inner<J> {
+    jobs: VecDeque<(Ticket, J)>,
+    next_ticket: u64,
+    round: u64,
+    closed: bool,
+}
+
+/// Names a job for as long as it waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Ticket(u64);
+
+/// What a worker gets.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Next<J> {
+    /// The oldest job.
+    Job(J),
+    /// What the workers hold is of an earlier round: give it up. The new round's number.
+    Round(u64),
+    /// No job will come any more.
+    Closed,
+}
+
+impl<J> Queue<J> {
+    pub(super) fn new(capacity: usize) -> Self {
+        let inner = Inner { jobs: VecDeque::with_capacity(capacity), next_ticket: 0, round: 0, closed: false };
+        Self { inner: Mutex::new(inner), arrived: Condvar::new(), capacity }
+    }
+
+    /// Adds a job at the end. Hands it back when the queue is full or closed.
+    pub(super) fn push(&self, job: J) -> Result<Ticket, J> {
+        let mut inner = self.lock();
+        if inner.closed || inner.jobs.len() >= self.capacity {
+            return Err(job);
+        }
+        let ticket = Ticket(inner.next_ticket);
+        inner.next_ticket += 1;
+        inner.jobs.push_back((ticket, job));
+        drop(inner);
+        self.arrived.notify_one();
+        Ok(ticket)
+    }
+
+    /// Takes a job back out, if no worker has begun it.
+    pub(super) fn withdraw(&self, ticket: Ticket) -> Option<J> {
+        let mut inner = self.lock();
+        // Tickets ascend from front to back.
+        let place = inner.jobs.binary_search_by_key(&ticket.0, |(waiting, _)| waiting.0).ok()?;
+        inner.jobs.remove(place).map(|(_, job)| job)
+    }
+
+    /// Waits for the next job, or for a round later than the caller's. Jobs that wait come before the end.
+    pub(super) fn next(&self, round: u64) -> Next<J> {
+        let mut inner = self.lock();
+        loop {
+            if inner.round != round {
+                return Next::Round(inner.round);
+            }
+            if let Some((_, job)) = inner.jobs.pop_front() {
+                return Next::Job(job);
+            }
+            if inner.closed {
+                return Next::Closed;
+            }
+            inner = self.arrived.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Begins a new round: every worker hears of it before its next job.
+    pub(super) fn begin_round(&self) {
+        self.lock().round += 1;
+        self.arrived.notify_all();
+    }
+
+    /// No further job is taken; those that wait are still served.
+    pub(super) fn close(&self) {
+        self.lock().closed = true;
+        self.arrived.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner<J>> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn jobs_come_in_order_within_the_bound_and_can_be_withdrawn() {
+        let queue = Queue::new(3);
+        let tickets: Vec<_> = (1..=3).filter_map(|job| queue.push(job).ok()).collect();
+        assert_eq!(queue.push(4), Err(4), "full");
+        assert_eq!(tickets.get(1).and_then(|ticket| queue.withdraw(*ticket)), Some(2));
+        assert_eq!(tickets.get(1).and_then(|ticket| queue.withdraw(*ticket)), None);
+        assert!(queue.push(5).is_ok(), "the withdrawn job's place is free");
+        assert_eq!(queue.next(0), Next::Job(1));
+        assert_eq!(tickets.first().and_then(|ticket| queue.withdraw(*ticket)), None, "begun");
+        queue.begin_round();
+        assert_eq!(queue.next(0), Next::Round(1));
+        queue.close();
+        assert_eq!(queue.push(6), Err(6), "closed");
+        assert_eq!([queue.next(1), queue.next(1), queue.next(1)], [Next::Job(3), Next::Job(5), Next::Closed]);
+    }
+
+    #[test]
+    fn every_waiting_worker_hears_of_a_round_and_of_the_end() {
+        let queue = Queue::<()>::new(1);
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..4).map(|_| scope.spawn(|| (queue.next(0), queue.next(1)))).collect();
+            queue.begin_round();
+            queue.close();
+            for worker in workers {
+                assert_eq!(worker.join().ok(), Some((Next::Round(1), Next::Closed)));
+            }
+        });
+    }
+}

@@ -1,0 +1,274 @@
+//! One token: its connection, kept alive by a supervisor thread, and the worker threads that use it.
+//!
+//! The supervisor finds the token by its URI, opens the anchor session and logs in through it; a login holds for every
+//! session of the process, and lasts while the anchor is open. When a worker finds the token gone, the connection is
+//! given up by all, and the supervisor makes a new one. Callers never wait for it: they hear at once what is wrong.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use cryptoki::context::Pkcs11;
+use cryptoki::error::{Error, RvError};
+use cryptoki::session::{Session, UserType};
+use cryptoki::slot::{Slot, TokenInfo};
+use secrecy::{ExposeSecret, SecretString};
+use tokio::sync::{Notify, watch};
+
+use super::error::{CallError, Class};
+use super::lane::Rules;
+use super::module::{InUse, Module};
+use super::pool::Pool;
+use crate::config::{Credential, TokenUri};
+use crate::state::State;
+
+const FIRST_RETRY: Duration = Duration::from_millis(250);
+const LAST_RETRY: Duration = Duration::from_secs(5);
+
+/// A token of the configuration, whether it is there or not.
+pub(super) struct Token {
+    pub(super) name: String,
+    pub(super) rules: Rules,
+    pub(super) state: Arc<State>,
+    pub(super) pool: Pool,
+    pub(super) uri: TokenUri,
+    module: PathBuf,
+    pin: Credential,
+    condition: watch::Sender<Condition>,
+    /// Wakes the supervisor.
+    wake: Sender<()>,
+    /// Told of every new connection.
+    changed: Arc<Notify>,
+}
+
+/// What the supervisor knows of the token.
+#[derive(Clone)]
+pub(super) enum Condition {
+    /// The first attempt is under way.
+    Connecting,
+    /// It can be used.
+    Up(Arc<Connected>),
+    /// It cannot, for this reason.
+    Down(Arc<str>),
+}
+
+/// A token that is present and logged in to.
+pub(super) struct Connected {
+    /// Keeps the login; used to log in again. Closed before the library is let go.
+    anchor: Mutex<Session>,
+    pin: SecretString,
+    slot: Slot,
+    in_use: InUse,
+}
+
+/// Why there is no connection.
+enum NotConnected {
+    /// Worth another attempt.
+    Yet(String),
+    /// The token refused this PIN: another attempt would use up its tries.
+    PinRefused(String, SecretString),
+}
+
+impl Token {
+    /// Describes a token and starts its threads. They end after [`Token::close`].
+    ///
+    /// # Errors
+    /// The operating system gives no thread.
+    pub(super) fn start(
+        uri: TokenUri,
+        provider: &crate::config::Provider,
+        state: Arc<State>,
+        changed: Arc<Notify>,
+    ) -> std::io::Result<Arc<Self>> {
+        let (wake, woken) = mpsc::channel();
+        let rules = Rules {
+            label: provider.label.clone(),
+            modes: provider.profile.modes.clone(),
+            admitted: provider.admitted.clone(),
+        };
+        let token = Arc::new(Self {
+            name: format!("token {uri} of provider {}", provider.name),
+            rules,
+            state,
+            pool: Pool::new(provider.sessions),
+            uri,
+            module: provider.module.clone(),
+            pin: provider.pin.clone(),
+            condition: watch::Sender::new(Condition::Connecting),
+            wake,
+            changed,
+        });
+        for n in 1..=provider.sessions {
+            let worker = Arc::clone(&token);
+            thread::Builder::new().name(format!("session-{n}")).spawn(move || worker.pool.work(&worker))?;
+        }
+        let supervisor = Arc::clone(&token);
+        thread::Builder::new().name("token".into()).spawn(move || supervisor.supervise(&woken))?;
+        Ok(token)
+    }
+
+    /// Lets what waits be served, then ends the threads and the connection.
+    pub(super) fn close(&self) {
+        self.pool.close();
+        let _supervisor_gone = self.wake.send(());
+    }
+
+    /// Whether it can be used, and through what.
+    pub(super) fn condition(&self) -> Condition {
+        self.condition.borrow().clone()
+    }
+
+    /// Waits until the first attempt to connect has ended, and returns why it failed, if it did.
+    pub(super) async fn first_attempt(&self) -> Result<(), Arc<str>> {
+        let mut condition = self.condition.subscribe();
+        let ended = condition.wait_for(|condition| !matches!(condition, Condition::Connecting)).await;
+        match ended.as_deref() {
+            Ok(Condition::Down(reason)) => Err(Arc::clone(reason)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Gives `connected` up, unless it is already another one that is in use.
+    pub(super) fn lost(&self, connected: &Arc<Connected>, error: &CallError) {
+        let lost = self.condition.send_if_modified(|condition| match condition {
+            Condition::Up(current) if Arc::ptr_eq(current, connected) => {
+                *condition = Condition::Down(self.told(&format!("was lost: {error}")));
+                true
+            }
+            _ => false,
+        });
+        if lost {
+            tracing::error!(token = %self.name, %error, "token lost; reconnecting");
+            self.pool.begin_round();
+            let _supervisor_gone = self.wake.send(());
+        }
+    }
+
+    fn told(&self, what: &str) -> Arc<str> {
+        format!("{} {what}", self.name).into()
+    }
+
+    fn supervise(&self, woken: &Receiver<()>) {
+        let mut retry = FIRST_RETRY;
+        let mut refused_pin = None;
+        while !self.pool.is_closed() {
+            let wait = match self.connect(refused_pin.as_ref()) {
+                Ok(connected) => {
+                    retry = FIRST_RETRY;
+                    tracing::info!(token = %self.name, "token connected");
+                    self.condition.send_replace(Condition::Up(Arc::new(connected)));
+                    self.changed.notify_one();
+                    None
+                }
+                Err(error) => {
+                    let reason = match error {
+                        NotConnected::Yet(reason) => reason,
+                        NotConnected::PinRefused(reason, pin) => {
+                            refused_pin = Some(pin);
+                            reason
+                        }
+                    };
+                    self.report_down(&reason);
+                    retry = (retry * 2).min(LAST_RETRY);
+                    Some(retry)
+                }
+            };
+            self.wait(woken, wait);
+        }
+        self.condition.send_replace(Condition::Down(self.told("is closed")));
+    }
+
+    /// Waits until the connection is lost or the end has come, or for `timeout` if there is no connection.
+    fn wait(&self, woken: &Receiver<()>, timeout: Option<Duration>) {
+        match timeout {
+            None => drop(woken.recv()),
+            Some(timeout) => match woken.recv_timeout(timeout) {
+                Ok(()) | Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => (),
+            },
+        }
+    }
+
+    /// Says why the token cannot be used; in the log only when the reason is a new one.
+    fn report_down(&self, reason: &str) {
+        let reason = self.told(&format!("is not usable: {reason}"));
+        let before = self.condition.send_replace(Condition::Down(Arc::clone(&reason)));
+        if !matches!(before, Condition::Down(same) if same == reason) {
+            tracing::error!("{reason}");
+        }
+    }
+
+    fn connect(&self, refused_pin: Option<&SecretString>) -> Result<Connected, NotConnected> {
+        let in_use = Module::acquire(&self.module).map_err(NotConnected::Yet)?;
+        let (slot, info) = self.find_slot(in_use.library()).map_err(NotConnected::Yet)?;
+        let pin = self.pin.read().map_err(|error| NotConnected::Yet(format!("{error}: {}", error.remedy())))?;
+        if refused_pin.is_some_and(|refused| refused.expose_secret() == pin.expose_secret()) {
+            let reason = format!("its PIN was refused before: write the right one into {}", self.pin);
+            return Err(NotConnected::PinRefused(reason, pin));
+        }
+        if info.user_pin_locked() {
+            return Err(NotConnected::Yet("its user PIN is locked: unlock it with the vendor's tools".into()));
+        }
+        let anchor = in_use
+            .library()
+            .open_rw_session(slot)
+            .map_err(|error| NotConnected::Yet(format!("no session can be opened: {}", CallError::from(error))))?;
+        match log_in(&anchor, &pin) {
+            Ok(()) => Ok(Connected { anchor: Mutex::new(anchor), pin, slot, in_use }),
+            Err(error) if error.class == Class::Pin => {
+                let reason = format!("{error}: write the right PIN into {}; this one is not tried again", self.pin);
+                Err(NotConnected::PinRefused(reason, pin))
+            }
+            Err(error) => Err(NotConnected::Yet(format!("login failed: {error}"))),
+        }
+    }
+
+    /// The one slot whose token the URI means.
+    fn find_slot(&self, library: &Pkcs11) -> Result<(Slot, TokenInfo), String> {
+        let slots = library.get_slots_with_token().map_err(|error| CallError::from(error).to_string())?;
+        let tokens: Vec<_> =
+            slots.into_iter().filter_map(|slot| Some((slot, library.get_token_info(slot).ok()?))).collect();
+        let meant = |info: &TokenInfo| {
+            self.uri.matches(info.label(), info.serial_number(), info.manufacturer_id(), info.model())
+        };
+        let mut matching = tokens.iter().filter(|(_, info)| info.token_initialized() && meant(info));
+        match (matching.next(), matching.next()) {
+            (Some((slot, info)), None) => Ok((*slot, info.clone())),
+            (Some((_, one)), Some((_, other))) => Err(format!(
+                "two tokens match it, serial numbers {} and {}: add `;serial=…` to the URI",
+                one.serial_number(),
+                other.serial_number()
+            )),
+            (None, _) => {
+                let there: BTreeSet<&str> = tokens.iter().map(|(_, info)| info.label()).collect();
+                let there: Vec<&str> = there.into_iter().filter(|label| !label.is_empty()).collect();
+                Err(format!(
+                    "no token of {} matches it; there: {}: insert it, or correct `tokens`",
+                    self.module.display(),
+                    if there.is_empty() { "none".into() } else { there.join(", ") }
+                ))
+            }
+        }
+    }
+}
+
+impl Connected {
+    pub(super) fn open_session(&self) -> Result<Session, CallError> {
+        Ok(self.in_use.library().open_rw_session(self.slot)?)
+    }
+
+    /// Logs in again after the token forgot the login.
+    pub(super) fn log_in_again(&self) -> Result<(), CallError> {
+        log_in(&self.anchor.lock().unwrap_or_else(PoisonError::into_inner), &self.pin)
+    }
+}
+
+/// A login belongs to the process: another session may have made it.
+fn log_in(session: &Session, pin: &SecretString) -> Result<(), CallError> {
+    match session.login(UserType::User, Some(pin)) {
+        Ok(()) | Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}

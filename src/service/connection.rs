@@ -1,0 +1,103 @@
+//! One accepted connection: its stream, and the key set that it was last told of.
+
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::UnixStream;
+use tonic::Request;
+use tonic::transport::server::Connected;
+
+use super::authority::MendAuthority;
+use crate::keyring::{ActiveSet, Keyring, KeyringError};
+
+/// An Encrypt this soon after a Status uses the key set that the Status announced: the API server drops an answer
+/// under another one, and asks for both in turn.
+const ANNOUNCEMENT_HOLDS: Duration = Duration::from_secs(5);
+
+/// What tonic serves.
+pub(super) struct Connection {
+    stream: MendAuthority<UnixStream>,
+    announced: Announced,
+}
+
+/// The key set of the last Status on this connection. Each of its requests carries it along.
+#[derive(Clone, Default)]
+pub(super) struct Announced(Arc<Mutex<Option<(Instant, Arc<ActiveSet>)>>>);
+
+impl Connection {
+    pub(super) fn new(stream: UnixStream) -> Self {
+        Self { stream: MendAuthority::new(stream), announced: Announced::default() }
+    }
+}
+
+impl Announced {
+    fn of<T>(request: &Request<T>) -> Option<&Self> {
+        request.extensions().get()
+    }
+
+    /// The set that is active, announced to the request's connection.
+    pub(super) fn announce<T>(request: &Request<T>, keyring: &Keyring) -> Result<Arc<ActiveSet>, KeyringError> {
+        let set = Arc::new(keyring.active(Timestamp::now())?);
+        keyring.health(&set)?;
+        if let Some(Self(announced)) = Self::of(request) {
+            let mut announced = announced.lock().unwrap_or_else(PoisonError::into_inner);
+            *announced = Some((Instant::now(), Arc::clone(&set)));
+        }
+        Ok(set)
+    }
+
+    /// The set to encrypt under: the one that was just announced, else the one that is active.
+    pub(super) fn or_active<T>(request: &Request<T>, keyring: &Keyring) -> Result<Arc<ActiveSet>, KeyringError> {
+        let announced = Self::of(request)
+            .and_then(|Self(announced)| announced.lock().unwrap_or_else(PoisonError::into_inner).clone());
+        match announced {
+            Some((when, set)) if when.elapsed() < ANNOUNCEMENT_HOLDS => Ok(set),
+            _ => keyring.active(Timestamp::now()).map(Arc::new),
+        }
+    }
+}
+
+impl Connected for Connection {
+    type ConnectInfo = Announced;
+
+    fn connect_info(&self) -> Announced {
+        self.announced.clone()
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+}

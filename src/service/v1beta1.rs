@@ -1,0 +1,59 @@
+//! KMS v1beta1, for clusters that move to v2: the API server has a DEK of its own encrypted for each object.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use tonic::{Request, Response, Status};
+use zeroize::Zeroizing;
+
+use super::connection::Announced;
+use super::proto::v1beta1::key_management_service_server::{KeyManagementService, KeyManagementServiceServer};
+use super::proto::v1beta1::{
+    DecryptRequest, DecryptResponse, EncryptRequest, EncryptResponse, VersionRequest, VersionResponse,
+};
+use super::{in_time, log, status_of};
+use crate::keyring::Keyring;
+
+/// The API server stores a wrapped DEK behind a length of two bytes.
+const CIPHER_LIMIT: usize = 65_535;
+
+/// The only version string that the API server takes.
+const VERSION: &str = "v1beta1";
+
+struct V1Beta1(Arc<Keyring>);
+
+pub(super) fn service(keyring: Arc<Keyring>) -> KeyManagementServiceServer<impl KeyManagementService> {
+    KeyManagementServiceServer::new(V1Beta1(keyring))
+}
+
+#[tonic::async_trait]
+impl KeyManagementService for V1Beta1 {
+    async fn version(&self, _request: Request<VersionRequest>) -> Result<Response<VersionResponse>, Status> {
+        Ok(Response::new(VersionResponse {
+            version: VERSION.into(),
+            runtime_name: env!("CARGO_PKG_NAME").into(),
+            runtime_version: env!("CARGO_PKG_VERSION").into(),
+        }))
+    }
+
+    async fn encrypt(&self, mut request: Request<EncryptRequest>) -> Result<Response<EncryptResponse>, Status> {
+        let began = Instant::now();
+        let plaintext = Zeroizing::new(std::mem::take(&mut request.get_mut().plain));
+        let answer = match Announced::or_active(&request, &self.0) {
+            Ok(set) => in_time(&request, |deadline| self.0.encrypt(&set, &plaintext, CIPHER_LIMIT, deadline)).await,
+            Err(error) => Err(error),
+        };
+        log("v1beta1 Encrypt", "", plaintext.len(), began, answer.as_ref().map(Vec::len));
+        let cipher = answer.map_err(|error| status_of(&error))?;
+        Ok(Response::new(EncryptResponse { cipher }))
+    }
+
+    async fn decrypt(&self, request: Request<DecryptRequest>) -> Result<Response<DecryptResponse>, Status> {
+        let began = Instant::now();
+        let cipher = &request.get_ref().cipher;
+        let answer = in_time(&request, |deadline| self.0.decrypt(cipher, None, deadline)).await;
+        log("v1beta1 Decrypt", "", cipher.len(), began, answer.as_ref().map(|plaintext| plaintext.len()));
+        let mut plain = answer.map_err(|error| status_of(&error))?;
+        Ok(Response::new(DecryptResponse { plain: std::mem::take(&mut plain) }))
+    }
+}

@@ -1,0 +1,80 @@
+//! KMS v2 (KEP-3299): the API server asks for the status, and has a seed encrypted and decrypted.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use tonic::{Request, Response, Status};
+use zeroize::Zeroizing;
+
+use super::connection::Announced;
+use super::proto::v2::key_management_service_server::{KeyManagementService, KeyManagementServiceServer};
+use super::proto::v2::{
+    DecryptRequest, DecryptResponse, EncryptRequest, EncryptResponse, StatusRequest, StatusResponse,
+};
+use super::{in_time, log, status_of};
+use crate::keyring::{ActiveSet, Keyring, KeyringError};
+use crate::secret::Plaintext;
+
+/// The API server takes a ciphertext of 1 to 1,024 bytes.
+const CIPHERTEXT_LIMIT: usize = 1024;
+
+/// The name by which the API server knows this version of the service.
+const VERSION: &str = "v2";
+
+struct V2(Arc<Keyring>);
+
+pub(super) fn service(keyring: Arc<Keyring>) -> KeyManagementServiceServer<impl KeyManagementService> {
+    KeyManagementServiceServer::new(V2(keyring))
+}
+
+impl V2 {
+    async fn encrypt(&self, set: &ActiveSet, plaintext: &[u8], deadline: Instant) -> Result<Vec<u8>, KeyringError> {
+        self.0.encrypt(set, plaintext, CIPHERTEXT_LIMIT, deadline).await
+    }
+
+    async fn decrypt(&self, request: &DecryptRequest, deadline: Instant) -> Result<Plaintext, KeyringError> {
+        if !request.annotations.is_empty() {
+            return Err(KeyringError::BadCiphertext); // we never send any
+        }
+        self.0.decrypt(&request.ciphertext, Some(&request.key_id), deadline).await
+    }
+}
+
+#[tonic::async_trait]
+impl KeyManagementService for V2 {
+    async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
+        let began = Instant::now();
+        let set = Announced::announce(&request, &self.0);
+        log("Status", "", 0, began, set.as_ref().map(|_| 0));
+        let set = set.map_err(|error| status_of(&error))?;
+        Ok(Response::new(StatusResponse {
+            version: VERSION.into(),
+            healthz: "ok".into(),
+            key_id: set.key_set.to_string(),
+        }))
+    }
+
+    async fn encrypt(&self, mut request: Request<EncryptRequest>) -> Result<Response<EncryptResponse>, Status> {
+        let began = Instant::now();
+        let plaintext = Zeroizing::new(std::mem::take(&mut request.get_mut().plaintext));
+        let answer = match Announced::or_active(&request, &self.0) {
+            Ok(set) => in_time(&request, |deadline| self.encrypt(&set, &plaintext, deadline))
+                .await
+                .map(|ciphertext| (ciphertext, set.key_set)),
+            Err(error) => Err(error),
+        };
+        let sent = answer.as_ref().map(|(ciphertext, _)| ciphertext.len());
+        log("Encrypt", &request.get_ref().uid, plaintext.len(), began, sent);
+        let (ciphertext, key_set) = answer.map_err(|error| status_of(&error))?;
+        Ok(Response::new(EncryptResponse { ciphertext, key_id: key_set.to_string(), annotations: Default::default() }))
+    }
+
+    async fn decrypt(&self, request: Request<DecryptRequest>) -> Result<Response<DecryptResponse>, Status> {
+        let began = Instant::now();
+        let answer = in_time(&request, |deadline| self.decrypt(request.get_ref(), deadline)).await;
+        let sent = answer.as_ref().map(|plaintext| plaintext.len());
+        log("Decrypt", &request.get_ref().uid, request.get_ref().ciphertext.len(), began, sent);
+        let mut plaintext = answer.map_err(|error| status_of(&error))?;
+        Ok(Response::new(DecryptResponse { plaintext: std::mem::take(&mut plaintext) }))
+    }
+}

@@ -1,0 +1,262 @@
+//! The few small files that one host remembers between runs: references, the activation mark, wrap counters.
+//!
+//! Each is JSON, written aside, synced and renamed, so that a power loss leaves the old one or the new one. Other
+//! processes of this host (`key generate` beside `serve`) use the same directory: a KEK has files of its own, and what
+//! is read, changed and written happens under a lock. When the disk fails, what was learned is kept in memory and the
+//! service goes on; the log says so.
+
+use std::collections::HashMap;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use jiff::Timestamp;
+use rustix::fs::{FlockOperation, OFlags};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::identity::Identity;
+
+/// A random value that a KEK wrapped when it was first seen, by which that KEK is recognised later.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Reference {
+    /// The wrapped value, in hex.
+    pub wrapped: String,
+    /// SHA-256 of the value, in hex.
+    pub sha256: String,
+}
+
+/// The KEK that this host has made active for one provider, and never leaves for a lower one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Mark {
+    /// The provider's name when the mark was made, for people: a mark belongs to whoever has the KEK.
+    pub provider: String,
+    /// The KEK.
+    pub identity: Identity,
+    /// Its activation instant.
+    pub not_before: Timestamp,
+    /// Its name within the provider (pkcs11: CKA_ID) in hex, which orders KEKs of one instant.
+    pub id: String,
+}
+
+/// The directory of state files. All methods block on the disk; they are called seldom.
+#[derive(Debug)]
+pub struct State {
+    directory: PathBuf,
+    remembered: Mutex<Remembered>,
+}
+
+/// What the files say, or would say if the disk had taken it.
+#[derive(Debug, Default)]
+struct Remembered {
+    references: HashMap<Identity, Reference>,
+    marks: Option<Vec<Mark>>,
+}
+
+/// The state directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("{path}: {what}", path = .path.display())]
+pub struct StateError {
+    path: PathBuf,
+    what: String,
+}
+
+impl StateError {
+    /// What to do about it.
+    #[must_use]
+    pub fn remedy(&self) -> String {
+        let user = rustix::process::geteuid().as_raw();
+        format!("give uid {user} a directory of its own with mode 0700, and name it with keyring.state")
+    }
+}
+
+impl State {
+    /// Opens the directory, and makes it (0700) where it is missing.
+    ///
+    /// # Errors
+    /// It cannot be made or written, or others may write into it.
+    pub fn open(directory: &Path) -> Result<Self, StateError> {
+        let error = |what: String| StateError { path: directory.to_owned(), what };
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory)
+            .map_err(|cause| error(format!("cannot be made: {cause}")))?;
+        let metadata = fs::metadata(directory).map_err(|cause| error(cause.to_string()))?;
+        if metadata.mode() & 0o022 != 0 {
+            return Err(error(format!("can be changed by others: its mode is {:04o}", metadata.mode() & 0o7777)));
+        }
+        let state = Self { directory: directory.to_owned(), remembered: Mutex::default() };
+        state.lock_directory().map_err(|cause| error(format!("cannot be written: {cause}")))?;
+        Ok(state)
+    }
+
+    /// The reference of a KEK that was seen before.
+    pub fn reference(&self, identity: Identity) -> Option<Reference> {
+        if let Some(reference) = self.remembered().references.get(&identity) {
+            return Some(reference.clone());
+        }
+        let reference: Reference = self.read(&reference_file(identity))?;
+        self.remembered().references.insert(identity, reference.clone());
+        Some(reference)
+    }
+
+    /// Keeps the reference of a KEK that is seen for the first time. If another process was first, its reference is
+    /// the one that stays, and is returned.
+    pub fn keep_reference(&self, identity: Identity, reference: Reference) -> Reference {
+        let name = reference_file(identity);
+        let kept = self.locked(|| {
+            let first = self.read(&name);
+            if first.is_none() {
+                self.write(&name, &reference)?;
+            }
+            Ok(first)
+        });
+        let reference = kept.ok().flatten().unwrap_or(reference);
+        self.remembered().references.insert(identity, reference.clone());
+        reference
+    }
+
+    /// Every mark that this host has made.
+    pub fn marks(&self) -> Vec<Mark> {
+        let mut remembered = self.remembered();
+        remembered.marks.get_or_insert_with(|| self.read(MARKS_FILE).unwrap_or_default()).clone()
+    }
+
+    /// Replaces the marks.
+    pub fn set_marks(&self, marks: Vec<Mark>) {
+        let _logged = self.locked(|| self.write(MARKS_FILE, &marks));
+        self.remembered().marks = Some(marks);
+    }
+
+    /// Sets the next `count` wraps of a KEK aside for this process and returns how many this host had set aside
+    /// before: a crash can only make the counter run ahead. `None`: the disk does not take it.
+    pub fn reserve_wraps(&self, identity: Identity, count: u64) -> Option<u64> {
+        let name = format!("wraps-{identity}.json");
+        self.locked(|| {
+            let before: u64 = self.read(&name).unwrap_or_default();
+            self.write(&name, &before.saturating_add(count))?;
+            Ok(before)
+        })
+        .ok()
+    }
+
+    fn remembered(&self) -> MutexGuard<'_, Remembered> {
+        self.remembered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs `change` while no other process changes anything here; a failure is logged.
+    fn locked<T>(&self, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let changed = self.lock_directory().and_then(|_lock| change());
+        changed.inspect_err(|error| {
+            tracing::error!(directory = %self.directory.display(), %error, "state cannot be kept on disk; it is kept in memory");
+        })
+    }
+
+    /// Holds the lock until the file is dropped.
+    fn lock_directory(&self) -> io::Result<File> {
+        let file = self.create("lock")?;
+        rustix::fs::flock(&file, FlockOperation::LockExclusive)?;
+        Ok(file)
+    }
+
+    fn read<T: DeserializeOwned>(&self, name: &str) -> Option<T> {
+        let path = self.directory.join(name);
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
+            Err(error) => {
+                tracing::error!(file = %path.display(), %error, "state file cannot be read");
+                return None;
+            }
+        };
+        serde_json::from_slice(&text)
+            .inspect_err(|error| tracing::error!(file = %path.display(), %error, "state file is damaged"))
+            .ok()
+    }
+
+    fn write<T: Serialize>(&self, name: &str, value: &T) -> io::Result<()> {
+        let aside = format!("{name}.new");
+        let mut file = self.create(&aside)?;
+        file.set_len(0)?;
+        serde_json::to_writer(&mut file, value)?;
+        file.write_all(b"\n")?;
+        file.sync_all()?;
+        fs::rename(self.directory.join(aside), self.directory.join(name))?;
+        File::open(&self.directory)?.sync_all()
+    }
+
+    /// Opens or creates a file, 0600, owned by the directory's owner even where root runs a verb beside the daemon. No
+    /// link is followed: the daemon's user must not be able to point root at a file of its choice.
+    fn create(&self, name: &str) -> io::Result<File> {
+        let path = self.directory.join(name);
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(OFlags::NOFOLLOW.bits() as i32)
+            .open(&path)?;
+        let directory = fs::metadata(&self.directory)?;
+        if rustix::process::geteuid().is_root() {
+            std::os::unix::fs::fchown(&file, Some(directory.uid()), Some(directory.gid()))?;
+        }
+        Ok(file)
+    }
+}
+
+const MARKS_FILE: &str = "active.json";
+
+fn reference_file(identity: Identity) -> String {
+    format!("reference-{identity}.json")
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    const KEK: Identity = Identity::from_bytes([7; 16]);
+
+    fn reference(fill: &str) -> Reference {
+        Reference { wrapped: fill.into(), sha256: fill.into() }
+    }
+
+    #[test]
+    fn what_is_kept_is_there_in_the_next_run() {
+        let directory = tempfile::tempdir().unwrap();
+        let mark = Mark { provider: "hsm".into(), identity: KEK, not_before: Timestamp::now(), id: "00".into() };
+        let first = State::open(directory.path()).unwrap();
+        first.set_marks(vec![mark.clone()]);
+        assert_eq!(first.keep_reference(KEK, reference("aa")), reference("aa"));
+        assert_eq!(first.reserve_wraps(KEK, 10), Some(0));
+
+        let next = State::open(directory.path()).unwrap();
+        assert_eq!(next.marks(), [mark]);
+        assert_eq!(next.keep_reference(KEK, reference("bb")), reference("aa"), "the first one stays");
+        assert_eq!(next.reference(KEK), Some(reference("aa")));
+        assert_eq!(next.reserve_wraps(KEK, 10), Some(10));
+        assert_eq!(next.reference(Identity::from_bytes([8; 16])), None);
+    }
+
+    #[test]
+    fn a_damaged_file_is_as_good_as_none() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join(MARKS_FILE), "[{").unwrap();
+        assert_eq!(State::open(directory.path()).unwrap().marks(), []);
+    }
+
+    #[test]
+    fn a_directory_that_others_can_write_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        let error = State::open(directory.path()).unwrap_err();
+        assert!(error.to_string().contains("0777"), "{error}");
+    }
+}

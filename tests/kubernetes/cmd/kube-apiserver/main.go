@@ -1,0 +1,19 @@
+//go:build servers
+
+// Command kube-apiserver is the real Kubernetes API server, built as a dependency of these tests.
+// The build tag keeps `go test ./...` from compiling it: only build.sh does.
+package main
+
+import (
+	"os"
+
+	"k8s.io/component-base/cli"
+	_ "k8s.io/component-base/logs/json/register"
+	_ "k8s.io/component-base/metrics/prometheus/clientgo"
+	_ "k8s.io/component-base/metrics/prometheus/version"
+	"k8s.io/kubernetes/cmd/kube-apiserver/app"
+)
+
+func main() {
+	os.Exit(cli.Run(app.NewAPIServerCommand()))
+}
