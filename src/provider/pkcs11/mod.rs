@@ -20,7 +20,7 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tokio::sync::Notify;
@@ -35,6 +35,9 @@ use crate::envelope::WrapAlgorithm;
 use crate::identity::Identity;
 use crate::secret::Dek;
 use crate::state::State;
+
+/// How long the end waits for calls into the module.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Tokens that hold the same KEKs. Its threads end when it is dropped.
 pub struct Pkcs11 {
@@ -182,7 +185,12 @@ impl Pkcs11 {
 
 impl Drop for Pkcs11 {
     fn drop(&mut self) {
-        self.tokens.iter().for_each(|token| token.close());
+        // A library must not be unloaded, as at the end of the process, under a thread that is inside it.
+        for token in &self.tokens {
+            if !token.close(PATIENCE) {
+                tracing::warn!(token = %token.name, "a call into the module does not return");
+            }
+        }
     }
 }
 

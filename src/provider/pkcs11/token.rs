@@ -42,6 +42,8 @@ pub(super) struct Token {
     wake: Sender<()>,
     /// Told of every new connection.
     changed: Arc<Notify>,
+    /// Each thread holds a sender; when all are gone, so are the sessions.
+    threads: Mutex<Receiver<()>>,
 }
 
 /// What the supervisor knows of the token.
@@ -84,6 +86,7 @@ impl Token {
         changed: Arc<Notify>,
     ) -> std::io::Result<Arc<Self>> {
         let (wake, woken) = mpsc::channel();
+        let (running, threads) = mpsc::channel();
         let rules = Rules {
             label: provider.label.clone(),
             modes: provider.profile.modes.clone(),
@@ -100,20 +103,22 @@ impl Token {
             condition: watch::Sender::new(Condition::Connecting),
             wake,
             changed,
+            threads: Mutex::new(threads),
         });
         for n in 1..=provider.sessions {
-            let worker = Arc::clone(&token);
-            thread::Builder::new().name(format!("session-{n}")).spawn(move || worker.pool.work(&worker))?;
+            spawn(format!("session-{n}"), &token, &running, |token| token.pool.work(token))?;
         }
-        let supervisor = Arc::clone(&token);
-        thread::Builder::new().name("token".into()).spawn(move || supervisor.supervise(&woken))?;
+        spawn("token".into(), &token, &running, move |token| token.supervise(&woken))?;
         Ok(token)
     }
 
-    /// Lets what waits be served, then ends the threads and the connection.
-    pub(super) fn close(&self) {
+    /// Lets what waits be served, then ends the threads and the connection. Returns whether all of them have ended
+    /// within `patience`; a call that hangs in the module keeps its thread.
+    pub(super) fn close(&self, patience: Duration) -> bool {
         self.pool.close();
         let _supervisor_gone = self.wake.send(());
+        let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        matches!(threads.recv_timeout(patience), Err(RecvTimeoutError::Disconnected))
     }
 
     /// Whether it can be used, and through what.
@@ -263,6 +268,20 @@ impl Connected {
     pub(super) fn log_in_again(&self) -> Result<(), CallError> {
         log_in(&self.anchor.lock().unwrap_or_else(PoisonError::into_inner), &self.pin)
     }
+}
+
+fn spawn(
+    name: String,
+    token: &Arc<Token>,
+    running: &Sender<()>,
+    work: impl FnOnce(&Token) + Send + 'static,
+) -> std::io::Result<()> {
+    let (token, running) = (Arc::clone(token), running.clone());
+    thread::Builder::new().name(name).spawn(move || {
+        work(&token);
+        drop(running);
+    })?;
+    Ok(())
 }
 
 /// A login belongs to the process: another session may have made it.
