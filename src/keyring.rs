@@ -28,8 +28,8 @@ use crate::state::State;
 
 /// How often the providers are asked for new KEKs.
 const LOOK_EVERY: Duration = Duration::from_secs(30);
-/// How often at most an unknown identity makes the keyring look at once.
-const LOOK_AT_ONCE_EVERY: Duration = Duration::from_secs(5);
+/// How often while nothing can be encrypted; and how often at most an unknown identity makes the keyring look at once.
+const LOOK_SOON: Duration = Duration::from_secs(5);
 /// How long a look, and the round trip after it, may take.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(10);
 /// Key sets tried before a `key_id` counts as unknown; hundreds of KEKs on several providers would make more.
@@ -70,8 +70,9 @@ impl Keyring {
     pub async fn keep_looking(&self) {
         loop {
             self.look().await;
+            let well = self.active(Timestamp::now()).is_ok_and(|set| self.health(&set).is_ok());
             let changed = select_all(self.members.iter().map(|member| member.provider.changed()));
-            let _changed_or_due = tokio::time::timeout(LOOK_EVERY, changed).await;
+            let _changed_or_due = tokio::time::timeout(if well { LOOK_EVERY } else { LOOK_SOON }, changed).await;
         }
     }
 
@@ -293,7 +294,7 @@ impl Keyring {
     /// Looks now, unless that was done a moment ago: whoever sends unknown identities must not keep the tokens busy.
     async fn look_at_once(&self) {
         let mut last = self.looked_at_once.lock().await;
-        if last.is_none_or(|last| last.elapsed() >= LOOK_AT_ONCE_EVERY) {
+        if last.is_none_or(|last| last.elapsed() >= LOOK_SOON) {
             *last = Some(Instant::now());
             self.look().await;
         }

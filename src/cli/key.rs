@@ -9,7 +9,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
 use super::output::{Failure, Format, print, print_json, table};
-use super::{ConfigArgs, OutputArgs};
+use super::{ConfigArgs, OutputArgs, duration};
 use crate::config::{Config, Mode, Provider};
 use crate::identity::Identity;
 use crate::keyring::{KekDescription, Keyring};
@@ -57,7 +57,7 @@ pub(super) struct GenerateArgs {
     #[arg(long, value_name = "NAME")]
     provider: Option<String>,
     /// When it becomes active, from now [default: 10m; at once for the first KEK].
-    #[arg(long, value_name = "DURATION")]
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
     activate_in: Option<SignedDuration>,
     /// How it wraps [default: the profile's first mode].
     #[arg(long)]

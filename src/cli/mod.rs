@@ -13,6 +13,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
+use jiff::SignedDuration;
 
 use self::output::{Failure, Format};
 use crate::config::DEFAULT_PATH;
@@ -85,6 +86,11 @@ struct OutputArgs {
     /// How to print.
     #[arg(long, value_name = "FORMAT", default_value = "text")]
     output: Format,
+}
+
+/// Reads a duration such as `10m`, `1h30m` or `0s`.
+fn duration(text: &str) -> Result<SignedDuration, String> {
+    text.parse().map_err(|_| "a duration is written as 90s, 10m, 1h30m or 0s".to_owned())
 }
 
 /// Runs the program.

@@ -13,12 +13,10 @@ use crate::service::client::ClientError;
 use crate::service::listener::BindError;
 use crate::state::StateError;
 
-/// How a result is printed.
+/// How a result is printed: for people, or for programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(super) enum Format {
-    /// For people.
     Text,
-    /// For programs.
     Json,
 }
 

@@ -1,13 +1,14 @@
 //! `trousseau probe`: a value goes out and comes back.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use clap::Args;
+use jiff::SignedDuration;
 use serde::Serialize;
 use zeroize::Zeroizing;
 
 use super::output::{Failure, Format, print, print_json};
-use super::{OutputArgs, SocketArgs};
+use super::{OutputArgs, SocketArgs, duration};
 use crate::service::client::{Client, ClientError};
 
 pub(super) const EXAMPLES: &str = "It calls Status, then encrypts 32 random bytes, decrypts them and compares.
@@ -20,9 +21,9 @@ Examples:
 pub(super) struct ProbeArgs {
     #[command(flatten)]
     socket: SocketArgs,
-    /// How long each call may take, in milliseconds.
-    #[arg(long, value_name = "MS", default_value = "3000")]
-    timeout: u64,
+    /// How long each call may take.
+    #[arg(long, value_name = "DURATION", default_value = "3s", value_parser = duration)]
+    timeout: SignedDuration,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -47,7 +48,7 @@ pub(super) fn run(args: &ProbeArgs) -> Result<(), Failure> {
 }
 
 async fn probe(args: &ProbeArgs) -> Result<Probed, Failure> {
-    let mut client = Client::connect(&args.socket.socket, Duration::from_millis(args.timeout)).await?;
+    let mut client = Client::connect(&args.socket.socket, args.timeout.unsigned_abs()).await?;
     let mut seed = Zeroizing::new(vec![0; 32]);
     getrandom::fill(&mut seed).map_err(|error| Failure::failed(format!("getrandom(2): {error}"), ""))?;
 

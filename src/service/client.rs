@@ -15,7 +15,7 @@ use super::proto::v2::{DecryptRequest, EncryptRequest, StatusRequest};
 pub struct Client(KeyManagementServiceClient<Channel>);
 
 /// What Status answered.
-#[derive(Clone, Debug, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct PluginStatus {
     /// The version of the service: `v2`.

@@ -27,7 +27,13 @@ pub(super) struct Connection {
 
 /// The key set of the last Status on this connection. Each of its requests carries it along.
 #[derive(Clone, Default)]
-pub(super) struct Announced(Arc<Mutex<Option<(Instant, Arc<ActiveSet>)>>>);
+pub(super) struct Announced(Arc<Mutex<Option<Announcement>>>);
+
+#[derive(Clone)]
+struct Announcement {
+    when: Instant,
+    set: Arc<ActiveSet>,
+}
 
 impl Connection {
     pub(super) fn new(stream: UnixStream) -> Self {
@@ -46,7 +52,7 @@ impl Announced {
         keyring.health(&set)?;
         if let Some(Self(announced)) = Self::of(request) {
             let mut announced = announced.lock().unwrap_or_else(PoisonError::into_inner);
-            *announced = Some((Instant::now(), Arc::clone(&set)));
+            *announced = Some(Announcement { when: Instant::now(), set: Arc::clone(&set) });
         }
         Ok(set)
     }
@@ -56,7 +62,7 @@ impl Announced {
         let announced = Self::of(request)
             .and_then(|Self(announced)| announced.lock().unwrap_or_else(PoisonError::into_inner).clone());
         match announced {
-            Some((when, set)) if when.elapsed() < ANNOUNCEMENT_HOLDS => Ok(set),
+            Some(Announcement { when, set }) if when.elapsed() < ANNOUNCEMENT_HOLDS => Ok(set),
             _ => keyring.active(Timestamp::now()).map(Arc::new),
         }
     }

@@ -8,18 +8,19 @@ pub mod authority;
 pub mod client;
 mod connection;
 pub mod listener;
+mod requests;
 mod v1beta1;
 mod v2;
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tonic::transport::Server;
-use tonic::{Code, Request, Status};
 
 use self::listener::Listener;
-use crate::keyring::{Keyring, KeyringError};
+use self::requests::Requests;
+use crate::keyring::Keyring;
 
 /// The messages and service traits of `proto/`.
 mod proto {
@@ -34,12 +35,10 @@ mod proto {
     }
 }
 
-/// What a request without a deadline of its own gets: the API server's default.
-const DEFAULT_TIMEOUT: Duration = Duration::from_secs(3);
-/// No request is worked on for longer.
-const LONGEST_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long the end waits for what was accepted.
+/// How long the end waits for the answers to what was accepted.
 const DRAIN: Duration = Duration::from_secs(5);
+/// How long no request may be under way before all that was accepted counts as answered.
+const QUIET: Duration = Duration::from_millis(100);
 
 /// Serves until `shutdown`, then answers what was accepted.
 ///
@@ -52,10 +51,10 @@ pub async fn serve(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
     let (drain, draining) = tokio::sync::oneshot::channel::<()>();
-    let old = with_v1beta1.then(|| v1beta1::service(Arc::clone(keyring)));
+    let requests = Arc::new(Requests::new(Arc::clone(keyring)));
     let server = Server::builder()
-        .add_service(v2::service(Arc::clone(keyring)))
-        .add_optional_service(old)
+        .add_service(v2::service(Arc::clone(&requests)))
+        .add_optional_service(with_v1beta1.then(|| v1beta1::service(Arc::clone(&requests))))
         .serve_with_incoming_shutdown(listener.connections(), async {
             let _told = draining.await;
         });
@@ -64,79 +63,10 @@ pub async fn serve(
         ended = &mut server => return ended,
         () = shutdown => drop(drain),
     }
-    // A connection that never sent anything would keep the server for ever.
-    tokio::time::timeout(DRAIN, server).await.unwrap_or(Ok(()))
-}
-
-/// Runs a request's work until its deadline (`grpc-timeout`, gRPC over HTTP/2).
-async fn in_time<T, R, W>(request: &Request<R>, work: impl FnOnce(Instant) -> W) -> Result<T, KeyringError>
-where
-    W: Future<Output = Result<T, KeyringError>>,
-{
-    let sent = request.metadata().get("grpc-timeout").and_then(|value| value.to_str().ok()).and_then(parse_timeout);
-    let deadline = Instant::now() + sent.unwrap_or(DEFAULT_TIMEOUT).min(LONGEST_TIMEOUT);
-    let late = |_| KeyringError::Deadline("the request's own deadline has passed".into());
-    tokio::time::timeout_at(deadline.into(), work(deadline)).await.unwrap_or_else(|elapsed| Err(late(elapsed)))
-}
-
-/// At most eight digits and a unit.
-fn parse_timeout(text: &str) -> Option<Duration> {
-    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    let number: u64 = digits.parse().ok().filter(|_| digits.len() <= 8)?;
-    Some(match unit {
-        "H" => Duration::from_secs(number * 3600),
-        "M" => Duration::from_secs(number * 60),
-        "S" => Duration::from_secs(number),
-        "m" => Duration::from_millis(number),
-        "u" => Duration::from_micros(number),
-        "n" => Duration::from_nanos(number),
-        _ => return None,
-    })
-}
-
-/// The contract of design and README: each situation has its code.
-fn status_of(error: &KeyringError) -> Status {
-    let code = match error {
-        KeyringError::PlaintextLength { .. } | KeyringError::BadCiphertext => Code::InvalidArgument,
-        KeyringError::UnknownKey(_) => Code::FailedPrecondition,
-        KeyringError::Busy(_) => Code::ResourceExhausted,
-        KeyringError::Deadline(_) => Code::DeadlineExceeded,
-        KeyringError::Unavailable(_) => Code::Unavailable,
-        KeyringError::Internal(_) => Code::Internal,
-    };
-    Status::new(code, error.to_string())
-}
-
-/// One line a request: its uid, sizes, time and outcome, and nothing else of it.
-fn log(call: &'static str, uid: &str, received: usize, began: Instant, outcome: Result<usize, &KeyringError>) {
-    let uid: String = uid.chars().filter(|letter| letter.is_ascii_graphic()).take(64).collect();
-    let micros = began.elapsed().as_micros();
-    match outcome {
-        Ok(sent) => tracing::debug!(call, uid, received, sent, micros, "done"),
-        Err(error) => tracing::warn!(call, uid, received, micros, %error, "failed"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn timeouts_are_read_as_grpc_writes_them() {
-        for (text, timeout) in [
-            ("3S", Some(Duration::from_secs(3))),
-            ("2999877u", Some(Duration::from_micros(2_999_877))),
-            ("1H", Some(Duration::from_secs(3600))),
-            ("00000005m", Some(Duration::from_millis(5))),
-            ("123456789n", None),
-            ("S", None),
-            ("", None),
-            ("3", None),
-            ("3X", None),
-            ("-3S", None),
-            ("3é", None),
-        ] {
-            assert_eq!(parse_timeout(text), timeout, "{text}");
-        }
+    // The server itself would wait for every peer to hang up, and an idle one need not.
+    tokio::select! {
+        ended = server => ended,
+        () = requests.quiet_for(QUIET) => Ok(()),
+        () = tokio::time::sleep(DRAIN) => Ok(()),
     }
 }

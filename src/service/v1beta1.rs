@@ -11,8 +11,7 @@ use super::proto::v1beta1::key_management_service_server::{KeyManagementService,
 use super::proto::v1beta1::{
     DecryptRequest, DecryptResponse, EncryptRequest, EncryptResponse, VersionRequest, VersionResponse,
 };
-use super::{in_time, log, status_of};
-use crate::keyring::Keyring;
+use super::requests::{Requests, log, status_of};
 
 /// The API server stores a wrapped DEK behind a length of two bytes.
 const CIPHER_LIMIT: usize = 65_535;
@@ -20,10 +19,10 @@ const CIPHER_LIMIT: usize = 65_535;
 /// The only version string that the API server takes.
 const VERSION: &str = "v1beta1";
 
-struct V1Beta1(Arc<Keyring>);
+struct V1Beta1(Arc<Requests>);
 
-pub(super) fn service(keyring: Arc<Keyring>) -> KeyManagementServiceServer<impl KeyManagementService> {
-    KeyManagementServiceServer::new(V1Beta1(keyring))
+pub(super) fn service(requests: Arc<Requests>) -> KeyManagementServiceServer<impl KeyManagementService> {
+    KeyManagementServiceServer::new(V1Beta1(requests))
 }
 
 #[tonic::async_trait]
@@ -39,8 +38,12 @@ impl KeyManagementService for V1Beta1 {
     async fn encrypt(&self, mut request: Request<EncryptRequest>) -> Result<Response<EncryptResponse>, Status> {
         let began = Instant::now();
         let plaintext = Zeroizing::new(std::mem::take(&mut request.get_mut().plain));
-        let answer = match Announced::or_active(&request, &self.0) {
-            Ok(set) => in_time(&request, |deadline| self.0.encrypt(&set, &plaintext, CIPHER_LIMIT, deadline)).await,
+        let answer = match Announced::or_active(&request, &self.0.keyring) {
+            Ok(set) => {
+                self.0
+                    .in_time(&request, |deadline| self.0.keyring.encrypt(&set, &plaintext, CIPHER_LIMIT, deadline))
+                    .await
+            }
             Err(error) => Err(error),
         };
         log("v1beta1 Encrypt", "", plaintext.len(), began, answer.as_ref().map(Vec::len));
@@ -51,7 +54,7 @@ impl KeyManagementService for V1Beta1 {
     async fn decrypt(&self, request: Request<DecryptRequest>) -> Result<Response<DecryptResponse>, Status> {
         let began = Instant::now();
         let cipher = &request.get_ref().cipher;
-        let answer = in_time(&request, |deadline| self.0.decrypt(cipher, None, deadline)).await;
+        let answer = self.0.in_time(&request, |deadline| self.0.keyring.decrypt(cipher, None, deadline)).await;
         log("v1beta1 Decrypt", "", cipher.len(), began, answer.as_ref().map(|plaintext| plaintext.len()));
         let mut plain = answer.map_err(|error| status_of(&error))?;
         Ok(Response::new(DecryptResponse { plain: std::mem::take(&mut plain) }))

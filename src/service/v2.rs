@@ -11,8 +11,8 @@ use super::proto::v2::key_management_service_server::{KeyManagementService, KeyM
 use super::proto::v2::{
     DecryptRequest, DecryptResponse, EncryptRequest, EncryptResponse, StatusRequest, StatusResponse,
 };
-use super::{in_time, log, status_of};
-use crate::keyring::{ActiveSet, Keyring, KeyringError};
+use super::requests::{Requests, log, status_of};
+use crate::keyring::{ActiveSet, KeyringError};
 use crate::secret::Plaintext;
 
 /// The API server takes a ciphertext of 1 to 1,024 bytes.
@@ -21,22 +21,22 @@ const CIPHERTEXT_LIMIT: usize = 1024;
 /// The name by which the API server knows this version of the service.
 const VERSION: &str = "v2";
 
-struct V2(Arc<Keyring>);
+struct V2(Arc<Requests>);
 
-pub(super) fn service(keyring: Arc<Keyring>) -> KeyManagementServiceServer<impl KeyManagementService> {
-    KeyManagementServiceServer::new(V2(keyring))
+pub(super) fn service(requests: Arc<Requests>) -> KeyManagementServiceServer<impl KeyManagementService> {
+    KeyManagementServiceServer::new(V2(requests))
 }
 
 impl V2 {
     async fn encrypt(&self, set: &ActiveSet, plaintext: &[u8], deadline: Instant) -> Result<Vec<u8>, KeyringError> {
-        self.0.encrypt(set, plaintext, CIPHERTEXT_LIMIT, deadline).await
+        self.0.keyring.encrypt(set, plaintext, CIPHERTEXT_LIMIT, deadline).await
     }
 
     async fn decrypt(&self, request: &DecryptRequest, deadline: Instant) -> Result<Plaintext, KeyringError> {
         if !request.annotations.is_empty() {
             return Err(KeyringError::BadCiphertext); // we never send any
         }
-        self.0.decrypt(&request.ciphertext, Some(&request.key_id), deadline).await
+        self.0.keyring.decrypt(&request.ciphertext, Some(&request.key_id), deadline).await
     }
 }
 
@@ -44,7 +44,7 @@ impl V2 {
 impl KeyManagementService for V2 {
     async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
         let began = Instant::now();
-        let set = Announced::announce(&request, &self.0);
+        let set = Announced::announce(&request, &self.0.keyring);
         log("Status", "", 0, began, set.as_ref().map(|_| 0));
         let set = set.map_err(|error| status_of(&error))?;
         Ok(Response::new(StatusResponse {
@@ -57,8 +57,10 @@ impl KeyManagementService for V2 {
     async fn encrypt(&self, mut request: Request<EncryptRequest>) -> Result<Response<EncryptResponse>, Status> {
         let began = Instant::now();
         let plaintext = Zeroizing::new(std::mem::take(&mut request.get_mut().plaintext));
-        let answer = match Announced::or_active(&request, &self.0) {
-            Ok(set) => in_time(&request, |deadline| self.encrypt(&set, &plaintext, deadline))
+        let answer = match Announced::or_active(&request, &self.0.keyring) {
+            Ok(set) => self
+                .0
+                .in_time(&request, |deadline| self.encrypt(&set, &plaintext, deadline))
                 .await
                 .map(|ciphertext| (ciphertext, set.key_set)),
             Err(error) => Err(error),
@@ -71,7 +73,7 @@ impl KeyManagementService for V2 {
 
     async fn decrypt(&self, request: Request<DecryptRequest>) -> Result<Response<DecryptResponse>, Status> {
         let began = Instant::now();
-        let answer = in_time(&request, |deadline| self.decrypt(request.get_ref(), deadline)).await;
+        let answer = self.0.in_time(&request, |deadline| self.decrypt(request.get_ref(), deadline)).await;
         let sent = answer.as_ref().map(|plaintext| plaintext.len());
         log("Decrypt", &request.get_ref().uid, request.get_ref().ciphertext.len(), began, sent);
         let mut plaintext = answer.map_err(|error| status_of(&error))?;

@@ -89,6 +89,7 @@ impl Lane {
             None => self.make_reference(kek, handle)?,
         }
         self.handles.insert(kek.identity, handle);
+        self.connected.proved().insert(kek.identity);
         Ok(handle)
     }
 
@@ -102,6 +103,7 @@ impl Lane {
         ])?;
         match *found.as_slice() {
             [handle] => Ok(handle),
+            [] if self.connected.proved().contains(&kek.identity) => Err(gone(&kek.id)),
             [] => Err(CallError::new(Class::Refused, "C_FindObjects", format!("no key {}", hex(&kek.id)))),
             _ => Err(CallError::new(Class::Refused, "C_FindObjects", format!("several keys {}", hex(&kek.id)))),
         }
@@ -150,13 +152,18 @@ impl Lane {
         let label = Attribute::Label(rules.label.clone().into_bytes());
         let mut inventory = Inventory { keks: Vec::new(), refused: Vec::new() };
         let mut found: Vec<(String, Admitted)> = Vec::new();
+        let mut gone_since = self.connected.proved().clone();
         for handle in self.session.find_objects(&[Attribute::Token(true), label])? {
             let said = Said(self.session.get_attributes(handle, &admission::ASKED)?);
             let key = format!("key {} with label {}", said.id().map_or("without id".into(), hex), rules.label);
+            said.id().map(|id| gone_since.remove(&Identity::of_pkcs11(id)));
             match rules.admit(&said, now) {
                 Ok(kek) => found.push((key, kek)),
                 Err(reason) => inventory.refused.push(Refused { key, reason }),
             }
+        }
+        if let Some(kek) = gone_since.first() {
+            return Err(gone(kek.as_bytes()));
         }
         for (n, (key, kek)) in found.iter().enumerate() {
             let twice = found.iter().enumerate().any(|(m, (_, other))| m != n && other.rank.name == kek.rank.name);
@@ -232,6 +239,11 @@ impl Rules {
         let identity = Identity::of_pkcs11(&kek.rank.name);
         KekName { identity, id: kek.rank.name.clone(), label: self.label.clone(), mode: kek.mode }
     }
+}
+
+/// A KEK that was used a moment ago is not there.
+fn gone(kek: &[u8]) -> CallError {
+    CallError::new(Class::Token, "C_FindObjects", format!("no key {}, which was there before", hex(kek)))
 }
 
 fn another_key() -> CallError {

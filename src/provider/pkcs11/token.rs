@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -23,10 +23,13 @@ use super::lane::Rules;
 use super::module::{InUse, Module};
 use super::pool::Pool;
 use crate::config::{Credential, TokenUri};
+use crate::identity::Identity;
 use crate::state::State;
 
 const FIRST_RETRY: Duration = Duration::from_millis(250);
 const LAST_RETRY: Duration = Duration::from_secs(5);
+/// How long a lost connection's sessions may take to be closed.
+const RELEASE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// A token of the configuration, whether it is there or not.
 pub(super) struct Token {
@@ -57,13 +60,18 @@ pub(super) enum Condition {
     Down(Arc<str>),
 }
 
-/// A token that is present and logged in to.
+/// A token that is present and logged in to. Its fields are dropped in their order: sessions before the library.
 pub(super) struct Connected {
-    /// Keeps the login; used to log in again. Closed before the library is let go.
+    /// Keeps the login; used to log in again.
     anchor: Mutex<Session>,
     pin: SecretString,
     slot: Slot,
+    /// KEKs that were used through this connection. One that is then not to be found means that the token is gone:
+    /// some libraries show an empty one in its place, until they are initialized again.
+    proved: Mutex<BTreeSet<Identity>>,
     in_use: InUse,
+    /// Tells the supervisor that all of the above is gone.
+    _released: Sender<()>,
 }
 
 /// Why there is no connection.
@@ -71,7 +79,12 @@ enum NotConnected {
     /// Worth another attempt.
     Yet(String),
     /// The token refused this PIN: another attempt would use up its tries.
-    PinRefused(String, SecretString),
+    PinRefused(RefusedPin),
+}
+
+struct RefusedPin {
+    pin: SecretString,
+    reason: String,
 }
 
 impl Token {
@@ -147,6 +160,7 @@ impl Token {
         });
         if lost {
             tracing::error!(token = %self.name, %error, "token lost; reconnecting");
+            self.changed.notify_one();
             self.pool.begin_round();
             let _supervisor_gone = self.wake.send(());
         }
@@ -160,28 +174,29 @@ impl Token {
         let mut retry = FIRST_RETRY;
         let mut refused_pin = None;
         while !self.pool.is_closed() {
-            let wait = match self.connect(refused_pin.as_ref()) {
+            let (release, released) = mpsc::channel();
+            match self.connect(refused_pin.take(), release) {
                 Ok(connected) => {
                     retry = FIRST_RETRY;
                     tracing::info!(token = %self.name, "token connected");
                     self.condition.send_replace(Condition::Up(Arc::new(connected)));
                     self.changed.notify_one();
-                    None
+                    self.wait(woken, None);
+                    // Only when its last session is closed can the library be initialized anew.
+                    let _hangs = released.recv_timeout(RELEASE_PATIENCE);
                 }
                 Err(error) => {
-                    let reason = match error {
-                        NotConnected::Yet(reason) => reason,
-                        NotConnected::PinRefused(reason, pin) => {
-                            refused_pin = Some(pin);
-                            reason
+                    match error {
+                        NotConnected::Yet(reason) => self.report_down(&reason),
+                        NotConnected::PinRefused(refused) => {
+                            self.report_down(&refused.reason);
+                            refused_pin = Some(refused);
                         }
-                    };
-                    self.report_down(&reason);
+                    }
+                    self.wait(woken, Some(retry));
                     retry = (retry * 2).min(LAST_RETRY);
-                    Some(retry)
                 }
-            };
-            self.wait(woken, wait);
+            }
         }
         self.condition.send_replace(Condition::Down(self.told("is closed")));
     }
@@ -202,16 +217,16 @@ impl Token {
         let before = self.condition.send_replace(Condition::Down(Arc::clone(&reason)));
         if !matches!(before, Condition::Down(same) if same == reason) {
             tracing::error!("{reason}");
+            self.changed.notify_one();
         }
     }
 
-    fn connect(&self, refused_pin: Option<&SecretString>) -> Result<Connected, NotConnected> {
+    fn connect(&self, refused: Option<RefusedPin>, release: Sender<()>) -> Result<Connected, NotConnected> {
         let in_use = Module::acquire(&self.module).map_err(NotConnected::Yet)?;
         let (slot, info) = self.find_slot(in_use.library()).map_err(NotConnected::Yet)?;
         let pin = self.pin.read().map_err(|error| NotConnected::Yet(format!("{error}: {}", error.remedy())))?;
-        if refused_pin.is_some_and(|refused| refused.expose_secret() == pin.expose_secret()) {
-            let reason = format!("its PIN was refused before: write the right one into {}", self.pin);
-            return Err(NotConnected::PinRefused(reason, pin));
+        if let Some(refused) = refused.filter(|refused| refused.pin.expose_secret() == pin.expose_secret()) {
+            return Err(NotConnected::PinRefused(refused));
         }
         if info.user_pin_locked() {
             return Err(NotConnected::Yet("its user PIN is locked: unlock it with the vendor's tools".into()));
@@ -221,10 +236,17 @@ impl Token {
             .open_rw_session(slot)
             .map_err(|error| NotConnected::Yet(format!("no session can be opened: {}", CallError::from(error))))?;
         match log_in(&anchor, &pin) {
-            Ok(()) => Ok(Connected { anchor: Mutex::new(anchor), pin, slot, in_use }),
+            Ok(()) => Ok(Connected {
+                anchor: Mutex::new(anchor),
+                pin,
+                slot,
+                proved: Mutex::default(),
+                in_use,
+                _released: release,
+            }),
             Err(error) if error.class == Class::Pin => {
                 let reason = format!("{error}: write the right PIN into {}; this one is not tried again", self.pin);
-                Err(NotConnected::PinRefused(reason, pin))
+                Err(NotConnected::PinRefused(RefusedPin { pin, reason }))
             }
             Err(error) => Err(NotConnected::Yet(format!("login failed: {error}"))),
         }
@@ -262,6 +284,11 @@ impl Token {
 impl Connected {
     pub(super) fn open_session(&self) -> Result<Session, CallError> {
         Ok(self.in_use.library().open_rw_session(self.slot)?)
+    }
+
+    /// The KEKs that were used through this connection.
+    pub(super) fn proved(&self) -> MutexGuard<'_, BTreeSet<Identity>> {
+        self.proved.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Logs in again after the token forgot the login.

@@ -1,0 +1,139 @@
+//! What the handlers of both versions of the service share: deadlines, codes, the log, and the count of requests
+//! under way.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use tonic::{Code, Request, Status};
+
+use crate::keyring::{Keyring, KeyringError};
+
+/// What a request without a deadline of its own gets: the API server's default.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(3);
+/// No request is worked on for longer.
+const LONGEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// What the handlers of both versions have in common.
+pub(super) struct Requests {
+    /// What does the work.
+    pub(super) keyring: Arc<Keyring>,
+    under_way: watch::Sender<usize>,
+}
+
+impl Requests {
+    pub(super) fn new(keyring: Arc<Keyring>) -> Self {
+        Self { keyring, under_way: watch::Sender::new(0) }
+    }
+
+    /// Runs a request's work until its deadline (`grpc-timeout`, gRPC over HTTP/2).
+    pub(super) async fn in_time<T, R, W>(
+        &self,
+        request: &Request<R>,
+        work: impl FnOnce(Instant) -> W,
+    ) -> Result<T, KeyringError>
+    where
+        W: Future<Output = Result<T, KeyringError>>,
+    {
+        let _under_way = UnderWay::begin(&self.under_way);
+        let sent = request.metadata().get("grpc-timeout").and_then(|value| value.to_str().ok()).and_then(parse_timeout);
+        let deadline = Instant::now() + sent.unwrap_or(DEFAULT_TIMEOUT).min(LONGEST_TIMEOUT);
+        let late = KeyringError::Deadline("the request's own deadline has passed".into());
+        tokio::time::timeout_at(deadline.into(), work(deadline)).await.unwrap_or(Err(late))
+    }
+
+    /// Returns once no request has been under way for as long as `quiet`.
+    pub(super) async fn quiet_for(&self, quiet: Duration) {
+        let mut under_way = self.under_way.subscribe();
+        loop {
+            drop(under_way.wait_for(|requests| *requests == 0).await);
+            if tokio::time::timeout(quiet, under_way.changed()).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// Counts a request until it is answered, or its client has gone.
+struct UnderWay<'a>(&'a watch::Sender<usize>);
+
+impl<'a> UnderWay<'a> {
+    fn begin(count: &'a watch::Sender<usize>) -> Self {
+        count.send_modify(|requests| *requests += 1);
+        Self(count)
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|requests| *requests -= 1);
+    }
+}
+
+/// At most eight digits and a unit.
+fn parse_timeout(text: &str) -> Option<Duration> {
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let number: u64 = digits.parse().ok().filter(|_| digits.len() <= 8)?;
+    Some(match unit {
+        "H" => Duration::from_secs(number * 3600),
+        "M" => Duration::from_secs(number * 60),
+        "S" => Duration::from_secs(number),
+        "m" => Duration::from_millis(number),
+        "u" => Duration::from_micros(number),
+        "n" => Duration::from_nanos(number),
+        _ => return None,
+    })
+}
+
+/// The contract of design and README: each situation has its code.
+pub(super) fn status_of(error: &KeyringError) -> Status {
+    let code = match error {
+        KeyringError::PlaintextLength { .. } | KeyringError::BadCiphertext => Code::InvalidArgument,
+        KeyringError::UnknownKey(_) => Code::FailedPrecondition,
+        KeyringError::Busy(_) => Code::ResourceExhausted,
+        KeyringError::Deadline(_) => Code::DeadlineExceeded,
+        KeyringError::Unavailable(_) => Code::Unavailable,
+        KeyringError::Internal(_) => Code::Internal,
+    };
+    Status::new(code, error.to_string())
+}
+
+/// One line a request: its uid, sizes, time and outcome, and nothing else of it.
+pub(super) fn log(
+    call: &'static str,
+    uid: &str,
+    received: usize,
+    began: Instant,
+    outcome: Result<usize, &KeyringError>,
+) {
+    let uid: String = uid.chars().filter(|letter| letter.is_ascii_graphic()).take(64).collect();
+    let micros = began.elapsed().as_micros();
+    match outcome {
+        Ok(sent) => tracing::debug!(call, uid, received, sent, micros, "done"),
+        Err(error) => tracing::warn!(call, uid, received, micros, %error, "failed"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timeouts_are_read_as_grpc_writes_them() {
+        for (text, timeout) in [
+            ("3S", Some(Duration::from_secs(3))),
+            ("2999877u", Some(Duration::from_micros(2_999_877))),
+            ("1H", Some(Duration::from_secs(3600))),
+            ("00000005m", Some(Duration::from_millis(5))),
+            ("123456789n", None),
+            ("S", None),
+            ("", None),
+            ("3", None),
+            ("3X", None),
+            ("-3S", None),
+            ("3é", None),
+        ] {
+            assert_eq!(parse_timeout(text), timeout, "{text}");
+        }
+    }
+}

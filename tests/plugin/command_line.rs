@@ -1,0 +1,130 @@
+//! Configurations and command lines that cannot be used: each with its message, its remedy and its exit code.
+
+use std::fs;
+use std::os::unix::process::CommandExt;
+
+use crate::plugin::Host;
+
+/// A change to the good configuration, and what `check` then says; `line` stands for the changed line's number.
+type Case = (&'static str, &'static str, &'static [&'static str]);
+
+#[test]
+fn a_bad_configuration_is_refused_with_its_place_and_a_remedy() {
+    let cases: &[Case] = &[
+        ("v1beta1 =", "v1beta2 =", &["line", "unknown field `v1beta2`", "did you mean `v1beta1`"]),
+        ("pin-file", "pin-fiel", &["line", "did you mean `pin-file`"]),
+        ("[keyring]", "[keyrings]", &["did you mean `keyring`"]),
+        ("type = \"pkcs11\"", "type = \"pkcs12\"", &["line", "unknown variant `pkcs12`", "did you mean `pkcs11`"]),
+        ("sessions = 2", "sessions = \"2\"", &["line", "invalid type"]),
+        ("sessions = 2", "sessions = 0", &["sessions", "1 to 256"]),
+        ("version = \"v1\"", "version = \"v2\"", &["line", "did you mean `v1`"]),
+        ("cluster = \"test\"", "", &["cluster"]),
+        ("cluster = \"test\"", "cluster = \"a b\"", &["keyring.cluster", "never be changed"]),
+        ("pkcs11:token=trousseau", "token=trousseau", &["provider hsm: tokens", "pkcs11:"]),
+        ("pkcs11:token=trousseau", "pkcs11:token=a?pin-value=1", &["pin-file"]),
+        ("[\"pkcs11:token=trousseau\"]", "[]", &["no token is named"]),
+        ("v1beta1 = true", "mode = \"0777\"", &["listen.mode `0777`"]),
+        ("v1beta1 = true", "allow-uids = [65534]", &["65534", "user namespace"]),
+        ("socket = \"", "socket = \"relative", &["listen.socket", "absolute"]),
+        ("state = \"", "state = \"relative", &["keyring.state"]),
+        ("sessions = 2", "seal = false", &["no [[provider]] seals"]),
+        ("sessions = 2", "[[provider.kek]]\nid = \"XY\"\nnot-before = 2026-01-01T00:00:00Z", &["kek.id `XY`"]),
+        ("sessions = 2", "[[provider.kek]]\nid = \"01\"\nnot-before = 2026-01-01", &["kek.not-before", "zone"]),
+        ("version", "version = [", &["line"]),
+    ];
+    let host = Host::new();
+    for (from, to, said) in cases {
+        let configuration = host.configuration();
+        let before = configuration.find(from).expect(from);
+        let line = format!("line {}", 1 + configuration[..before].lines().count());
+        host.write_secret("trousseau.toml", &configuration.replacen(from, to, 1));
+        let said: Vec<&str> = said.iter().map(|words| if *words == "line" { line.as_str() } else { words }).collect();
+        assert_refused(&host, to, &said);
+    }
+    let unknown = host.configuration().replace(host.token.family.profile(), "no-such-hsm");
+    host.write_secret("trousseau.toml", &unknown);
+    assert_refused(&host, "profile", &["profile `no-such-hsm` is unknown", "softhsm"]);
+}
+
+/// `check` and `serve` both refuse what is in the file.
+fn assert_refused(host: &Host, case: &str, said: &[&str]) {
+    let file = host.path("trousseau.toml");
+    for verb in ["check", "serve"] {
+        let done = host.command(&[verb, "--config", file.to_str().unwrap()]).output().unwrap();
+        let stderr = String::from_utf8_lossy(&done.stderr);
+        assert_eq!(done.status.code(), Some(78), "{verb} with {case}: {stderr}");
+        assert!(stderr.contains("trousseau: hint: "), "{verb} with {case}: {stderr}");
+        for words in said {
+            assert!(stderr.contains(words), "{verb} with {case}: `{words}` is missing in: {stderr}");
+        }
+    }
+}
+
+#[test]
+fn a_file_that_others_can_change_or_read_is_refused() {
+    let host = Host::new();
+    let file = host.write_configuration();
+    assert!(host.run(&["check"]).status.success());
+    for (name, mode, said) in [
+        ("trousseau.toml", 0o666, &["can be changed by others", "0666", "chmod go-w"][..]),
+        ("trousseau.toml", 0o620, &["can be changed by others"]),
+        ("pin", 0o644, &["can be read or changed by others", "chmod 0600"]),
+        ("pin", 0o640, &["can be read or changed by others"]),
+    ] {
+        host.set_mode(name, mode);
+        assert_refused(&host, &format!("{name} {mode:o}"), said);
+        host.set_mode(name, 0o600);
+    }
+    fs::remove_file(&file).unwrap();
+    assert_refused(&host, "no file", &["cannot be read: No such file", "--config"]);
+}
+
+#[test]
+fn a_pin_file_holds_one_line() {
+    let host = Host::new();
+    host.write_configuration();
+    for (content, said) in [
+        ("", &["holds no secret"][..]),
+        ("\n", &["holds no secret"]),
+        ("one\ntwo\n", &["more than one line"]),
+        (&"9".repeat(2000), &["more than one line"]),
+    ] {
+        host.write_secret("pin", content);
+        assert_refused(&host, &format!("{content:.20?}"), said);
+    }
+    for good in ["pin", "pin\n", "pin\r\n"] {
+        host.write_secret("pin", good);
+        assert!(host.run(&["check"]).status.success(), "{good:?}");
+    }
+    fs::remove_file(host.path("pin")).unwrap();
+    assert_refused(&host, "no PIN file", &["cannot be read", "create it"]);
+}
+
+#[test]
+fn a_configuration_that_may_not_be_read_is_refused() {
+    let host = Host::new();
+    let file = host.write_configuration();
+    let program = host.path("trousseau");
+    fs::copy(env!("CARGO_BIN_EXE_trousseau"), &program).unwrap();
+    fs::set_permissions(host.directory.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let mut command = std::process::Command::new(&program);
+    let done = command.args(["check", "--config"]).arg(file).uid(54_321).gid(54_321).output().unwrap();
+    assert_eq!(done.status.code(), Some(78));
+    assert!(String::from_utf8_lossy(&done.stderr).contains("Permission denied"), "{done:?}");
+}
+
+#[test]
+fn a_plugin_that_does_not_answer_is_told_from_one_that_may_not_be_asked() {
+    let host = Host::new();
+    let absent = host.path("absent.sock");
+    for verb in ["status", "probe"] {
+        let done = host.command(&[verb, "--socket", absent.to_str().unwrap()]).output().unwrap();
+        assert_eq!(done.status.code(), Some(69), "{verb}");
+        assert!(String::from_utf8_lossy(&done.stderr).contains("is the plugin running?"), "{done:?}");
+    }
+}
+
+#[test]
+fn command_lines_are_as_written_down() {
+    trycmd::TestCases::new().case("tests/cmd/*.trycmd").env("COLUMNS", "100");
+}

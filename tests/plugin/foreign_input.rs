@@ -1,0 +1,120 @@
+//! Modules, tokens and PINs that are missing or wrong: the plugin serves, and says what to do.
+
+use std::fs;
+
+use tempfile::TempDir;
+use tonic::Code;
+
+use crate::plugin::{Host, Plugin};
+use crate::token::{Family, Token};
+
+/// Status is UNAVAILABLE with these words in it.
+fn assert_says(plugin: &mut Plugin, words: &[&str]) {
+    plugin.wait_until(&format!("Status says {words:?}"), |plugin| {
+        plugin.status().is_err_and(|answer| words.iter().all(|word| answer.message.contains(word)))
+    });
+    for code in [plugin.status().unwrap_err().code, plugin.encrypt(b"seed").unwrap_err().code] {
+        assert_eq!(code, Code::Unavailable);
+    }
+}
+
+#[test]
+fn a_token_that_comes_late_is_waited_for() {
+    let directory = TempDir::new().unwrap();
+    let token = Token::place(directory.path());
+    let host = Host::with(directory, token);
+    let mut plugin = host.serve();
+    assert_says(&mut plugin, &["no token of", "matches"]);
+    host.token.initialize(&["another"]);
+    host.token.initialize(&["trousseau"]);
+    assert_says(&mut plugin, &["has no KEK", "key generate"]);
+    host.generate("0s");
+    plugin.wait_until("it is healthy", |plugin| plugin.status().is_ok());
+    plugin.round_trip();
+}
+
+#[test]
+fn two_tokens_of_one_name_are_refused_with_their_serial_numbers() {
+    let host = Host::new();
+    host.token.initialize(&["trousseau"]);
+    assert_says(&mut host.serve(), &["two tokens match", "serial"]);
+    assert_eq!(host.run(&["key", "list"]).status.code(), Some(69));
+}
+
+#[test]
+fn a_module_that_is_missing_or_is_none_is_named() {
+    let host = Host::new();
+    fs::write(host.path("text.so"), "not a library").unwrap();
+    let other_library = "/lib/x86_64-linux-gnu/libm.so.6";
+    for (module, words) in [
+        (host.path("absent.so").display().to_string(), &["absent.so", "No such file"][..]),
+        (host.path("text.so").display().to_string(), &["text.so", "cannot be loaded", "ldd"]),
+        (other_library.to_owned(), &["libm", "not a PKCS#11 module"]),
+    ] {
+        let good = host.token.family.module().display().to_string();
+        let configuration = host.configuration().replace(&good, &module);
+        let mut plugin = host.serve_with(&configuration);
+        assert_says(&mut plugin, words);
+        assert_eq!(plugin.stop().code(), Some(0));
+    }
+}
+
+#[test]
+fn a_wrong_pin_is_tried_once_and_a_new_one_at_once() {
+    let host = Host::new();
+    host.generate("0s");
+    host.write_secret("pin", "wrong-pin-0000");
+    let mut plugin = host.serve();
+    assert_says(&mut plugin, &["CKR_PIN_INCORRECT", "not tried again"]);
+    host.write_secret("pin", &format!("{}\n", crate::token::PIN));
+    plugin.wait_until("it is healthy", |plugin| plugin.status().is_ok());
+    plugin.round_trip();
+}
+
+#[test]
+fn a_token_that_goes_away_is_reported_and_taken_back() {
+    if Family::chosen() == Family::Kryoptic {
+        return; // it keeps its database open, and does not notice
+    }
+    let host = Host::new();
+    host.generate("0s");
+    let mut plugin = host.serve_healthy();
+    let (ciphertext, key_id) = plugin.round_trip();
+    fs::rename(host.token.data(), host.path("away")).unwrap();
+    plugin.wait_until("Encrypt notices", |plugin| plugin.encrypt(b"seed").is_err());
+    let answer = plugin.decrypt(&ciphertext, &key_id).unwrap_err();
+    assert_eq!(answer.code, Code::Unavailable, "{}", answer.message);
+    assert!(answer.message.contains("the object is intact"), "{}", answer.message);
+    assert_eq!(plugin.status().unwrap_err().code, Code::Unavailable);
+    fs::rename(host.path("away"), host.token.data()).unwrap();
+    plugin.wait_until("it is healthy again", |plugin| plugin.status().is_ok());
+    assert_eq!(plugin.decrypt(&ciphertext, &key_id).unwrap(), b"thirty-two bytes of a fresh seed");
+}
+
+#[test]
+fn a_key_id_is_checked_before_anything_else_of_a_whole_envelope() {
+    let host = Host::new();
+    host.generate("0s");
+    let plugin = host.serve_healthy();
+    let (ciphertext, key_id) = plugin.round_trip();
+    let long = "x".repeat(2048);
+    for foreign in ["", "1", &long, &key_id.to_uppercase(), "tr1-00000000000000000000000000000000"] {
+        let answer = plugin.decrypt(&ciphertext, foreign).unwrap_err();
+        assert_eq!(answer.code, Code::FailedPrecondition, "{foreign}: {}", answer.message);
+    }
+    let own = "the ciphertext is damaged or is not one of this plugin's: restore the object, retrying does not help";
+    for (case, damaged) in
+        [("empty", vec![]), ("cut", ciphertext[..100].to_vec()), ("longer", [&ciphertext[..], &[0]].concat())]
+    {
+        let answer = plugin.decrypt(&damaged, &key_id).unwrap_err();
+        assert_eq!((answer.code, answer.message.as_str()), (Code::InvalidArgument, own), "{case}");
+    }
+    for (length, fits) in [(0, false), (1, true), (886, true), (887, false), (4096, false)] {
+        let answer = plugin.encrypt(&vec![7; length]);
+        assert_eq!(answer.is_ok(), fits, "{length} bytes: {answer:?}");
+        if let Err(answer) = answer {
+            assert_eq!(answer.code, Code::InvalidArgument);
+            assert!(answer.message.contains("1 to 886"), "{}", answer.message);
+        }
+    }
+}

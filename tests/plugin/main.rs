@@ -1,0 +1,19 @@
+//! The plugin through its public door: the real binary, a throw-away token of a real module, a real client.
+//!
+//! `TROUSSEAU_TEST_TOKEN` chooses the token: `softhsm` (default), or `kryoptic` with `TROUSSEAU_KRYOPTIC_MODULE`.
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+mod command_line;
+mod foreign_input;
+mod keys;
+mod plugin;
+mod socket;
+mod token;
+mod vectors;

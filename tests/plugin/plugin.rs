@@ -1,0 +1,255 @@
+//! The real binary over a throw-away token, and a client to it.
+
+use std::fs::{self, File, Permissions};
+use std::io::Write;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+use tonic::Code;
+use trousseau::service::client::{Client, ClientError, PluginStatus};
+
+use crate::token::{PIN, Token};
+
+/// No wait for a condition lasts longer.
+const PATIENCE: Duration = Duration::from_secs(45);
+
+/// A token and a configuration; every verb can be run on it.
+pub struct Host {
+    pub directory: TempDir,
+    pub token: Token,
+    /// Goes to the end of the configuration.
+    pub extra: String,
+    pub cluster: String,
+    mode: Option<&'static str>,
+    v1beta1: bool,
+}
+
+impl Host {
+    /// With an empty token.
+    pub fn new() -> Self {
+        let directory = TempDir::new().unwrap();
+        let token = Token::make(directory.path());
+        Self::with(directory, token)
+    }
+
+    pub fn with(directory: TempDir, token: Token) -> Self {
+        let host = Self { directory, token, extra: String::new(), cluster: "test".into(), mode: None, v1beta1: true };
+        host.write_secret("pin", PIN);
+        host
+    }
+
+    /// KEKs that are made from now on wrap in this mode.
+    pub fn with_mode(self, mode: &'static str) -> Self {
+        Self { mode: Some(mode), ..self }
+    }
+
+    /// Another host with the same token and configuration, and nothing else in common.
+    pub fn other_host(&self) -> Self {
+        let other = Self::with(TempDir::new().unwrap(), self.token.clone());
+        Self { extra: self.extra.clone(), cluster: self.cluster.clone(), ..other }
+    }
+
+    pub fn without_v1beta1(self) -> Self {
+        Self { v1beta1: false, ..self }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    pub fn write_secret(&self, name: &str, text: &str) {
+        let mut options = fs::OpenOptions::new();
+        let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(self.path(name)).unwrap();
+        file.write_all(text.as_bytes()).unwrap();
+    }
+
+    pub fn configuration(&self) -> String {
+        let Self { token, cluster, v1beta1, extra, .. } = self;
+        let directory = self.directory.path().display();
+        let (profile, module) = (token.family.profile(), token.family.module());
+        format!(
+            r#"version = "v1"
+[listen]
+socket = "{directory}/kms.sock"
+v1beta1 = {v1beta1}
+[keyring]
+cluster = "{cluster}"
+state = "{directory}/state"
+[[provider]]
+name = "hsm"
+type = "pkcs11"
+profile = "{profile}"
+module = "{module}"
+tokens = ["pkcs11:token=trousseau"]
+label = "trousseau-test"
+pin-file = "{directory}/pin"
+sessions = 2
+{extra}
+"#,
+            module = module.display(),
+        )
+    }
+
+    /// Writes the configuration and returns its path.
+    pub fn write_configuration(&self) -> PathBuf {
+        self.write_secret("trousseau.toml", &self.configuration());
+        self.path("trousseau.toml")
+    }
+
+    /// A command of the plugin in the token's environment.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_trousseau"));
+        command.args(arguments).env(self.token.variable.0, &self.token.variable.1).env_remove("STATE_DIRECTORY");
+        command
+    }
+
+    pub fn run(&self, arguments: &[&str]) -> Output {
+        let configuration = self.write_configuration();
+        self.command(arguments).arg("--config").arg(configuration).output().unwrap()
+    }
+
+    /// `key generate`, and what it printed.
+    pub fn generate(&self, activate_in: &str) -> Value {
+        let mut arguments = vec!["key", "generate", "--output", "json", "--unsynchronized-clock-ok"];
+        arguments.extend(["--activate-in", activate_in]);
+        arguments.extend(self.mode.iter().flat_map(|mode| ["--mode", mode]));
+        let done = self.run(&arguments);
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        serde_json::from_slice(&done.stdout).unwrap()
+    }
+
+    pub fn list(&self) -> Value {
+        let done = self.run(&["key", "list", "--output", "json"]);
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        serde_json::from_slice(&done.stdout).unwrap()
+    }
+
+    /// Starts `serve` and waits until it listens.
+    pub fn serve(&self) -> Plugin {
+        self.serve_with(&self.configuration())
+    }
+
+    pub fn serve_with(&self, configuration: &str) -> Plugin {
+        self.write_secret("trousseau.toml", configuration);
+        let configuration = self.path("trousseau.toml");
+        let log = self.path("log");
+        let file = File::options().append(true).create(true).open(&log).unwrap();
+        let mut command = self.command(&["serve", "--config"]);
+        let child = command.arg(configuration).stdin(Stdio::null()).stderr(file).spawn().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let mut plugin = Plugin { child, log, socket: self.path("kms.sock"), runtime };
+        plugin.wait_until("it listens", |plugin| UnixStream::connect(&plugin.socket).is_ok());
+        plugin
+    }
+
+    /// Starts `serve` and waits until it is healthy.
+    pub fn serve_healthy(&self) -> Plugin {
+        let mut plugin = self.serve();
+        plugin.wait_until("it is healthy", |plugin| plugin.status().is_ok());
+        plugin
+    }
+
+    pub fn set_mode(&self, name: &str, mode: u32) {
+        fs::set_permissions(self.path(name), Permissions::from_mode(mode)).unwrap();
+    }
+}
+
+/// A serving plugin. It is ended when this is dropped, and its log is shown if the test has failed.
+pub struct Plugin {
+    child: Child,
+    log: PathBuf,
+    pub socket: PathBuf,
+    runtime: tokio::runtime::Runtime,
+}
+
+/// A gRPC error.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Answer {
+    pub code: Code,
+    pub message: String,
+}
+
+impl Plugin {
+    pub fn status(&self) -> Result<PluginStatus, Answer> {
+        self.call(async |client| client.status().await)
+    }
+
+    pub fn encrypt(&self, plaintext: &[u8]) -> Result<(Vec<u8>, String), Answer> {
+        self.call(async |client| client.encrypt(plaintext.to_vec()).await)
+    }
+
+    pub fn decrypt(&self, ciphertext: &[u8], key_id: &str) -> Result<Vec<u8>, Answer> {
+        self.call(async |client| client.decrypt(ciphertext.to_vec(), key_id.to_owned()).await)
+    }
+
+    fn call<T>(&self, call: impl AsyncFnOnce(&mut Client) -> Result<T, ClientError>) -> Result<T, Answer> {
+        self.runtime.block_on(async {
+            let mut client = Client::connect(&self.socket, Duration::from_secs(5)).await.map_err(answer)?;
+            call(&mut client).await.map_err(answer)
+        })
+    }
+
+    /// A value goes out and comes back, so the plugin serves.
+    pub fn round_trip(&self) -> (Vec<u8>, String) {
+        let (ciphertext, key_id) = self.encrypt(b"thirty-two bytes of a fresh seed").unwrap();
+        assert_eq!(self.decrypt(&ciphertext, &key_id).unwrap(), b"thirty-two bytes of a fresh seed");
+        (ciphertext, key_id)
+    }
+
+    pub fn wait_until(&mut self, what: &str, condition: impl Fn(&Self) -> bool) {
+        let began = Instant::now();
+        while !condition(self) {
+            assert!(began.elapsed() < PATIENCE, "waited in vain until {what}");
+            if let Some(status) = self.child.try_wait().unwrap() {
+                panic!("the plugin ended ({status}) before {what}");
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap()
+    }
+
+    /// Asks it to end and waits for that.
+    pub fn stop(mut self) -> ExitStatus {
+        self.terminate();
+        self.child.wait().unwrap()
+    }
+
+    fn terminate(&self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    }
+
+    /// Ends it as a power loss would.
+    pub fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Plugin {
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            self.terminate();
+            self.child.wait().unwrap();
+        }
+        if thread::panicking() {
+            eprintln!("the plugin's log:\n{}", self.log());
+        }
+    }
+}
+
+fn answer(error: ClientError) -> Answer {
+    match error {
+        ClientError::Answer { status, .. } => Answer { code: status.code(), message: status.message().to_owned() },
+        ClientError::Unreachable(path, cause) => panic!("{}: {cause}", path.display()),
+    }
+}

@@ -1,0 +1,132 @@
+//! The socket: who may connect, what it survives, and how it ends.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use tonic::transport::Endpoint;
+use tonic::{Code, Request};
+use tonic_prost::ProstCodec;
+
+use crate::plugin::Host;
+
+#[test]
+fn it_is_the_owners_alone_and_goes_when_the_plugin_goes() {
+    let host = Host::new();
+    host.generate("0s");
+    let plugin = host.serve_healthy();
+    let metadata = fs::metadata(&plugin.socket).unwrap();
+    assert_eq!(metadata.mode() & 0o7777, 0o600);
+    let socket = plugin.socket.clone();
+    assert_eq!(plugin.stop().code(), Some(0));
+    assert!(!socket.exists());
+}
+
+#[test]
+fn a_stale_one_is_taken_over_a_live_one_is_not_and_a_file_is_never_removed() {
+    let host = Host::new();
+    host.generate("0s");
+    host.serve_healthy().kill();
+    assert!(host.path("kms.sock").exists());
+    let plugin = host.serve_healthy();
+
+    let second = host.run(&["serve"]);
+    assert_eq!(second.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&second.stderr).contains("another process listens"), "{second:?}");
+    plugin.round_trip();
+    drop(plugin);
+
+    fs::write(host.path("kms.sock"), "precious").unwrap();
+    let third = host.run(&["serve"]);
+    assert_eq!(third.status.code(), Some(1));
+    assert_eq!(fs::read(host.path("kms.sock")).unwrap(), b"precious");
+}
+
+#[test]
+fn a_peer_that_is_not_allowed_is_closed_before_http2() {
+    const STRANGER: u32 = 54_321;
+    let host = Host::new();
+    host.generate("0s");
+    let plugin = host.serve_healthy();
+    // Past the permission bits, which would stop it first.
+    fs::set_permissions(host.directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(&plugin.socket, fs::Permissions::from_mode(0o666)).unwrap();
+    let socket = plugin.socket.to_str().unwrap();
+    let program = host.path("trousseau"); // where a stranger may execute it
+    fs::copy(env!("CARGO_BIN_EXE_trousseau"), &program).unwrap();
+    let probe = |uid: u32| {
+        let mut command = std::process::Command::new(&program);
+        command.args(["probe", "--socket", socket]).uid(uid).gid(uid).output().unwrap()
+    };
+    assert!(probe(0).status.success());
+    let refused = probe(STRANGER);
+    assert!(!refused.status.success(), "{refused:?}");
+    assert!(plugin.log().contains(&format!("\"uid\":{STRANGER}")), "the log names the peer");
+    plugin.round_trip();
+}
+
+#[test]
+fn garbage_on_it_leaves_the_service_well() {
+    const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    let host = Host::new();
+    host.generate("0s");
+    let plugin = host.serve_healthy();
+    let frame = |kind: u8, flags: u8, length: u32, payload: &[u8]| {
+        [PREFACE, &length.to_be_bytes()[1..], &[kind, flags, 0, 0, 0, 1], payload].concat()
+    };
+    let cases: Vec<(&str, Vec<u8>)> = vec![
+        ("nothing", vec![]),
+        ("HTTP/1.1", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n".to_vec()),
+        ("TLS", vec![0x16, 0x03, 0x01, 0x02, 0x00, 0x01]),
+        ("zeros", vec![0; 100_000]),
+        ("half a preface", PREFACE[..12].to_vec()),
+        ("a preface alone", PREFACE.to_vec()),
+        ("headers that are no HPACK", frame(1, 4, 4, &[0xff; 4])),
+        ("headers cut short", frame(1, 4, 100, b"abc")),
+        ("a frame of 16 MiB", frame(0, 0, 0x00ff_ffff, &[0; 64])),
+        ("an unknown frame", frame(0xaa, 0xff, 3, b"abc")),
+        ("a continuation of nothing", frame(9, 4, 3, b"abc")),
+    ];
+    for (case, bytes) in cases {
+        let mut stream = UnixStream::connect(&plugin.socket).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        let _closed_early = stream.write_all(&bytes);
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let _whatever = stream.read_to_end(&mut Vec::new());
+        assert!(plugin.status().is_ok(), "{case}");
+    }
+    plugin.round_trip();
+}
+
+/// The code that v1beta1's Version is answered with.
+fn version_v1beta1(host: &Host) -> Code {
+    let plugin = host.serve_healthy();
+    let socket = plugin.socket.clone();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let connector = tower::service_fn(move |_| {
+            let socket = socket.clone();
+            async move { tokio::net::UnixStream::connect(socket).await.map(TokioIo::new) }
+        });
+        let channel = Endpoint::from_static("http://localhost").connect_with_connector(connector).await.unwrap();
+        let mut client = tonic::client::Grpc::new(channel);
+        client.ready().await.unwrap();
+        let path = http::uri::PathAndQuery::from_static("/v1beta1.KeyManagementService/Version");
+        match client.unary(Request::new(()), path, ProstCodec::<(), ()>::default()).await {
+            Ok(_) => Code::Ok,
+            Err(status) => status.code(),
+        }
+    })
+}
+
+#[test]
+fn v1beta1_is_there_only_when_it_is_switched_on() {
+    let host = Host::new();
+    host.generate("0s");
+    assert_eq!(version_v1beta1(&host), Code::Ok);
+    assert_eq!(version_v1beta1(&host.without_v1beta1()), Code::Unimplemented);
+}

