@@ -128,3 +128,24 @@ fn a_plugin_that_does_not_answer_is_told_from_one_that_may_not_be_asked() {
 fn command_lines_are_as_written_down() {
     trycmd::TestCases::new().case("tests/cmd/*.trycmd").env("COLUMNS", "100");
 }
+
+#[test]
+fn the_reference_configuration_is_good_and_so_is_every_example_in_it() {
+    let host = Host::new();
+    let reference = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/packaging/trousseau.toml")).unwrap();
+    let reference = reference
+        .replace("/etc/trousseau/pin", host.path("pin").to_str().unwrap())
+        .replace("/usr/lib/softhsm/libsofthsm2.so", host.token.family.module().to_str().unwrap());
+    let is_example =
+        |line: &str| line.starts_with("# [[") || line.starts_with("# ") && line.contains(" = ") && !line.contains(": ");
+    let with_examples: Vec<&str> =
+        reference.lines().map(|line| if is_example(line) { line.trim_start_matches("# ") } else { line }).collect();
+    for (case, text) in [("as it is", reference.clone()), ("with its examples", with_examples.join("\n"))] {
+        host.write_secret("trousseau.toml", &text);
+        let file = host.path("trousseau.toml");
+        let done = host.command(&["check", "--output", "json", "--config", file.to_str().unwrap()]).output().unwrap();
+        assert!(done.status.success(), "{case}: {}", String::from_utf8_lossy(&done.stderr));
+    }
+    let examples = with_examples.iter().filter(|line| !reference.contains(&format!("\n{line}\n"))).count();
+    assert!(examples >= 12, "only {examples} examples were taken out of their comments");
+}

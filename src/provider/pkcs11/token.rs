@@ -182,6 +182,7 @@ impl Token {
                     self.condition.send_replace(Condition::Up(Arc::new(connected)));
                     self.changed.notify_one();
                     self.wait(woken, None);
+                    self.let_go();
                     // Only when its last session is closed can the library be initialized anew.
                     let _hangs = released.recv_timeout(RELEASE_PATIENCE);
                 }
@@ -198,7 +199,17 @@ impl Token {
                 }
             }
         }
-        self.condition.send_replace(Condition::Down(self.told("is closed")));
+    }
+
+    /// Gives the connection up at the end; one that was lost is given up already.
+    fn let_go(&self) {
+        self.condition.send_if_modified(|condition| {
+            let up = matches!(condition, Condition::Up(_));
+            if up {
+                *condition = Condition::Down(self.told("is closed"));
+            }
+            up
+        });
     }
 
     /// Waits until the connection is lost or the end has come, or for `timeout` if there is no connection.
