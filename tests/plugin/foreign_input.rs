@@ -37,7 +37,7 @@ fn a_token_that_comes_late_is_waited_for() {
 fn two_tokens_of_one_name_are_refused_with_their_serial_numbers() {
     let host = Host::new();
     host.token.initialize(&["trousseau"]);
-    assert_says(&mut host.serve(), &["two tokens match", "serial"]);
+    assert_says(&mut host.serve(), &["2 tokens match", "serial"]);
     assert_eq!(host.run(&["key", "list"]).status.code(), Some(69));
 }
 

@@ -3,11 +3,14 @@
 //! A key that anybody could have written under our label must not wrap a single DEK: so a key becomes a KEK by itself
 //! only if the token vouches that it was born there and cannot leave.
 
+use std::collections::BTreeMap;
+
 use cryptoki::mechanism::MechanismType;
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass};
 use jiff::{SignedDuration, Timestamp};
 
 use crate::config::Mode;
+use crate::identity::Identity;
 use crate::provider::Rank;
 
 /// What is asked of every object that has the KEKs' label.
@@ -27,6 +30,38 @@ pub(super) const ASKED: [AttributeType; 14] = [
     AttributeType::Unwrap,
     AttributeType::AllowedMechanisms,
 ];
+
+/// How a provider recognises and uses its KEKs.
+#[derive(Debug)]
+pub(super) struct Rules {
+    pub(super) label: String,
+    pub(super) modes: Vec<Mode>,
+    /// KEKs made elsewhere, by CKA_ID.
+    pub(super) admitted: BTreeMap<Vec<u8>, Timestamp>,
+}
+
+impl Rules {
+    pub(super) fn admit(&self, said: &Said, now: Timestamp) -> Result<Admitted, String> {
+        let not_before = said.id().and_then(|id| self.admitted.get(id)).copied();
+        admit(said, &self.modes, not_before, now)
+    }
+
+    pub(super) fn name_of(&self, kek: &Admitted) -> KekName {
+        let identity = Identity::of_pkcs11(&kek.rank.name);
+        KekName { identity, id: kek.rank.name.clone(), label: self.label.clone(), mode: kek.mode }
+    }
+}
+
+/// What is needed to find and use a KEK.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct KekName {
+    pub(super) identity: Identity,
+    /// CKA_ID.
+    pub(super) id: Vec<u8>,
+    /// CKA_LABEL.
+    pub(super) label: String,
+    pub(super) mode: Mode,
+}
 
 /// What a token says of an object.
 pub(super) struct Said(pub(super) Vec<Attribute>);
@@ -50,12 +85,7 @@ const LONGEST_WAIT: SignedDuration = SignedDuration::from_hours(30 * 24);
 ///
 /// # Errors
 /// Why the key is not used, and what to do.
-pub(super) fn admit(
-    said: &Said,
-    modes: &[Mode],
-    not_before: Option<Timestamp>,
-    now: Timestamp,
-) -> Result<Admitted, String> {
+fn admit(said: &Said, modes: &[Mode], not_before: Option<Timestamp>, now: Timestamp) -> Result<Admitted, String> {
     let Said(attributes) = said;
     if !attributes.contains(&Attribute::Class(ObjectClass::SECRET_KEY)) {
         return Err("it is not a secret key: give it another label".into());

@@ -11,26 +11,14 @@ use cryptoki::session::Session;
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 
-use super::admission::{self, Admitted, Said};
+use super::admission::{self, Admitted, KekName, Rules, Said};
+use super::connection::Connected;
 use super::error::{CallError, Class};
 use super::mechanism;
-use super::token::Connected;
-use crate::config::Mode;
 use crate::identity::Identity;
 use crate::provider::Refused;
 use crate::secret::Dek;
 use crate::state::{Reference, State};
-
-/// What a lane needs to know of a KEK.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct KekName {
-    pub(super) identity: Identity,
-    /// CKA_ID.
-    pub(super) id: Vec<u8>,
-    /// CKA_LABEL.
-    pub(super) label: String,
-    pub(super) mode: Mode,
-}
 
 /// A session of a worker. It is closed before the connection that it came from is let go.
 pub(super) struct Lane {
@@ -217,27 +205,6 @@ impl Lane {
             ],
         )?;
         Ok(())
-    }
-}
-
-/// How a provider recognises and uses its KEKs.
-#[derive(Debug)]
-pub(super) struct Rules {
-    pub(super) label: String,
-    pub(super) modes: Vec<Mode>,
-    /// KEKs made elsewhere, by CKA_ID.
-    pub(super) admitted: std::collections::BTreeMap<Vec<u8>, Timestamp>,
-}
-
-impl Rules {
-    fn admit(&self, said: &Said, now: Timestamp) -> Result<Admitted, String> {
-        let not_before = said.id().and_then(|id| self.admitted.get(id)).copied();
-        admission::admit(said, &self.modes, not_before, now)
-    }
-
-    pub(super) fn name_of(&self, kek: &Admitted) -> KekName {
-        let identity = Identity::of_pkcs11(&kek.rank.name);
-        KekName { identity, id: kek.rank.name.clone(), label: self.label.clone(), mode: kek.mode }
     }
 }
 

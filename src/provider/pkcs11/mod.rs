@@ -1,13 +1,16 @@
 //! The provider of type `pkcs11`: KEKs in one token, or in several that are replicas of each other.
 //!
-//! From top to bottom: this room knows tokens and their KEKs; [`pool`] runs work on a token's sessions; [`token`]
-//! keeps its connection; [`lane`] is what one session does; [`mechanism`] is how a KEK wraps. [`admission`] decides
-//! which keys are KEKs, [`error`] what a return code means, [`module`] when a library is initialized. They are the
-//! only rooms that know the cryptoki crate.
+//! From top to bottom: this room knows tokens and their KEKs; [`token`] keeps one connected, by its supervisor
+//! thread; [`pool`] has work done by its session threads; [`link`] is what these tell each other; [`lane`] is what one
+//! session does; [`mechanism`] is how a KEK wraps; [`connection`] finds a token and logs in; [`module`] loads a library.
+//! [`admission`] decides which keys are KEKs, and [`error`] what a return code means. They are the only rooms that know
+//! the cryptoki crate.
 
 mod admission;
+mod connection;
 mod error;
 mod lane;
+mod link;
 mod mechanism;
 mod module;
 mod pool;
@@ -25,8 +28,8 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use tokio::sync::Notify;
 
-use self::admission::Admitted;
-use self::lane::{Inventory, KekName};
+use self::admission::{Admitted, KekName};
+use self::lane::Inventory;
 use self::token::Token;
 use self::wraps::WrapCounter;
 use super::{Answer, Kek, KekError, Provider, Rank, Refused, Sighting};
@@ -72,8 +75,7 @@ impl Pkcs11 {
     /// The operating system gives no thread.
     pub fn new(config: &crate::config::Provider, state: &Arc<State>) -> std::io::Result<Self> {
         let changed = Arc::new(Notify::new());
-        let start =
-            |uri: &crate::config::TokenUri| Token::start(uri.clone(), config, Arc::clone(state), Arc::clone(&changed));
+        let start = |uri: &crate::config::TokenUri| Token::start(uri.clone(), config, state, Arc::clone(&changed));
         let tokens = config.tokens.iter().map(start).collect::<Result<_, _>>()?;
         let (name, modes) = (config.name.clone(), config.profile.modes.clone());
         Ok(Self { name, modes, tokens, state: Arc::clone(state), changed, keks: Mutex::default() })
@@ -85,7 +87,8 @@ impl Pkcs11 {
     /// Why the first one that is out of reach is.
     pub async fn reach_every_token(&self) -> Result<(), KekError> {
         for token in &self.tokens {
-            token.first_attempt().await.map_err(|reason| KekError::Unavailable(reason.to_string()))?;
+            token.link.first_attempt().await;
+            token.link.connected()?;
         }
         Ok(())
     }
@@ -122,7 +125,7 @@ impl Pkcs11 {
         let rank = Rank { not_before, name: id.to_vec() };
         let kek = first.rules.name_of(&Admitted { rank, mode });
         let template = kek.clone();
-        first.pool.run(first, deadline, move |lane| lane.generate(&template)).await?;
+        first.run(deadline, move |lane| lane.generate(&template)).await?;
         let tokens = self.holders_of(&kek, deadline).await?;
         Ok(Generated { identity: kek.identity, id: kek.id, not_before, mode, tokens })
     }
@@ -136,7 +139,7 @@ impl Pkcs11 {
     /// What one token holds, or `None` if it is out of reach.
     async fn look_at(&self, token: &Arc<Token>, deadline: Instant) -> Result<Inventory, KekError> {
         let of = Arc::clone(token);
-        token.pool.run(token, deadline, move |lane| lane.look(&of.rules, Timestamp::now())).await
+        token.run(deadline, move |lane| lane.look(&of.rules, Timestamp::now())).await
     }
 
     async fn look_at_every_token(&self, deadline: Instant) -> Result<Sighting, KekError> {
@@ -152,7 +155,8 @@ impl Pkcs11 {
                 }
             };
             reached += 1;
-            let place = |refusal: Refused| Refused { key: format!("{} on {}", refusal.key, token.name), ..refusal };
+            let place =
+                |refusal: Refused| Refused { key: format!("{} on {}", refusal.key, token.link.name), ..refusal };
             refused.extend(inventory.refused.into_iter().map(place));
             for kek in inventory.keks {
                 let name = token.rules.name_of(&kek);
@@ -188,7 +192,7 @@ impl Drop for Pkcs11 {
         // A library must not be unloaded, as at the end of the process, under a thread that is inside it.
         for token in &self.tokens {
             if !token.close(PATIENCE) {
-                tracing::warn!(token = %token.name, "a call into the module does not return");
+                tracing::warn!(token = %token.link.name, "a call into the module does not return");
             }
         }
     }
@@ -230,7 +234,7 @@ impl Pkcs11Kek {
         let mut last = KekError::Unavailable(format!("no token holds KEK {}", self.name.identity));
         for token in self.holders() {
             let (work, name) = (work.clone(), self.name.clone());
-            match token.pool.run(&token, deadline, move |lane| work(lane, &name)).await {
+            match token.run(deadline, move |lane| work(lane, &name)).await {
                 Err(error @ (KekError::Unavailable(_) | KekError::Busy(_))) => last = error,
                 answer => return answer,
             }
@@ -257,7 +261,7 @@ impl Kek for Pkcs11Kek {
     }
 
     fn held_by(&self) -> Vec<String> {
-        self.holders().iter().map(|token| token.uri.to_string()).collect()
+        self.holders().iter().map(|token| token.uri().to_string()).collect()
     }
 
     fn wrap_dek(&self, dek: Arc<Dek>, deadline: Instant) -> Answer<'_, Vec<u8>> {

@@ -9,11 +9,13 @@ use std::time::Instant;
 
 use tokio::sync::oneshot;
 
+use super::connection::Connected;
 use super::error::{CallError, Class};
 use super::lane::Lane;
+use super::link::Link;
 use super::queue::{Next, Queue, Ticket};
-use super::token::{Condition, Token};
 use crate::provider::KekError;
+use crate::state::State;
 
 /// Places in the queue for each session: a request at the end waits as long as this many calls.
 const QUEUE_PER_SESSION: usize = 64;
@@ -71,36 +73,30 @@ impl Pool {
         Self { queue: Queue::new(sessions * QUEUE_PER_SESSION), closed: AtomicBool::new(false) }
     }
 
-    /// Has a worker of `token` do `work`, twice at most, and returns its answer before the deadline.
-    pub(super) async fn run<T, W>(&self, token: &Token, deadline: Instant, work: W) -> Result<T, KekError>
+    /// Has a worker do `work`, twice at most, and returns its answer before the deadline.
+    pub(super) async fn run<T, W>(&self, link: &Link, deadline: Instant, work: W) -> Result<T, KekError>
     where
         T: Send + 'static,
         W: FnMut(&mut Lane) -> Result<T, CallError> + Send + 'static,
     {
-        match token.condition() {
-            Condition::Up(_) => (),
-            Condition::Connecting => {
-                return Err(KekError::Unavailable(format!("{} is being connected to", token.name)));
-            }
-            Condition::Down(reason) => return Err(KekError::Unavailable(reason.to_string())),
-        }
+        link.connected()?;
         let (answer, answered) = oneshot::channel();
         let job = Box::new(Call { work, deadline, answer: Some(answer) });
-        let ticket = self.queue.push(job).map_err(|_| KekError::Busy(token.name.clone()))?;
+        let ticket = self.queue.push(job).map_err(|_| KekError::Busy(link.name.clone()))?;
         let _place = Place { queue: &self.queue, ticket };
         match tokio::time::timeout_at(deadline.into(), answered).await {
             Ok(Ok(answer)) => answer,
-            Ok(Err(_)) | Err(_) => Err(KekError::Deadline(token.name.clone())),
+            Ok(Err(_)) | Err(_) => Err(KekError::Deadline(link.name.clone())),
         }
     }
 
     /// What a worker thread does until the pool is closed.
-    pub(super) fn work(&self, token: &Token) {
+    pub(super) fn work(&self, link: &Link, state: &Arc<State>) {
         let mut lane = None;
         let mut round = 0;
         loop {
             match self.queue.next(round) {
-                Next::Job(mut job) => serve(&mut *job, &mut lane, token),
+                Next::Job(mut job) => self.serve(&mut *job, &mut lane, link, state),
                 Next::Round(begun) => {
                     round = begun;
                     lane = None;
@@ -110,9 +106,65 @@ impl Pool {
         }
     }
 
-    /// Makes every worker give its session up.
-    pub(super) fn begin_round(&self) {
-        self.queue.begin_round();
+    /// Does one job: each class of failure has its one treatment here.
+    fn serve(&self, job: &mut dyn Job, lane: &mut Option<Lane>, link: &Link, state: &Arc<State>) {
+        if !job.is_wanted() {
+            return;
+        }
+        let mut again = true;
+        loop {
+            let Err(error) = self.attempt(job, lane, link, state) else { return };
+            let mended = match error.class {
+                Class::Session => {
+                    *lane = None;
+                    true
+                }
+                Class::Login => lane.as_ref().is_some_and(|lane| lane.connected.log_in_again().is_ok()),
+                Class::Token | Class::Doubtful => {
+                    if let Some(gone) = lane.take() {
+                        self.is_lost(link, &gone.connected, &error);
+                    }
+                    false
+                }
+                Class::BadInput | Class::Pin | Class::Refused => false,
+            };
+            if !(mended && again) {
+                return job.refuse(error.to_kek_error(&link.name));
+            }
+            again = false;
+        }
+    }
+
+    fn attempt(
+        &self,
+        job: &mut dyn Job,
+        lane: &mut Option<Lane>,
+        link: &Link,
+        state: &Arc<State>,
+    ) -> Result<(), CallError> {
+        let lane = match lane {
+            Some(lane) => lane,
+            None => lane.insert(self.open(link, state)?),
+        };
+        job.attempt(lane)
+    }
+
+    fn open(&self, link: &Link, state: &Arc<State>) -> Result<Lane, CallError> {
+        let lost = |error: KekError| CallError::new(Class::Refused, "the pool", error.to_string());
+        let connected = link.connected().map_err(lost)?;
+        Lane::open(Arc::clone(&connected), Arc::clone(state)).inspect_err(|error| {
+            // Without a lane, nobody else can say that the connection is no good.
+            if matches!(error.class, Class::Token | Class::Doubtful) {
+                self.is_lost(link, &connected, error);
+            }
+        })
+    }
+
+    /// Makes every worker give its session up, unless somebody else has done so.
+    fn is_lost(&self, link: &Link, connected: &Arc<Connected>, error: &CallError) {
+        if link.is_lost(connected, error) {
+            self.queue.begin_round();
+        }
     }
 
     /// Serves what waits, then ends the workers.
@@ -136,56 +188,4 @@ impl Drop for Place<'_> {
     fn drop(&mut self) {
         drop(self.queue.withdraw(self.ticket));
     }
-}
-
-/// Does one job: each class of failure has its one treatment here.
-fn serve(job: &mut dyn Job, lane: &mut Option<Lane>, token: &Token) {
-    if !job.is_wanted() {
-        return;
-    }
-    let mut again = true;
-    loop {
-        let Err(error) = attempt(job, lane, token) else { return };
-        let treated = match error.class {
-            Class::Session => {
-                *lane = None;
-                true
-            }
-            Class::Login => {
-                let login = lane.as_ref().map(|lane| lane.connected.log_in_again());
-                matches!(login, Some(Ok(())))
-            }
-            Class::Token | Class::Doubtful => {
-                if let Some(gone) = lane.take() {
-                    token.lost(&gone.connected, &error);
-                }
-                false
-            }
-            Class::BadInput | Class::Pin | Class::Refused => false,
-        };
-        if !(treated && again) {
-            return job.refuse(error.to_kek_error(&token.name));
-        }
-        again = false;
-    }
-}
-
-fn attempt(job: &mut dyn Job, lane: &mut Option<Lane>, token: &Token) -> Result<(), CallError> {
-    let lane = match lane {
-        Some(lane) => lane,
-        None => lane.insert(open(token)?),
-    };
-    job.attempt(lane)
-}
-
-fn open(token: &Token) -> Result<Lane, CallError> {
-    let Condition::Up(connected) = token.condition() else {
-        return Err(CallError::new(Class::Refused, "the pool", "the token was lost"));
-    };
-    Lane::open(Arc::clone(&connected), Arc::clone(&token.state)).inspect_err(|error| {
-        // Without a lane, nobody else can say that the connection is no good.
-        if matches!(error.class, Class::Token | Class::Doubtful) {
-            token.lost(&connected, error);
-        }
-    })
 }

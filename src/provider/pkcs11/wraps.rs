@@ -3,7 +3,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::lane::KekName;
+use super::admission::KekName;
 use crate::config::Mode;
 use crate::identity::Identity;
 use crate::provider::KekError;

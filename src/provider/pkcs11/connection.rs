@@ -1,0 +1,143 @@
+//! A connection to a token: found by its URI, one anchor session, logged in.
+//!
+//! A login holds for every session of the process and ends with the last one; the anchor is the session that stays.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::mpsc::Sender;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use cryptoki::context::Pkcs11;
+use cryptoki::error::{Error, RvError};
+use cryptoki::session::{Session, UserType};
+use cryptoki::slot::{Slot, TokenInfo};
+use secrecy::{ExposeSecret, SecretString};
+
+use super::error::{CallError, Class};
+use super::module::{InUse, Module};
+use crate::config::{Credential, TokenUri};
+use crate::identity::Identity;
+
+/// Where a token is, and what opens it.
+pub(super) struct Address {
+    pub(super) module: PathBuf,
+    pub(super) uri: TokenUri,
+    pub(super) pin: Credential,
+}
+
+/// A token that is present and logged in to. Its fields are dropped in their order: sessions before the library.
+pub(super) struct Connected {
+    anchor: Mutex<Session>,
+    pin: SecretString,
+    slot: Slot,
+    proved: Mutex<BTreeSet<Identity>>,
+    in_use: InUse,
+    /// Tells the supervisor that all of the above is gone.
+    _released: Sender<()>,
+}
+
+/// Why there is no connection, and what to do.
+pub(super) enum NotConnected {
+    /// Worth another attempt.
+    Yet(String),
+    /// The token refused this PIN: another attempt would use up its tries.
+    PinRefused(String, SecretString),
+}
+
+impl From<String> for NotConnected {
+    fn from(reason: String) -> Self {
+        Self::Yet(reason)
+    }
+}
+
+impl Address {
+    /// Connects. `refused` is a PIN that the token has refused: it is not tried again. `released` is dropped when the
+    /// connection is.
+    ///
+    /// # Errors
+    /// [`NotConnected`]
+    pub(super) fn connect(
+        &self,
+        refused: Option<&SecretString>,
+        released: Sender<()>,
+    ) -> Result<Connected, NotConnected> {
+        let in_use = Module::acquire(&self.module)?;
+        let (slot, info) = self.find_slot(in_use.library())?;
+        let pin = self.pin.read().map_err(|error| format!("{error}: {}", error.remedy()))?;
+        if refused.is_some_and(|refused| refused.expose_secret() == pin.expose_secret()) {
+            return Err(NotConnected::Yet(self.wrong_pin("the PIN was refused")));
+        }
+        if info.user_pin_locked() {
+            return Err(NotConnected::Yet("the user PIN is locked: unlock it with the vendor's tools".into()));
+        }
+        let opened = in_use.library().open_rw_session(slot).map_err(CallError::from);
+        let anchor = opened.map_err(|error| format!("no session can be opened: {error}"))?;
+        match log_in(&anchor, &pin) {
+            Ok(()) => {
+                let (anchor, proved) = (Mutex::new(anchor), Mutex::default());
+                Ok(Connected { anchor, pin, slot, proved, in_use, _released: released })
+            }
+            Err(error) if error.class == Class::Pin => {
+                Err(NotConnected::PinRefused(self.wrong_pin(&error.to_string()), pin))
+            }
+            Err(error) => Err(NotConnected::Yet(format!("login failed: {error}"))),
+        }
+    }
+
+    fn wrong_pin(&self, what: &str) -> String {
+        format!("{what}: write the right PIN into {}; the one in it is not tried again", self.pin)
+    }
+
+    /// The one slot whose token the URI means.
+    fn find_slot(&self, library: &Pkcs11) -> Result<(Slot, TokenInfo), String> {
+        let slots = library.get_slots_with_token().map_err(|error| CallError::from(error).to_string())?;
+        let tokens: Vec<_> =
+            slots.into_iter().filter_map(|slot| Some((slot, library.get_token_info(slot).ok()?))).collect();
+        let meant = |info: &TokenInfo| {
+            self.uri.matches(info.label(), info.serial_number(), info.manufacturer_id(), info.model())
+        };
+        let matching: Vec<_> = tokens.iter().filter(|(_, info)| info.token_initialized() && meant(info)).collect();
+        match matching.as_slice() {
+            [(slot, info)] => Ok((*slot, info.clone())),
+            [] => {
+                let labels = tokens.iter().map(|(_, info)| info.label()).filter(|label| !label.is_empty());
+                let there = labels.collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>().join(", ");
+                Err(format!(
+                    "no token of {} matches it; there: {}: insert it, or correct `tokens`",
+                    self.module.display(),
+                    if there.is_empty() { "none" } else { &there }
+                ))
+            }
+            several => {
+                let serials: Vec<&str> = several.iter().map(|(_, info)| info.serial_number()).collect();
+                let (count, serials) = (serials.len(), serials.join(", "));
+                Err(format!("{count} tokens match it, serial numbers {serials}: add `;serial=…` to the URI"))
+            }
+        }
+    }
+}
+
+impl Connected {
+    pub(super) fn open_session(&self) -> Result<Session, CallError> {
+        Ok(self.in_use.library().open_rw_session(self.slot)?)
+    }
+
+    /// The KEKs that were used through this connection. One that is then not to be found means that the token is
+    /// gone: some libraries show an empty one in its place, until they are initialized again.
+    pub(super) fn proved(&self) -> MutexGuard<'_, BTreeSet<Identity>> {
+        self.proved.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Logs in again after the token forgot the login.
+    pub(super) fn log_in_again(&self) -> Result<(), CallError> {
+        log_in(&self.anchor.lock().unwrap_or_else(PoisonError::into_inner), &self.pin)
+    }
+}
+
+/// A login belongs to the process: another session may have made it.
+fn log_in(session: &Session, pin: &SecretString) -> Result<(), CallError> {
+    match session.login(UserType::User, Some(pin)) {
+        Ok(()) | Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}

@@ -1,0 +1,96 @@
+//! What a token's threads and their callers tell each other of its connection.
+
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+
+use tokio::sync::{Notify, watch};
+
+use super::connection::Connected;
+use super::error::CallError;
+use crate::provider::KekError;
+
+/// Whether a token can be used. Shared by its supervisor, its workers and their callers.
+pub(super) struct Link {
+    /// The token, as people know it.
+    pub(super) name: String,
+    condition: watch::Sender<Condition>,
+    wake_supervisor: Sender<()>,
+    changed: Arc<Notify>,
+}
+
+enum Condition {
+    /// The first attempt is under way.
+    Connecting,
+    Up(Arc<Connected>),
+    /// It cannot be used, for this reason.
+    Down(String),
+}
+
+impl Link {
+    /// A link that is being connected. `changed` is told of every change; the receiver wakes the supervisor.
+    pub(super) fn new(name: String, changed: Arc<Notify>) -> (Self, Receiver<()>) {
+        let (wake_supervisor, woken) = mpsc::channel();
+        (Self { name, condition: watch::Sender::new(Condition::Connecting), wake_supervisor, changed }, woken)
+    }
+
+    /// The connection, if there is one.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub(super) fn connected(&self) -> Result<Arc<Connected>, KekError> {
+        match &*self.condition.borrow() {
+            Condition::Up(connected) => Ok(Arc::clone(connected)),
+            Condition::Connecting => Err(KekError::Unavailable(format!("{} is being connected to", self.name))),
+            Condition::Down(reason) => Err(KekError::Unavailable(reason.clone())),
+        }
+    }
+
+    /// Waits until the first attempt to connect has ended.
+    pub(super) async fn first_attempt(&self) {
+        let mut condition = self.condition.subscribe();
+        drop(condition.wait_for(|condition| !matches!(condition, Condition::Connecting)).await);
+    }
+
+    /// The supervisor has connected.
+    pub(super) fn is_up(&self, connected: Connected) {
+        tracing::info!(token = self.name, "token connected");
+        self.condition.send_replace(Condition::Up(Arc::new(connected)));
+        self.changed.notify_one();
+    }
+
+    /// It cannot be used. Nobody is told the same reason twice.
+    pub(super) fn is_down(&self, reason: &str) {
+        let reason = format!("{} {reason}", self.name);
+        let before = self.condition.send_replace(Condition::Down(reason.clone()));
+        if !matches!(before, Condition::Down(known) if known == reason) {
+            self.tell(&reason);
+        }
+    }
+
+    /// A worker found `connected` to be gone. Returns whether it was the first to say so.
+    pub(super) fn is_lost(&self, connected: &Arc<Connected>, error: &CallError) -> bool {
+        let reason = format!("{} was lost: {error}", self.name);
+        let first = self.condition.send_if_modified(|condition| {
+            let current = matches!(condition, Condition::Up(current) if Arc::ptr_eq(current, connected));
+            if current {
+                *condition = Condition::Down(reason.clone());
+            }
+            current
+        });
+        if first {
+            self.tell(&reason);
+            let _supervisor_gone = self.wake_supervisor.send(());
+        }
+        first
+    }
+
+    fn tell(&self, reason: &str) {
+        tracing::error!("{reason}");
+        self.changed.notify_one();
+    }
+
+    /// The end: the supervisor lets the connection go.
+    pub(super) fn end(&self) {
+        let _supervisor_gone = self.wake_supervisor.send(());
+    }
+}
