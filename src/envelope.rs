@@ -131,6 +131,9 @@ pub enum SealError {
     /// The operating system has no randomness to give.
     #[error("getrandom(2) failed: {0}")]
     Randomness(#[from] getrandom::Error),
+    /// None, more than [`MAX_RECIPIENTS`], or one twice: [`Envelope::parse`] would refuse the result.
+    #[error("an envelope has 1 to {MAX_RECIPIENTS} recipients, each once")]
+    Recipients,
     /// Past what AES-GCM can seal under one nonce, 64 GiB.
     #[error("the plaintext is too long for AES-GCM")]
     TooLong,
@@ -139,7 +142,7 @@ pub enum SealError {
 /// Seals `plaintext` under `dek`, which the recipients' KEKs have wrapped, with a random nonce.
 ///
 /// # Errors
-/// [`SealError`]; neither is seen in practice.
+/// [`SealError`]: nothing was sealed.
 pub fn seal(
     key_set: KeySet,
     recipients: Vec<Recipient<Vec<u8>>>,
@@ -159,6 +162,10 @@ fn seal_with_nonce(
     plaintext: &[u8],
 ) -> Result<Vec<u8>, SealError> {
     recipients.sort_unstable_by_key(|recipient| recipient.identity);
+    let each_once = recipients.is_sorted_by(|one, next| one.identity < next.identity);
+    if !each_once || !(1..=MAX_RECIPIENTS).contains(&recipients.len()) {
+        return Err(SealError::Recipients);
+    }
     let algorithms: Vec<WrapAlgorithm> = recipients.iter().map(|recipient| recipient.algorithm).collect();
 
     // With the whole capacity from the start, no growth leaves a copy of the plaintext behind.
@@ -429,6 +436,21 @@ mod tests {
             let mut flipped = whole.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
             assert!(!opens(&flipped), "bit {bit} flipped");
+        }
+    }
+
+    #[test]
+    fn what_could_not_be_parsed_is_not_sealed() {
+        let recipient = |n: usize| Recipient {
+            identity: Identity::from_bytes([n as u8; 16]),
+            algorithm: WrapAlgorithm::AesKw,
+            wrapped: vec![0; WrapAlgorithm::AesKw.wrapped_len()],
+        };
+        let dek = Dek::generate().unwrap();
+        for ids in [vec![], vec![1, 1], vec![2, 1, 2], (0..9).collect()] {
+            let recipients = ids.iter().copied().map(recipient).collect();
+            let sealed = seal(KeySet::from_bytes([0; 16]), recipients, &dek, b"seed");
+            assert_eq!(sealed, Err(SealError::Recipients), "{ids:?}");
         }
     }
 

@@ -4,10 +4,11 @@
 //! fail: with a soft one the API server goes on to write under an old seed for ever (kubernetes/kubernetes#138950).
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use crate::identity::Identity;
 use crate::provider::KekError;
+use crate::sync::lock;
 
 /// What last went wrong with each KEK, until something goes right.
 #[derive(Default)]
@@ -22,7 +23,7 @@ impl Health {
         match outcome {
             Ok(_) | Err(KekError::BadInput) => drop(self.faults().remove(&kek)),
             Err(KekError::Busy(_) | KekError::Deadline(_)) => (),
-            Err(error @ KekError::Unavailable(_)) => self.fault(kek, error),
+            Err(error @ (KekError::Unavailable(_) | KekError::Refused(_))) => self.fault(kek, error),
         }
     }
 
@@ -37,6 +38,6 @@ impl Health {
     }
 
     fn faults(&self) -> MutexGuard<'_, BTreeMap<Identity, String>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }

@@ -18,7 +18,7 @@ use jiff::Timestamp;
 pub use self::description::{KekDescription, KekState};
 pub use self::errors::KeyringError;
 use self::member::{ActiveKek, Member};
-use crate::config::SealUnder;
+use crate::config::{KeyringConfig, SealUnder};
 use crate::envelope::{self, Envelope, Recipient, WrapAlgorithm};
 use crate::health::Health;
 use crate::identity::{Identity, KeySet};
@@ -55,7 +55,7 @@ pub struct ActiveSet {
 impl Keyring {
     /// A keyring over these providers, each with whether it seals, in the order in which Decrypt takes them.
     #[must_use]
-    pub fn new(config: &crate::config::Keyring, providers: Vec<(Box<dyn Provider>, bool)>, state: Arc<State>) -> Self {
+    pub fn new(config: &KeyringConfig, providers: Vec<(Box<dyn Provider>, bool)>, state: Arc<State>) -> Self {
         Self {
             cluster: config.cluster.clone(),
             seal_under: config.seal_under,
@@ -82,6 +82,11 @@ impl Keyring {
         let Ok(set) = self.active(Timestamp::now()) else { return };
         let keks = set.keks.iter().filter_map(|active| active.kek.as_ref().ok());
         join_all(keks.map(|kek| self.round_trip(kek, deadline))).await;
+    }
+
+    /// Returns when it is known of every provider whether it can be reached.
+    pub async fn settled(&self) {
+        join_all(self.members.iter().map(|member| member.provider.settled())).await;
     }
 
     /// Looks for KEKs. Returns by when all else that belongs to the look must be done.
@@ -118,14 +123,20 @@ impl Keyring {
     /// # Errors
     /// A provider has no KEK, or has lost the one that this host made active.
     pub fn active(&self, now: Timestamp) -> Result<ActiveSet, KeyringError> {
-        let mut marks = self.state.marks();
-        let mut keks = Vec::new();
+        let mut keks: Vec<ActiveKek> = Vec::new();
         for member in self.members.iter().filter(|member| member.seals) {
-            let (kek, new_mark) = member.active(&marks, now).map_err(KeyringError::Unavailable)?;
+            let marks = self.state.marks();
+            let (kek, new_mark) = member.active(&marks, now)?;
+            if keks.iter().any(|other| other.identity == kek.identity) {
+                return Err(KeyringError::NoKek(format!(
+                    "KEK {} is on provider {} and on another one: replicas are `tokens` of one provider",
+                    kek.identity,
+                    member.provider.name()
+                )));
+            }
             if let Some(mark) = new_mark {
                 tracing::info!(provider = mark.provider, kek = %mark.identity, "KEK is active");
-                marks = member.advance(marks, mark);
-                self.state.set_marks(marks.clone());
+                self.state.set_marks(member.advance(marks, mark));
             }
             keks.push(kek);
         }
@@ -270,7 +281,7 @@ impl Keyring {
             return Ok(known);
         }
         // As long as a provider cannot be asked, an identity is not known to be unknown.
-        match self.outages().into_iter().next() {
+        match self.members.iter().find_map(|member| member.seen().outage.clone()) {
             Some(outage) => Err(KeyringError::Unavailable(outage)),
             None => {
                 let identities: Vec<String> =
@@ -300,10 +311,14 @@ impl Keyring {
         }
     }
 
-    /// Why providers could not be asked, for each of which that is so.
+    /// Why providers, or some of their tokens, could not be looked at.
     #[must_use]
     pub fn outages(&self) -> Vec<String> {
-        self.members.iter().filter_map(|member| member.seen().outage.clone()).collect()
+        let of = |member: &Member| {
+            let seen = member.seen();
+            seen.outage.iter().chain(&seen.partly_out).cloned().collect::<Vec<_>>()
+        };
+        self.members.iter().flat_map(of).collect()
     }
 }
 

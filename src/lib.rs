@@ -36,4 +36,5 @@ pub mod provider;
 pub mod secret;
 pub mod service;
 pub mod state;
+mod sync;
 pub mod telemetry;

@@ -5,8 +5,9 @@
 //! lock or wipe; `SECURITY.md` says what follows from that.
 
 use std::fmt;
-use std::sync::{Mutex, Once, PoisonError};
+use std::sync::{Mutex, Once};
 
+use crate::sync::lock;
 use zeroize::{Zeroize, Zeroizing};
 
 /// Plaintext of a request or an answer: a seed under KMS v2. Zeroized on drop.
@@ -69,12 +70,12 @@ type Slot = Box<[u8; Dek::LEN]>;
 static FREE: Mutex<Vec<Slot>> = Mutex::new(Vec::new());
 
 fn take_slot() -> Slot {
-    let free = FREE.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    let free = lock(&FREE).pop();
     free.unwrap_or_else(new_locked_slot)
 }
 
 fn give_back(slot: Slot) {
-    FREE.lock().unwrap_or_else(PoisonError::into_inner).push(slot);
+    lock(&FREE).push(slot);
 }
 
 fn new_locked_slot() -> Slot {

@@ -2,15 +2,17 @@
 //!
 //! Each is JSON, written aside, synced and renamed, so that a power loss leaves the old one or the new one. Other
 //! processes of this host (`key generate` beside `serve`) use the same directory: a KEK has files of its own, and what
-//! is read, changed and written happens under a lock. When the disk fails, what was learned is kept in memory and the
-//! service goes on; the log says so.
+//! is read, changed and written happens under a lock; marks are written by `serve` alone. A file that is damaged is
+//! never taken for one that is missing. When the disk takes nothing, what was learned is kept in memory and the service
+//! goes on; the log says so.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 
 use jiff::Timestamp;
 use rustix::fs::{FlockOperation, OFlags};
@@ -18,6 +20,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::identity::Identity;
+use crate::sync::lock;
 
 /// A random value that a KEK wrapped when it was first seen, by which that KEK is recognised later.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,86 +54,108 @@ pub struct State {
 }
 
 /// What the files say, or would say if the disk had taken it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Remembered {
     references: HashMap<Identity, Reference>,
-    marks: Option<Vec<Mark>>,
+    marks: Vec<Mark>,
 }
 
-/// The state directory cannot be used.
-#[derive(Debug, thiserror::Error)]
+/// The state directory, or a file in it, cannot be used.
+#[derive(Clone, Debug, thiserror::Error)]
 #[error("{path}: {what}", path = .path.display())]
 pub struct StateError {
     path: PathBuf,
     what: String,
+    remedy: String,
+    /// The operating system refused this user.
+    pub is_forbidden: bool,
 }
 
 impl StateError {
+    fn new(path: &Path, what: impl Into<String>) -> Self {
+        let user = rustix::process::geteuid().as_raw();
+        let remedy = format!("give uid {user} a directory of its own with mode 0700, and name it with keyring.state");
+        Self { path: path.to_owned(), what: what.into(), remedy, is_forbidden: false }
+    }
+
+    fn io(path: &Path, what: &str, cause: &io::Error) -> Self {
+        let is_forbidden = cause.kind() == io::ErrorKind::PermissionDenied;
+        Self { is_forbidden, ..Self::new(path, format!("{what}: {cause}")) }
+    }
+
+    fn damaged(path: &Path, cause: impl fmt::Display) -> Self {
+        let remedy = "bring the file back from a backup, or remove it if this host may forget what it says".into();
+        Self { remedy, ..Self::new(path, format!("cannot be read: {cause}")) }
+    }
+
     /// What to do about it.
     #[must_use]
-    pub fn remedy(&self) -> String {
-        let user = rustix::process::geteuid().as_raw();
-        format!("give uid {user} a directory of its own with mode 0700, and name it with keyring.state")
+    pub fn remedy(&self) -> &str {
+        &self.remedy
     }
 }
 
 impl State {
-    /// Opens the directory, and makes it (0700) where it is missing.
+    /// Opens the directory, makes it (0700) where it is missing, and reads the marks.
     ///
     /// # Errors
-    /// It cannot be made or written, or others may write into it.
+    /// It cannot be made or written, others may write into it, or the marks are damaged.
     pub fn open(directory: &Path) -> Result<Self, StateError> {
-        let error = |what: String| StateError { path: directory.to_owned(), what };
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(directory)
-            .map_err(|cause| error(format!("cannot be made: {cause}")))?;
-        let metadata = fs::metadata(directory).map_err(|cause| error(cause.to_string()))?;
-        if metadata.mode() & 0o022 != 0 {
-            return Err(error(format!("can be changed by others: its mode is {:04o}", metadata.mode() & 0o7777)));
+        let failed = |what| move |cause| StateError::io(directory, what, &cause);
+        DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(failed("cannot be made"))?;
+        let mode = fs::metadata(directory).map_err(failed("cannot be read"))?.mode();
+        if mode & 0o022 != 0 {
+            let what = format!("can be changed by others: its mode is {:04o}", mode & 0o7777);
+            return Err(StateError::new(directory, what));
         }
-        let state = Self { directory: directory.to_owned(), remembered: Mutex::default() };
-        state.lock_directory().map_err(|cause| error(format!("cannot be written: {cause}")))?;
+        let remembered = Mutex::new(Remembered { references: HashMap::new(), marks: Vec::new() });
+        let state = Self { directory: directory.to_owned(), remembered };
+        state.lock_directory().map_err(failed("cannot be written"))?;
+        lock(&state.remembered).marks = state.read(MARKS_FILE)?.unwrap_or_default();
         Ok(state)
     }
 
     /// The reference of a KEK that was seen before.
-    pub fn reference(&self, identity: Identity) -> Option<Reference> {
-        if let Some(reference) = self.remembered().references.get(&identity) {
-            return Some(reference.clone());
+    ///
+    /// # Errors
+    /// There is one, and it is damaged.
+    pub fn reference(&self, identity: Identity) -> Result<Option<Reference>, StateError> {
+        if let Some(reference) = lock(&self.remembered).references.get(&identity) {
+            return Ok(Some(reference.clone()));
         }
-        let reference: Reference = self.read(&reference_file(identity))?;
-        self.remembered().references.insert(identity, reference.clone());
-        Some(reference)
+        let reference: Option<Reference> = self.read(&reference_file(identity))?;
+        if let Some(reference) = &reference {
+            lock(&self.remembered).references.insert(identity, reference.clone());
+        }
+        Ok(reference)
     }
 
     /// Keeps the reference of a KEK that is seen for the first time. If another process was first, its reference is
     /// the one that stays, and is returned.
-    pub fn keep_reference(&self, identity: Identity, reference: Reference) -> Reference {
+    ///
+    /// # Errors
+    /// Another process left a damaged one.
+    pub fn keep_reference(&self, identity: Identity, reference: Reference) -> Result<Reference, StateError> {
         let name = reference_file(identity);
-        let kept = self.locked(|| {
-            let first = self.read(&name);
-            if first.is_none() {
-                self.write(&name, &reference)?;
-            }
-            Ok(first)
+        let kept = self.locked(|| match self.read(&name) {
+            Ok(None) => self.write(&name, &reference).map(|()| Ok(reference.clone())),
+            Ok(Some(first)) => Ok(Ok(first)),
+            Err(damaged) => Ok(Err(damaged)),
         });
-        let reference = kept.ok().flatten().unwrap_or(reference);
-        self.remembered().references.insert(identity, reference.clone());
-        reference
+        let reference = kept.unwrap_or(Ok(reference))?;
+        lock(&self.remembered).references.insert(identity, reference.clone());
+        Ok(reference)
     }
 
     /// Every mark that this host has made.
     pub fn marks(&self) -> Vec<Mark> {
-        let mut remembered = self.remembered();
-        remembered.marks.get_or_insert_with(|| self.read(MARKS_FILE).unwrap_or_default()).clone()
+        lock(&self.remembered).marks.clone()
     }
 
     /// Replaces the marks.
     pub fn set_marks(&self, marks: Vec<Mark>) {
         let _logged = self.locked(|| self.write(MARKS_FILE, &marks));
-        self.remembered().marks = Some(marks);
+        lock(&self.remembered).marks = marks;
     }
 
     /// Sets the next `count` wraps of a KEK aside for this process and returns how many this host had set aside
@@ -138,15 +163,11 @@ impl State {
     pub fn reserve_wraps(&self, identity: Identity, count: u64) -> Option<u64> {
         let name = format!("wraps-{identity}.json");
         self.locked(|| {
-            let before: u64 = self.read(&name).unwrap_or_default();
+            let before: u64 = self.read(&name).map_err(io::Error::other)?.unwrap_or_default();
             self.write(&name, &before.saturating_add(count))?;
             Ok(before)
         })
         .ok()
-    }
-
-    fn remembered(&self) -> MutexGuard<'_, Remembered> {
-        self.remembered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs `change` while no other process changes anything here; a failure is logged.
@@ -164,19 +185,13 @@ impl State {
         Ok(file)
     }
 
-    fn read<T: DeserializeOwned>(&self, name: &str) -> Option<T> {
+    fn read<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StateError> {
         let path = self.directory.join(name);
-        let text = match fs::read(&path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
-            Err(error) => {
-                tracing::error!(file = %path.display(), %error, "state file cannot be read");
-                return None;
-            }
-        };
-        serde_json::from_slice(&text)
-            .inspect_err(|error| tracing::error!(file = %path.display(), %error, "state file is damaged"))
-            .ok()
+        match fs::read(&path) {
+            Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|cause| StateError::damaged(&path, cause)),
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(cause) => Err(StateError::damaged(&path, cause)),
+        }
     }
 
     fn write<T: Serialize>(&self, name: &str, value: &T) -> io::Result<()> {
@@ -234,22 +249,32 @@ mod tests {
         let mark = Mark { provider: "hsm".into(), identity: KEK, not_before: Timestamp::now(), id: "00".into() };
         let first = State::open(directory.path()).unwrap();
         first.set_marks(vec![mark.clone()]);
-        assert_eq!(first.keep_reference(KEK, reference("aa")), reference("aa"));
+        assert_eq!(first.keep_reference(KEK, reference("aa")).unwrap(), reference("aa"));
         assert_eq!(first.reserve_wraps(KEK, 10), Some(0));
 
         let next = State::open(directory.path()).unwrap();
         assert_eq!(next.marks(), [mark]);
-        assert_eq!(next.keep_reference(KEK, reference("bb")), reference("aa"), "the first one stays");
-        assert_eq!(next.reference(KEK), Some(reference("aa")));
+        assert_eq!(next.keep_reference(KEK, reference("bb")).unwrap(), reference("aa"), "the first one stays");
+        assert_eq!(next.reference(KEK).unwrap(), Some(reference("aa")));
         assert_eq!(next.reserve_wraps(KEK, 10), Some(10));
-        assert_eq!(next.reference(Identity::from_bytes([8; 16])), None);
+        assert_eq!(next.reference(Identity::from_bytes([8; 16])).unwrap(), None);
     }
 
     #[test]
-    fn a_damaged_file_is_as_good_as_none() {
-        let directory = tempfile::tempdir().unwrap();
-        fs::write(directory.path().join(MARKS_FILE), "[{").unwrap();
-        assert_eq!(State::open(directory.path()).unwrap().marks(), []);
+    fn a_damaged_file_is_not_taken_for_a_missing_one() {
+        for damage in ["", "[{", "{}", "\0\0\0\0"] {
+            let directory = tempfile::tempdir().unwrap();
+            let state = State::open(directory.path()).unwrap();
+            fs::write(directory.path().join(reference_file(KEK)), damage).unwrap();
+            assert!(state.reference(KEK).is_err(), "{damage}");
+            let error = state.keep_reference(KEK, reference("aa")).unwrap_err();
+            assert!(error.to_string().contains("reference-") && error.remedy().contains("backup"), "{error}");
+            assert_eq!(state.reserve_wraps(KEK, 1), Some(0));
+
+            fs::write(directory.path().join(MARKS_FILE), damage).unwrap();
+            let error = State::open(directory.path()).unwrap_err();
+            assert!(error.to_string().contains(MARKS_FILE), "{error}");
+        }
     }
 
     #[test]

@@ -5,15 +5,22 @@ use std::io::IsTerminal;
 use tracing_subscriber::EnvFilter;
 
 /// The variable that sets how much is logged, such as `debug` or `trousseau=debug,h2=warn`.
-pub const LOG_VARIABLE: &str = "TROUSSEAU_LOG";
+const LOG_VARIABLE: &str = "TROUSSEAU_LOG";
 
-/// Starts logging. `default` holds where [`LOG_VARIABLE`] says nothing.
+/// Starts logging. `default` holds where the variable `TROUSSEAU_LOG` says nothing.
 pub fn init(default: &str) {
-    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new(default));
+    let wish = std::env::var(LOG_VARIABLE).unwrap_or_default();
+    let (filter, misspelt) = match wish.parse() {
+        Ok(filter) if !wish.is_empty() => (filter, false),
+        parsed => (EnvFilter::new(default), parsed.is_err()),
+    };
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
     if std::io::stderr().is_terminal() {
         builder.compact().init();
     } else {
         builder.json().flatten_event(true).with_current_span(false).with_span_list(false).init();
+    }
+    if misspelt {
+        tracing::warn!(TROUSSEAU_LOG = wish, "this is no log filter and is ignored: write for example debug");
     }
 }

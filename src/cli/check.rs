@@ -1,14 +1,14 @@
 //! `trousseau check`: the daemon's own loader, no token touched.
 
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Serialize;
 
-use super::OutputArgs;
 use super::output::{Failure, Format, print, print_json};
-use crate::config::{Config, DEFAULT_PATH};
+use super::{ConfigArgs, OutputArgs};
+use crate::config::{Config, Status};
 use crate::envelope;
 
 pub(super) const EXAMPLES: &str = "Examples:
@@ -17,9 +17,8 @@ pub(super) const EXAMPLES: &str = "Examples:
 
 #[derive(Args)]
 pub(super) struct CheckArgs {
-    /// The configuration file.
-    #[arg(long, value_name = "FILE", default_value = DEFAULT_PATH)]
-    config: PathBuf,
+    #[command(flatten)]
+    config: ConfigArgs,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -42,6 +41,7 @@ struct ProviderSummary {
     name: String,
     seal: bool,
     profile: String,
+    profile_status: Status,
     module: PathBuf,
     tokens: Vec<String>,
     label: String,
@@ -49,11 +49,11 @@ struct ProviderSummary {
 }
 
 pub(super) fn run(args: &CheckArgs) -> Result<(), Failure> {
-    let config = Config::load(&args.config)?;
+    let config = Config::load(&args.config.config)?;
     let summary = summary(&config);
     match args.output.output {
         Format::Json => print_json(&summary),
-        Format::Text => print(&text(&args.config, &summary)),
+        Format::Text => print(&text(&args.config.config, &summary)),
     }
 }
 
@@ -71,7 +71,8 @@ fn summary(config: &Config) -> Summary {
             .map(|provider| ProviderSummary {
                 name: provider.name.clone(),
                 seal: provider.seal,
-                profile: provider.profile.title.clone(),
+                profile: provider.profile.name.clone(),
+                profile_status: provider.profile.status,
                 module: provider.module.clone(),
                 tokens: provider.tokens.iter().map(ToString::to_string).collect(),
                 label: provider.label.clone(),
@@ -81,7 +82,7 @@ fn summary(config: &Config) -> Summary {
     }
 }
 
-fn text(file: &std::path::Path, summary: &Summary) -> String {
+fn text(file: &Path, summary: &Summary) -> String {
     let mut text = format!(
         "{}: good\n  cluster   {}\n  socket    {} (v2{})\n  state     {}\n  envelope  {} bytes at most for a 32-byte seed",
         file.display(),
@@ -95,7 +96,7 @@ fn text(file: &std::path::Path, summary: &Summary) -> String {
         let role = if provider.seal { "seals" } else { "only unwraps" };
         let _infallible = write!(
             text,
-            "\n  provider  {} ({role}): {}, {} sessions, KEKs labelled {}\n              module {}",
+            "\n  provider  {} ({role}): profile {}, {} sessions, KEKs labelled {}\n              module {}",
             provider.name,
             provider.profile,
             provider.sessions,

@@ -41,10 +41,9 @@ pub(super) fn run(args: &DevArgs) -> Result<(), Failure> {
     make_directory(&args.dir)?;
     let dir = args.dir.canonicalize().map_err(|error| failed(&args.dir, &error))?;
     let softhsm = dir.join("softhsm2.conf");
+    make_directory(&dir.join("tokens"))?;
+    write(&softhsm, &format!("directories.tokendir = {}\nobjectstore.backend = file\n", dir.join("tokens").display()))?;
     if std::env::var_os(SOFTHSM_VARIABLE).is_none_or(|set| Path::new(&set) != softhsm) {
-        make_directory(&dir.join("tokens"))?;
-        let text = format!("directories.tokendir = {}\nobjectstore.backend = file\n", dir.join("tokens").display());
-        write(&softhsm, &text)?;
         return Err(start_over(&dir, &softhsm));
     }
     let config = dir.join("trousseau.toml");
@@ -54,17 +53,18 @@ pub(super) fn run(args: &DevArgs) -> Result<(), Failure> {
     let loaded = Config::load(&config)?;
     let Some(provider) = loaded.providers.first() else { return Ok(()) };
     setup::initialize_token(&provider.module, TOKEN, &so_pin, &pin)
-        .map_err(|what| Failure::failed(what, "remove the directory and try again"))?;
+        .map_err(|what| Failure::failed(what, format!("remove {} and try again", dir.display())))?;
     key::ensure_first(&loaded, provider)?;
-    let socket = loaded.listen.socket.display();
-    super::output::print(&format!(
-        "token, KEK and configuration are in {}\nserving on {socket}\n  try  trousseau probe --socket {socket}\n  \
-         or   trousseau key list --config {}  (with {SOFTHSM_VARIABLE}={})\n  end  Ctrl-C",
-        dir.display(),
-        config.display(),
-        softhsm.display(),
-    ))?;
-    serve::run(&config)
+    let welcome = welcome(&dir, &loaded);
+    serve::serve(loaded, || super::output::print(&welcome))
+}
+
+fn welcome(dir: &Path, config: &Config) -> String {
+    let (dir, socket) = (dir.display(), config.listen.socket.display());
+    format!(
+        "token, KEK and configuration are in {dir}\nserving on {socket}\n\n  trousseau probe --socket {socket}\n  \
+         {SOFTHSM_VARIABLE}={dir}/softhsm2.conf trousseau key list --config {dir}/trousseau.toml\n\nend it with Ctrl-C"
+    )
 }
 
 fn configuration(dir: &Path) -> String {
@@ -126,5 +126,5 @@ fn write(path: &Path, text: &str) -> Result<(), Failure> {
 }
 
 fn failed(path: &Path, error: &std::io::Error) -> Failure {
-    Failure::failed(format!("{}: {error}", path.display()), "")
+    Failure::failed(format!("{}: {error}", path.display()), "name a directory of your own with --dir")
 }

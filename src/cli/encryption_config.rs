@@ -1,11 +1,11 @@
 //! `trousseau encryption-config`: what an API server needs to be told, from the texts in `encryption-config/`.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use clap::{Args, ValueEnum};
 
-use super::SocketArgs;
 use super::output::{Failure, print};
+use crate::config::DEFAULT_SOCKET;
 
 pub(super) const EXAMPLES: &str = "The output is a valid EncryptionConfiguration; the steps for the distribution are \
 comments in it.
@@ -16,8 +16,9 @@ Examples:
 
 #[derive(Args)]
 pub(super) struct EncryptionConfigArgs {
-    #[command(flatten)]
-    socket: SocketArgs,
+    /// The socket that the plugin serves.
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET, value_parser = socket)]
+    socket: String,
     /// Which distribution runs the API server.
     #[arg(long = "for", value_name = "DISTRIBUTION", default_value = "kubeadm")]
     distribution: Distribution,
@@ -38,8 +39,7 @@ enum Distribution {
 }
 
 pub(super) fn run(args: &EncryptionConfigArgs) -> Result<(), Failure> {
-    let socket = absolute(&args.socket.socket)?;
-    let directory = socket.parent().unwrap_or(&socket);
+    let directory = Path::new(&args.socket).parent().unwrap_or(Path::new("/"));
     let steps = match args.distribution {
         Distribution::Kubeadm => include_str!("encryption-config/kubeadm.txt"),
         Distribution::Rke2 => include_str!("encryption-config/rke2.txt"),
@@ -49,21 +49,20 @@ pub(super) fn run(args: &EncryptionConfigArgs) -> Result<(), Failure> {
     let resources: Vec<String> = args.resource.iter().map(|resource| format!("      - {resource}")).collect();
     let text = [include_str!("encryption-config/common.yaml"), steps]
         .concat()
-        .replace("@SOCKET@", &socket.display().to_string())
+        .replace("@SOCKET@", &args.socket)
         .replace("@DIRECTORY@", &directory.display().to_string())
         .replace("@NAME@", &args.name)
-        .replace("@RESOURCES@", &resources.join("\n"));
+        .replace("@RESOURCES@", &resources.join("\n"))
+        .replace("@KINDS@", &args.resource.join(","));
     print(text.trim_end())
 }
 
-fn absolute(socket: &std::path::Path) -> Result<PathBuf, Failure> {
+/// The path is written into YAML and into a URL.
+fn socket(text: &str) -> Result<String, String> {
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-".contains(c);
-    match socket.to_str() {
-        Some(text) if socket.is_absolute() && text.chars().all(plain) => Ok(socket.to_owned()),
-        _ => Err(Failure::failed(
-            format!("--socket {} is not an absolute path of letters, digits and `._-`", socket.display()),
-            "the path is written into YAML and into a URL",
-        )),
+    match text.starts_with('/') && text.chars().all(plain) {
+        true => Ok(text.to_owned()),
+        false => Err("an absolute path of letters, digits and `._-`".into()),
     }
 }
 

@@ -1,7 +1,6 @@
 //! `trousseau key …`: makes KEKs and lists them.
 
-use std::path::Path;
-use std::sync::Arc;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand};
@@ -9,20 +8,18 @@ use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
 use super::output::{Failure, Format, print, print_json, table};
-use super::{ConfigArgs, OutputArgs, duration};
-use crate::config::{Config, Mode, Provider};
+use super::{ConfigArgs, OutputArgs, assemble, duration};
+use crate::config::{Config, Mode, ProviderConfig};
 use crate::identity::Identity;
-use crate::keyring::{KekDescription, Keyring};
+use crate::keyring::KekDescription;
 use crate::provider::Refused;
-use crate::provider::pkcs11::{Generated, Pkcs11};
-use crate::state::State;
+use crate::provider::pkcs11::{Generated, LONGEST_WAIT, Pkcs11};
 
 /// How long the tokens may take.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long a KEK waits before it becomes active, so that every control plane has seen it by then.
 const DEFAULT_WAIT: SignedDuration = SignedDuration::from_mins(10);
-const LONGEST_WAIT: SignedDuration = SignedDuration::from_hours(30 * 24);
 
 #[derive(Subcommand)]
 pub(super) enum KeyVerb {
@@ -34,9 +31,8 @@ pub(super) enum KeyVerb {
     List(ListArgs),
 }
 
-const GENERATE_EXAMPLES: &str = "Every plugin that uses the token sees the new KEK within 30 seconds, unwraps with it \
-from then on, and
-makes it active at its instant. The first KEK of a keyring is active at once.
+const GENERATE_EXAMPLES: &str = "Every plugin that uses the token sees the new KEK within 30 seconds, unwraps with it
+from then on, and makes it active at its instant. The first KEK of a keyring is active at once.
 
 Back up the token before a KEK wraps anything that you cannot lose.
 
@@ -92,23 +88,19 @@ struct GeneratedSummary {
     id: String,
     not_before: Timestamp,
     mode: &'static str,
-    tokens: usize,
-    of_tokens: usize,
+    held_by: Vec<String>,
 }
 
 async fn generate(args: &GenerateArgs) -> Result<(), Failure> {
     let config = Config::load(&args.config.config)?;
     let provider = choose_provider(&config, args.provider.as_deref())?;
-    let choices =
-        Choices { wait: args.activate_in, mode: args.mode, unsynchronized_clock_ok: args.unsynchronized_clock_ok };
-    let generated = make_kek(&config, provider, &choices).await?;
+    let generated = in_time(make_kek(&config, provider, args)).await?;
     let summary = GeneratedSummary {
         identity: generated.identity,
         id: base16ct::lower::encode_string(&generated.id),
         not_before: generated.not_before,
         mode: generated.mode.as_str(),
-        tokens: generated.tokens,
-        of_tokens: provider.tokens.len(),
+        held_by: generated.held_by,
     };
     match args.output.output {
         Format::Json => print_json(&summary),
@@ -120,13 +112,20 @@ async fn generate(args: &GenerateArgs) -> Result<(), Failure> {
             summary.id,
             summary.mode,
             summary.not_before,
-            summary.tokens,
-            summary.of_tokens,
+            summary.held_by.len(),
+            provider.tokens.len(),
         )),
     }
 }
 
-fn choose_provider<'c>(config: &'c Config, name: Option<&str>) -> Result<&'c Provider, Failure> {
+/// The work, unless the tokens keep it waiting.
+async fn in_time<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    let late =
+        |_| Failure::unavailable("the tokens did not answer within a minute", "see what their vendor's tools say");
+    tokio::time::timeout(TIMEOUT, work).await.unwrap_or_else(|elapsed| Err(late(elapsed)))
+}
+
+fn choose_provider<'c>(config: &'c Config, name: Option<&str>) -> Result<&'c ProviderConfig, Failure> {
     let names: Vec<&str> = config.providers.iter().map(|provider| provider.name.as_str()).collect();
     let there = format!("the configuration has: {}", names.join(", "));
     match (name, config.providers.as_slice()) {
@@ -141,44 +140,36 @@ fn choose_provider<'c>(config: &'c Config, name: Option<&str>) -> Result<&'c Pro
     }
 }
 
-/// What its maker says of a new KEK.
-#[derive(Default)]
-struct Choices {
-    wait: Option<SignedDuration>,
-    mode: Option<Mode>,
-    unsynchronized_clock_ok: bool,
-}
-
 /// Makes a KEK on a provider whose every token is within reach.
-async fn make_kek(config: &Config, provider: &Provider, choices: &Choices) -> Result<Generated, Failure> {
-    let (pkcs11, deadline) = reach(config, provider).await?;
-    let newest = pkcs11.newest(deadline).await?;
-    let wait = match (choices.wait, newest) {
+async fn make_kek(config: &Config, provider: &ProviderConfig, args: &GenerateArgs) -> Result<Generated, Failure> {
+    let (pkcs11, newest, deadline) = reach(config, provider).await?;
+    let wait = match (args.activate_in, newest) {
         (Some(wait), _) => wait,
         (None, Some(_)) => DEFAULT_WAIT,
         (None, None) => SignedDuration::ZERO,
     };
-    let not_before = activation_instant(Timestamp::now(), wait, newest, choices.unsynchronized_clock_ok)?;
-    Ok(pkcs11.generate(not_before, choices.mode, deadline).await?)
+    let not_before = activation_instant(Timestamp::now(), wait, newest, args.unsynchronized_clock_ok)?;
+    Ok(pkcs11.generate(not_before, args.mode, deadline).await?)
 }
 
 /// Makes the first KEK of a provider that has none.
-pub(super) fn ensure_first(config: &Config, provider: &Provider) -> Result<(), Failure> {
-    super::runtime()?.block_on(async {
-        let (pkcs11, deadline) = reach(config, provider).await?;
-        if pkcs11.newest(deadline).await?.is_none() {
+pub(super) fn ensure_first(config: &Config, provider: &ProviderConfig) -> Result<(), Failure> {
+    super::runtime()?.block_on(in_time(async {
+        let (pkcs11, newest, deadline) = reach(config, provider).await?;
+        if newest.is_none() {
             pkcs11.generate(Timestamp::now(), None, deadline).await?;
         }
         Ok(())
-    })
+    }))
 }
 
-/// The provider with every token connected, and by when all must be done.
-async fn reach(config: &Config, provider: &Provider) -> Result<(Pkcs11, Instant), Failure> {
-    let state = Arc::new(State::open(&config.keyring.state)?);
-    let pkcs11 = connect(provider, &state)?;
+/// The provider with every token connected, the activation instant of its newest KEK, and by when all must be done.
+async fn reach(config: &Config, provider: &ProviderConfig) -> Result<(Pkcs11, Option<Timestamp>, Instant), Failure> {
+    let deadline = Instant::now() + TIMEOUT;
+    let pkcs11 = assemble::provider(provider, &assemble::state(config)?)?;
     pkcs11.reach_every_token().await?;
-    Ok((pkcs11, Instant::now() + TIMEOUT))
+    let newest = pkcs11.newest(deadline).await?;
+    Ok((pkcs11, newest, deadline))
 }
 
 /// The instant, unless this host's clock cannot be right, or the KEK would never become active.
@@ -188,10 +179,13 @@ fn activation_instant(
     newest: Option<Timestamp>,
     unsynchronized_clock_ok: bool,
 ) -> Result<Timestamp, Failure> {
+    let out_of_range = || Failure::failed(format!("--activate-in {wait:#} is out of range"), "0s to 720h");
     if wait.is_negative() || wait > LONGEST_WAIT {
-        return Err(Failure::failed(format!("--activate-in {wait:#} is out of range"), "0s to 720h"));
+        return Err(out_of_range());
     }
-    let instant = now.saturating_add(wait).map_err(|error| Failure::failed(error.to_string(), "0s to 720h"))?;
+    // The id of the KEK, which carries the instant, counts milliseconds.
+    let instant = now.saturating_add(wait).ok().and_then(|at| Timestamp::from_millisecond(at.as_millisecond()).ok());
+    let instant = instant.ok_or_else(out_of_range)?;
     // The first KEK's instant is compared with nothing.
     let Some(newest) = newest else { return Ok(instant) };
     if newest >= instant {
@@ -206,15 +200,10 @@ fn activation_instant(
     Ok(instant)
 }
 
-/// What systemd-timesyncd or chrony leave behind once the clock is right. Without either, nobody has set it.
+/// What the kernel says of its clock, whoever keeps it (adjtimex(2)); without systemd to ask, nobody vouches for it.
 fn clock_is_unsynchronized() -> bool {
-    ["/run/systemd/timesync/synchronized", "/run/chrony/chronyd.pid", "/run/ntpd.pid", "/run/ntpd-rs/observe"]
-        .iter()
-        .all(|sign| !Path::new(sign).exists())
-}
-
-fn connect(provider: &Provider, state: &Arc<State>) -> Result<Pkcs11, Failure> {
-    Pkcs11::new(provider, state).map_err(|error| Failure::failed(format!("provider {}: {error}", provider.name), ""))
+    let asked = Command::new("timedatectl").args(["show", "--property=NTPSynchronized", "--value"]).output();
+    !asked.is_ok_and(|answer| answer.stdout.trim_ascii() == b"yes")
 }
 
 #[derive(Serialize)]
@@ -226,15 +215,13 @@ struct Listing {
 
 async fn list(args: &ListArgs) -> Result<(), Failure> {
     let config = Config::load(&args.config.config)?;
-    let state = Arc::new(State::open(&config.keyring.state)?);
-    let mut providers: Vec<(Box<dyn crate::provider::Provider>, bool)> = Vec::new();
-    for provider in &config.providers {
-        let pkcs11 = connect(provider, &state)?;
-        let _shown_as_outage = pkcs11.reach_every_token().await;
-        providers.push((Box::new(pkcs11), provider.seal));
-    }
-    let keyring = Keyring::new(&config.keyring, providers, state);
-    keyring.find_keks().await;
+    let keyring = assemble::keyring(&config)?;
+    in_time(async {
+        keyring.settled().await;
+        keyring.find_keks().await;
+        Ok(())
+    })
+    .await?;
     let (keks, refused) = keyring.describe(Timestamp::now());
     let listing = Listing { keks, refused, outages: keyring.outages() };
     match args.output.output {
@@ -254,15 +241,15 @@ fn text(listing: &Listing) -> String {
             kek.state.as_str().to_owned(),
             kek.not_before.to_string(),
             kek.mode.clone(),
-            kek.id.clone(),
             kek.provider.clone(),
             kek.held_by.len().to_string(),
         ]
     };
-    let header = ["KEK", "STATE", "ACTIVE FROM", "MODE", "ID", "PROVIDER", "TOKENS"];
-    let mut text = match listing.keks.as_slice() {
-        [] => "no KEK: make one with `trousseau key generate`".to_owned(),
-        keks => table(&header, keks.iter().map(row).collect()),
+    let header = ["KEK", "STATE", "ACTIVE FROM", "MODE", "PROVIDER", "TOKENS"];
+    let mut text = match (listing.keks.as_slice(), listing.outages.as_slice()) {
+        ([], []) => "no KEK: make one with `trousseau key generate`".to_owned(),
+        ([], _) => "no KEK can be seen".to_owned(),
+        (keks, _) => table(&header, keks.iter().map(row).collect()),
     };
     for refused in &listing.refused {
         text.push_str(&format!("\nnot used: {}: {}", refused.key, refused.reason));

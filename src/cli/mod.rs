@@ -1,5 +1,6 @@
 //! The command line: a file for each verb.
 
+mod assemble;
 mod check;
 mod dev;
 mod encryption_config;
@@ -16,7 +17,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use jiff::SignedDuration;
 
 use self::output::{Failure, Format};
-use crate::config::DEFAULT_PATH;
+use crate::config::{DEFAULT_PATH, DEFAULT_SOCKET};
 
 /// A Kubernetes KMS plugin whose key-encryption key never leaves its HSM.
 #[derive(Parser)]
@@ -77,7 +78,7 @@ struct ConfigArgs {
 #[derive(Args)]
 struct SocketArgs {
     /// The socket of the serving plugin.
-    #[arg(long, value_name = "PATH", default_value = "/run/trousseau/kms.sock")]
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
     socket: PathBuf,
 }
 
@@ -111,7 +112,7 @@ fn run(verb: Verb) -> Result<(), Failure> {
         }
         Verb::Check(args) => check::run(&args),
         Verb::Key(verb) => {
-            crate::telemetry::init("error");
+            crate::telemetry::init("off"); // what goes wrong is told at the end
             key::run(verb)
         }
         Verb::Status(args) => status::run(&args),
@@ -122,8 +123,9 @@ fn run(verb: Verb) -> Result<(), Failure> {
             dev::run(&args)
         }
         Verb::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "trousseau", &mut std::io::stdout());
-            Ok(())
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "trousseau", &mut script);
+            output::print(&String::from_utf8_lossy(&script))
         }
     }
 }

@@ -7,7 +7,6 @@ use comfy_table::{ContentArrangement, Table, presets};
 use serde::Serialize;
 
 use crate::config::{ConfigError, CredentialError};
-use crate::keyring::KeyringError;
 use crate::provider::KekError;
 use crate::service::client::ClientError;
 use crate::service::listener::BindError;
@@ -39,12 +38,12 @@ impl Failure {
         Self { code: 69, what: what.into(), remedy: remedy.into() }
     }
 
-    fn not_permitted(what: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { code: 77, what: what.into(), remedy: remedy.into() }
+    fn not_permitted(what: String, remedy: String) -> Self {
+        Self { code: 77, what, remedy }
     }
 
-    fn configuration(what: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { code: 78, what: what.into(), remedy: remedy.into() }
+    fn configuration(what: String, remedy: String) -> Self {
+        Self { code: 78, what, remedy }
     }
 
     /// Prints it, and returns its exit code.
@@ -60,39 +59,37 @@ impl Failure {
 
 impl From<ConfigError> for Failure {
     fn from(error: ConfigError) -> Self {
-        Self::configuration(error.to_string(), error.remedy())
+        Self::configuration(error.to_string(), error.remedy().to_owned())
     }
 }
 
 impl From<CredentialError> for Failure {
     fn from(error: CredentialError) -> Self {
-        Self::configuration(error.to_string(), error.remedy())
+        Self::configuration(error.to_string(), error.remedy().to_owned())
     }
 }
 
 impl From<StateError> for Failure {
     fn from(error: StateError) -> Self {
-        Self::configuration(error.to_string(), error.remedy())
+        let make = if error.is_forbidden { Self::not_permitted } else { Self::configuration };
+        make(error.to_string(), error.remedy().to_owned())
     }
 }
 
 impl From<BindError> for Failure {
     fn from(error: BindError) -> Self {
-        Self::failed(error.to_string(), error.remedy())
+        let make = if error.is_forbidden { Self::not_permitted } else { Self::failed };
+        make(error.to_string(), error.remedy().to_owned())
     }
 }
 
 /// These texts end with what to do.
 impl From<KekError> for Failure {
     fn from(error: KekError) -> Self {
-        Self::unavailable(error.to_string(), "")
-    }
-}
-
-/// These texts end with what to do.
-impl From<KeyringError> for Failure {
-    fn from(error: KeyringError) -> Self {
-        Self::unavailable(error.to_string(), "")
+        match error {
+            KekError::Refused(what) => Self::failed(what, ""),
+            outage => Self::unavailable(outage.to_string(), ""),
+        }
     }
 }
 
@@ -101,7 +98,10 @@ impl From<ClientError> for Failure {
         let what = error.to_string();
         match &error {
             ClientError::Unreachable(_, cause) if cause.kind() == io::ErrorKind::PermissionDenied => {
-                Self::not_permitted(what, "run it as root, or as a user that may open the socket")
+                Self::not_permitted(what, "run it as root, or as a user that may open the socket".into())
+            }
+            ClientError::Closed(_) => {
+                Self::not_permitted(what, "add your uid to listen.allow-uids, or run it as root".into())
             }
             ClientError::Unreachable(..) => {
                 Self::unavailable(what, "is the plugin running? `systemctl status trousseau`, or name it with --socket")
@@ -109,10 +109,7 @@ impl From<ClientError> for Failure {
             ClientError::Answer { .. } if error.is_outage() => {
                 Self::unavailable(what, "the plugin's own log says more: `journalctl -u trousseau`")
             }
-            ClientError::Answer { .. } => {
-                let remedy = "if the connection was closed at once, your uid is not in listen.allow-uids";
-                Self::failed(what, remedy)
-            }
+            ClientError::Answer { .. } => Self::failed(what, ""),
         }
     }
 }
@@ -141,5 +138,6 @@ pub(super) fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
     table.set_content_arrangement(ContentArrangement::Disabled);
     table.set_header(header.to_vec());
     table.add_rows(rows);
-    table.trim_fmt()
+    let lines: Vec<String> = table.lines().map(|line| line.trim().to_owned()).collect();
+    lines.join("\n")
 }

@@ -1,11 +1,12 @@
 //! Where a secret comes from: a file, or a systemd credential. Never argv, the environment or the configuration file.
 
 use std::fmt;
-use std::fs::{File, Metadata};
+use std::fs::{Metadata, OpenOptions};
 use std::io::Read;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 
+use rustix::fs::OFlags;
 use secrecy::SecretString;
 use zeroize::Zeroizing;
 
@@ -61,7 +62,10 @@ impl Credential {
     /// # Errors
     /// The file cannot be read, can be read by others, or holds nothing, or more than a line.
     pub fn read(&self) -> Result<SecretString, CredentialError> {
-        let mut file = File::open(&self.path).map_err(|error| {
+        // O_NONBLOCK: a FIFO in the file's place must not hold us up.
+        let mut options = OpenOptions::new();
+        options.read(true).custom_flags(OFlags::NONBLOCK.bits() as i32);
+        let mut file = options.open(&self.path).map_err(|error| {
             let user = rustix::process::geteuid().as_raw();
             self.error(format!("cannot be read: {error}"), format!("create it, readable by uid {user} alone"))
         })?;

@@ -23,7 +23,10 @@ impl ConfigError {
         let message = error.message().lines().next().unwrap_or_default();
         let remedy = match nearest(message) {
             Some(known) => format!("did you mean `{known}`?"),
-            None => "packaging/trousseau.toml has every key with its meaning".to_owned(),
+            None => {
+                "the reference configuration, packaging/trousseau.toml in the source, has every key with its meaning"
+                    .to_owned()
+            }
         };
         Self { file: file.to_owned(), line, what: message.to_owned(), remedy }
     }

@@ -38,7 +38,7 @@ pub(super) struct Listen {
 impl Default for Listen {
     fn default() -> Self {
         Self {
-            socket: "/run/trousseau/kms.sock".into(),
+            socket: super::DEFAULT_SOCKET.into(),
             mode: None,
             group: None,
             allow_uids: BTreeSet::from([0]),

@@ -18,12 +18,18 @@ use serde::Deserialize;
 
 pub use self::credential::{Credential, CredentialError};
 pub use self::error::ConfigError;
-pub use self::profile::{Mode, Profile};
+pub use self::profile::{Mode, Profile, Status};
 pub use self::uri::TokenUri;
 use crate::envelope::{MAX_RECIPIENTS, WrapAlgorithm};
 
 /// Where the configuration lies when nothing else is said.
 pub const DEFAULT_PATH: &str = "/etc/trousseau/trousseau.toml";
+
+/// The uid as which every user of another user namespace is seen (user_namespaces(7)): it is nobody in particular.
+pub const OVERFLOW_UID: u32 = 65_534;
+
+/// Where the socket lies when nothing else is said.
+pub const DEFAULT_SOCKET: &str = "/run/trousseau/kms.sock";
 
 /// Where the small state files lie when neither the configuration nor systemd says so.
 const DEFAULT_STATE: &str = "/var/lib/trousseau";
@@ -34,9 +40,9 @@ pub struct Config {
     /// The socket.
     pub listen: Listen,
     /// What holds for all KEKs.
-    pub keyring: Keyring,
+    pub keyring: KeyringConfig,
     /// Where KEKs are: at least one, of which at least one seals.
-    pub providers: Vec<Provider>,
+    pub providers: Vec<ProviderConfig>,
 }
 
 /// `[listen]`
@@ -56,7 +62,7 @@ pub struct Listen {
 
 /// `[keyring]`
 #[derive(Debug, PartialEq, Eq)]
-pub struct Keyring {
+pub struct KeyringConfig {
     /// Part of every key_id: two clusters that share an HSM have two names.
     pub cluster: String,
     /// What Encrypt does while a provider is out of reach.
@@ -78,7 +84,7 @@ pub enum SealUnder {
 
 /// One `[[provider]]` of type `pkcs11`.
 #[derive(Debug)]
-pub struct Provider {
+pub struct ProviderConfig {
     /// For people; renaming is harmless.
     pub name: String,
     /// Whether its active KEK wraps new DEKs; otherwise its KEKs only unwrap.
@@ -99,7 +105,7 @@ pub struct Provider {
     pub admitted: BTreeMap<Vec<u8>, Timestamp>,
 }
 
-impl Provider {
+impl ProviderConfig {
     /// The wrap algorithm of its modes that makes the longest recipient.
     #[must_use]
     pub fn longest_algorithm(&self) -> WrapAlgorithm {
@@ -122,7 +128,7 @@ impl Config {
         let profiles = path.parent().unwrap_or(Path::new("/")).join("hsm-profiles");
         let check = Check { path, profiles };
         let keyring = check.keyring(file.keyring)?;
-        let providers: Vec<Provider> = file
+        let providers: Vec<ProviderConfig> = file
             .provider
             .into_iter()
             .map(|provider| check.provider(provider, &keyring.cluster))
@@ -162,13 +168,18 @@ impl Check<'_> {
                 "write \"0600\", or \"0660\" with a group",
             )
         })?;
+        if mode & 0o060 != 0 && file.group.is_none() {
+            return Err(
+                self.error("listen.mode lets a group in, and listen.group names none", "name it, or write \"0600\"")
+            );
+        }
         // 104: sun_path holds 108 bytes, and people put the path into `unix://` URLs with room to spare.
         if !file.socket.is_absolute() || file.socket.as_os_str().len() > 104 {
             let what =
                 format!("listen.socket `{}` is not an absolute path of at most 104 bytes", file.socket.display());
             return Err(self.error(what, "write for example \"/run/trousseau/kms.sock\""));
         }
-        if file.allow_uids.contains(&65534) {
+        if file.allow_uids.contains(&OVERFLOW_UID) {
             let what = "listen.allow-uids has 65534, as which every user of another user namespace is seen";
             return Err(self.error(what, "name the API server's own uid"));
         }
@@ -176,7 +187,7 @@ impl Check<'_> {
         Ok(Listen { socket, mode, group, allow_uids, v1beta1 })
     }
 
-    fn keyring(&self, file: file::Keyring) -> Result<Keyring, ConfigError> {
+    fn keyring(&self, file: file::Keyring) -> Result<KeyringConfig, ConfigError> {
         let named = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
         if file.cluster.is_empty() || file.cluster.len() > 63 || !file.cluster.chars().all(named) {
             let what = format!("keyring.cluster `{}` is not a name", file.cluster);
@@ -187,10 +198,10 @@ impl Check<'_> {
         if !state.is_absolute() {
             return Err(self.error(format!("keyring.state `{}` is relative", state.display()), "write the whole path"));
         }
-        Ok(Keyring { cluster: file.cluster, seal_under: file.seal_under, state })
+        Ok(KeyringConfig { cluster: file.cluster, seal_under: file.seal_under, state })
     }
 
-    fn provider(&self, file: file::Provider, cluster: &str) -> Result<Provider, ConfigError> {
+    fn provider(&self, file: file::Provider, cluster: &str) -> Result<ProviderConfig, ConfigError> {
         let name = file.name;
         let wrong =
             |field: &str, what: &str, remedy: &str| self.error(format!("provider {name}: {field}: {what}"), remedy);
@@ -225,7 +236,17 @@ impl Check<'_> {
         pin.read().map_err(|error| wrong("pin-file", &error.to_string(), error.remedy()))?;
         let admitted = file.kek.into_iter().map(|kek| self.admitted(&name, &kek)).collect::<Result<_, _>>()?;
         let label = file.label.unwrap_or_else(|| format!("trousseau-{cluster}"));
-        Ok(Provider { seal: file.seal, profile, module, tokens, label, pin, sessions: file.sessions, admitted, name })
+        Ok(ProviderConfig {
+            seal: file.seal,
+            profile,
+            module,
+            tokens,
+            label,
+            pin,
+            sessions: file.sessions,
+            admitted,
+            name,
+        })
     }
 
     fn admitted(&self, provider: &str, kek: &file::AdmittedKek) -> Result<(Vec<u8>, Timestamp), ConfigError> {
@@ -242,7 +263,7 @@ impl Check<'_> {
     }
 
     /// What holds for the providers as a whole.
-    fn providers_together(&self, providers: &[Provider]) -> Result<(), ConfigError> {
+    fn providers_together(&self, providers: &[ProviderConfig]) -> Result<(), ConfigError> {
         let sealing = providers.iter().filter(|provider| provider.seal).count();
         if sealing == 0 {
             return Err(self.error("no [[provider]] seals", "add one, or remove `seal = false`"));

@@ -11,7 +11,7 @@ use crate::envelope::WrapAlgorithm;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
-    /// C_WrapKey with CKM_AES_KEY_WRAP on a session object that holds the DEK (PKCS#11 v3.0 section 2.14.3).
+    /// C_WrapKey with CKM_AES_KEY_WRAP, on a session object that holds the DEK.
     Wrapkey,
     /// C_Encrypt with CKM_AES_KEY_WRAP over the DEK's bytes.
     Encrypt,
@@ -44,9 +44,12 @@ impl Mode {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Profile {
+    /// The file's name without its ending.
+    #[serde(skip)]
+    pub name: String,
     /// What people call the family.
     pub title: String,
-    /// How much is known of it.
+    /// How its content came to be known.
     pub status: Status,
     /// Where its module is found, the first that exists being taken.
     pub module_paths: Vec<PathBuf>,
@@ -55,7 +58,7 @@ pub struct Profile {
 }
 
 /// How a profile's content came to be known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Status {
     /// The whole test suite ran on such a token.
@@ -76,23 +79,23 @@ impl Profile {
             return Err(ConfigError::new(config, format!("profile `{name}` is not a name"), known(directory)));
         }
         match std::fs::read_to_string(&path) {
-            Ok(text) => Self::parse(&path, &text),
+            Ok(text) => Self::parse(name, &path, &text),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 let Some((_, text)) = SHIPPED.iter().find(|(shipped, _)| *shipped == name) else {
                     return Err(ConfigError::new(config, format!("profile `{name}` is unknown"), known(directory)));
                 };
-                Self::parse(&path, text)
+                Self::parse(name, &path, text)
             }
             Err(error) => Err(ConfigError::new(&path, format!("cannot be read: {error}"), "make it readable")),
         }
     }
 
-    fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
+    fn parse(name: &str, path: &Path, text: &str) -> Result<Self, ConfigError> {
         let profile: Self = toml::from_str(text).map_err(|error| ConfigError::from_toml(path, text, &error))?;
         if profile.modes.is_empty() {
             return Err(ConfigError::new(path, "modes is empty", "name at least one way to wrap"));
         }
-        Ok(profile)
+        Ok(Self { name: name.to_owned(), ..profile })
     }
 
     /// The module's file: the first of [`Profile::module_paths`] that is there.
@@ -120,7 +123,7 @@ mod tests {
             .filter(|file| file.as_ref().unwrap().path().extension().is_some_and(|extension| extension == "toml"));
         assert_eq!(files.count(), SHIPPED.len());
         for (name, text) in SHIPPED {
-            Profile::parse(Path::new(name), text).unwrap();
+            Profile::parse(name, Path::new(name), text).unwrap();
         }
     }
 }

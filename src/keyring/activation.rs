@@ -5,33 +5,18 @@ use jiff::Timestamp;
 
 use crate::provider::Rank;
 
-/// The outcome for one provider.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Choice<'a> {
-    /// This KEK wraps.
-    Active(&'a Rank),
-    /// This host made that KEK active before, and now it is not to be seen. Nothing lower takes its place.
-    Missing(&'a Rank),
-    /// There is no KEK.
-    None,
-}
-
 /// Chooses among the KEKs that were seen, given the one that this host last made active.
 ///
 /// Active is the highest whose instant has come; if none has, the lowest. A host never goes back below its mark: not
-/// when its clock steps back, and not when a token returns from an older copy.
+/// when its clock steps back, and not when a token returns from an older copy. `None`: there is no KEK, or only lower
+/// ones than the mark, which is not to be seen.
 #[must_use]
-pub fn choose<'a>(seen: &[&'a Rank], mark: Option<&'a Rank>, now: Timestamp) -> Choice<'a> {
-    let due = seen.iter().filter(|rank| rank.not_before <= now).max();
-    let by_time = due.or_else(|| seen.iter().min()).copied();
-    match (by_time, mark) {
-        (Some(rank), Some(mark)) if rank >= mark => Choice::Active(rank),
-        (_, Some(mark)) => match seen.iter().find(|rank| **rank == mark) {
-            Some(marked) => Choice::Active(marked),
-            None => Choice::Missing(mark),
-        },
-        (Some(rank), None) => Choice::Active(rank),
-        (None, None) => Choice::None,
+pub fn choose<'a, K>(seen: &'a [K], rank: impl Fn(&K) -> &Rank, mark: Option<&Rank>, now: Timestamp) -> Option<&'a K> {
+    let due = seen.iter().filter(|kek| rank(kek).not_before <= now).max_by_key(|kek| rank(kek));
+    let by_time = due.or_else(|| seen.iter().min_by_key(|kek| rank(kek)));
+    match mark {
+        Some(mark) if by_time.is_none_or(|kek| rank(kek) < mark) => seen.iter().find(|kek| rank(kek) == mark),
+        _ => by_time,
     }
 }
 
@@ -45,8 +30,8 @@ mod tests {
         Timestamp::constant(1_800_000_000 + second, 0)
     }
 
-    fn rank((second, name): (i64, u8)) -> Rank {
-        Rank { not_before: at(second), name: vec![name] }
+    fn rank((second, id): (i64, u8)) -> Rank {
+        Rank { not_before: at(second), id: vec![id] }
     }
 
     /// One host: what it remembers, and what it would answer.
@@ -56,18 +41,12 @@ mod tests {
     }
 
     impl Host {
-        /// The name of the active KEK; `None` if Encrypt is unavailable.
+        /// The id of the active KEK; `None` if Encrypt is unavailable.
         fn active(&mut self, seen: &[(i64, u8)], second: i64) -> Option<u8> {
             let seen: Vec<Rank> = seen.iter().copied().map(rank).collect();
-            let seen: Vec<&Rank> = seen.iter().collect();
-            let mark = self.mark.clone();
-            match choose(&seen, mark.as_ref(), at(second)) {
-                Choice::Active(rank) => {
-                    self.mark = Some(rank.clone());
-                    rank.name.first().copied()
-                }
-                Choice::Missing(_) | Choice::None => None,
-            }
+            let active = choose(&seen, |rank| rank, self.mark.as_ref(), at(second))?;
+            self.mark = Some(active.clone());
+            active.id.first().copied()
         }
     }
 
@@ -92,7 +71,7 @@ mod tests {
                 ],
             ),
             (
-                "two hosts each make the first KEK at one moment: the higher name wins on both",
+                "two hosts each make the first KEK at one moment: the higher id wins on both",
                 &[(&[FIRST], 100, Some(1)), (&[FIRST, TWIN], 101, Some(9)), (&[TWIN, FIRST], 102, Some(9))],
             ),
             (

@@ -13,9 +13,9 @@ use crate::provider::Refused;
 pub struct KekDescription {
     /// The provider that has it.
     pub provider: String,
-    /// Its name for ever.
+    /// Its identity.
     pub identity: Identity,
-    /// Its name within the provider (CKA_ID), in hex.
+    /// What its provider calls it (CKA_ID), in hex.
     pub id: String,
     /// When it may begin to wrap.
     pub not_before: Timestamp,
@@ -64,7 +64,7 @@ impl Keyring {
             keks.extend(seen.keks.iter().map(|kek| KekDescription {
                 provider: member.provider.name().to_owned(),
                 identity: kek.identity(),
-                id: base16ct::lower::encode_string(&kek.rank().name),
+                id: base16ct::lower::encode_string(&kek.rank().id),
                 not_before: kek.rank().not_before,
                 state: match active {
                     Some(active) if member.seals && active == kek.identity() => KekState::Active,

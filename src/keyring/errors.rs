@@ -27,8 +27,11 @@ pub enum KeyringError {
     #[error("too slow, the object is intact: {0}")]
     Deadline(String),
     /// A token, or what leads to it.
-    #[error("token unreachable, the object is intact: {0}")]
+    #[error("the token is at fault, the object is intact: {0}")]
     Unavailable(String),
+    /// The tokens can be reached, and have no KEK to wrap with.
+    #[error("{0}")]
+    NoKek(String),
     /// Something of ours.
     #[error("the plugin failed, the object is intact: {0}")]
     Internal(String),
@@ -48,11 +51,12 @@ impl KeyringError {
 
 impl From<KekError> for KeyringError {
     fn from(error: KekError) -> Self {
+        let text = error.to_string();
         match error {
             KekError::BadInput => Self::BadCiphertext,
-            KekError::Busy(what) => Self::Busy(format!("too many requests wait for {what}")),
-            KekError::Deadline(what) => Self::Deadline(format!("{what} did not answer in time")),
-            KekError::Unavailable(what) => Self::Unavailable(what),
+            KekError::Busy(_) => Self::Busy(text),
+            KekError::Deadline(_) => Self::Deadline(text),
+            KekError::Unavailable(_) | KekError::Refused(_) => Self::Unavailable(text),
         }
     }
 }

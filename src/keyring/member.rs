@@ -1,13 +1,14 @@
 //! A provider within the keyring: what its last looks showed, and what this host remembers of it.
 
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use jiff::Timestamp;
 
-use super::activation::{self, Choice};
+use super::{KeyringError, activation};
 use crate::identity::Identity;
 use crate::provider::{Kek, KekError, Provider, Rank, Refused, Sighting};
 use crate::state::Mark;
+use crate::sync::{read, write};
 
 pub(super) struct Member {
     pub(super) provider: Box<dyn Provider>,
@@ -21,6 +22,8 @@ pub(super) struct Seen {
     pub(super) refused: Vec<Refused>,
     /// Why the newest look failed, or that there was none yet; the KEKs are then those of the look before.
     pub(super) outage: Option<String>,
+    /// Tokens that are out of reach while others are not.
+    pub(super) partly_out: Vec<String>,
 }
 
 /// The active KEK of one provider.
@@ -33,16 +36,16 @@ pub(super) struct ActiveKek {
 impl Member {
     pub(super) fn new(provider: Box<dyn Provider>, seals: bool) -> Self {
         let outage = Some(format!("provider {} is being connected to", provider.name()));
-        let seen = RwLock::new(Seen { keks: Vec::new(), refused: Vec::new(), outage });
+        let seen = RwLock::new(Seen { keks: Vec::new(), refused: Vec::new(), outage, partly_out: Vec::new() });
         Self { provider, seals, seen }
     }
 
     pub(super) fn seen(&self) -> RwLockReadGuard<'_, Seen> {
-        self.seen.read().unwrap_or_else(PoisonError::into_inner)
+        read(&self.seen)
     }
 
     fn seen_mut(&self) -> RwLockWriteGuard<'_, Seen> {
-        self.seen.write().unwrap_or_else(PoisonError::into_inner)
+        write(&self.seen)
     }
 
     /// Takes over what a look found, and logs what is new in it.
@@ -57,7 +60,11 @@ impl Member {
         for refused in sighting.refused.iter().filter(|refused| !seen.refused.contains(refused)) {
             tracing::warn!(provider, key = refused.key, reason = refused.reason, "key is not used");
         }
-        *seen = Seen { keks: sighting.keks, refused: sighting.refused, outage: None };
+        for outage in sighting.out_of_reach.iter().filter(|outage| !seen.partly_out.contains(outage)) {
+            tracing::warn!(provider, outage, "replica is out of reach");
+        }
+        let Sighting { keks, refused, out_of_reach } = sighting;
+        *seen = Seen { keks, refused, outage: None, partly_out: out_of_reach };
     }
 
     /// Remembers that a look failed; what was seen before stays.
@@ -69,51 +76,47 @@ impl Member {
     ///
     /// # Errors
     /// There is none, for this reason.
-    pub(super) fn active(&self, marks: &[Mark], now: Timestamp) -> Result<(ActiveKek, Option<Mark>), String> {
+    pub(super) fn active(&self, marks: &[Mark], now: Timestamp) -> Result<(ActiveKek, Option<Mark>), KeyringError> {
         let seen = self.seen();
-        let mark = self.mark_among(marks, &seen.keks);
+        let mark = marks.iter().filter(|mark| self.owns(mark, &seen.keks)).max_by_key(|mark| rank_of(mark));
         let marked = mark.map(rank_of);
-        let name = self.provider.name();
-        let rank = match choose(&seen.keks, marked.as_ref(), now) {
-            Choice::Active(rank) => rank.clone(),
-            Choice::Missing(_) | Choice::None => {
-                return match (mark, &seen.outage) {
-                    (Some(mark), Some(outage)) => {
-                        Ok((ActiveKek { identity: mark.identity, kek: Err(outage.clone()) }, None))
-                    }
-                    (None, Some(outage)) => Err(outage.clone()),
-                    (Some(mark), None) => Err(format!(
-                        "KEK {} (id {}), which was active on this host, is not on provider {name}{}: bring it back, \
-                         or make a new KEK with `trousseau key generate`",
-                        mark.identity,
-                        mark.id,
-                        because(&seen.refused)
-                    )),
-                    (None, None) => Err(format!(
-                        "provider {name} has no KEK{}: make one with `trousseau key generate`",
-                        because(&seen.refused)
-                    )),
-                };
-            }
+        let Some(kek) = activation::choose(&seen.keks, |kek| kek.rank(), marked.as_ref(), now) else {
+            return match (mark, &seen.outage) {
+                (Some(mark), Some(outage)) => {
+                    Ok((ActiveKek { identity: mark.identity, kek: Err(outage.clone()) }, None))
+                }
+                (None, Some(outage)) => Err(KeyringError::Unavailable(outage.clone())),
+                (mark, None) => Err(KeyringError::NoKek(self.nothing_active(mark, &seen.refused))),
+            };
         };
-        let kek = seen.keks.iter().find(|kek| *kek.rank() == rank).cloned().ok_or("the KEK is gone")?;
-        let is_new = marked.is_none_or(|marked| marked < rank) || mark.is_some_and(|mark| mark.provider != name);
-        let new_mark = is_new.then(|| Mark {
+        let (identity, name) = (kek.identity(), self.provider.name());
+        let is_marked = mark.is_some_and(|mark| mark.identity == identity && mark.provider == name);
+        let new_mark = (!is_marked).then(|| Mark {
             provider: name.to_owned(),
-            identity: kek.identity(),
-            not_before: rank.not_before,
-            id: base16ct::lower::encode_string(&rank.name),
+            identity,
+            not_before: kek.rank().not_before,
+            id: base16ct::lower::encode_string(&kek.rank().id),
         });
-        Ok((ActiveKek { identity: kek.identity(), kek: Ok(kek) }, new_mark))
+        Ok((ActiveKek { identity, kek: Ok(Arc::clone(kek)) }, new_mark))
+    }
+
+    /// Keys that were refused may be the very ones that are missed.
+    fn nothing_active(&self, mark: Option<&Mark>, refused: &[Refused]) -> String {
+        let name = self.provider.name();
+        let refused: String =
+            refused.iter().map(|refused| format!("; {} is not used: {}", refused.key, refused.reason)).collect();
+        match mark {
+            None => format!("provider {name} has no KEK{refused}: make one with `trousseau key generate`"),
+            Some(Mark { identity, id, .. }) => format!(
+                "KEK {identity} (id {id}), which was active on this host, is not on provider {name}{refused}: bring it \
+                 back, or make a new KEK with `trousseau key generate`"
+            ),
+        }
     }
 
     /// This member's marks: those made under its name, and those of KEKs that it has, should it have been renamed.
     fn owns(&self, mark: &Mark, keks: &[Arc<dyn Kek>]) -> bool {
         mark.provider == self.provider.name() || keks.iter().any(|kek| kek.identity() == mark.identity)
-    }
-
-    fn mark_among<'m>(&self, marks: &'m [Mark], keks: &[Arc<dyn Kek>]) -> Option<&'m Mark> {
-        marks.iter().filter(|mark| self.owns(mark, keks)).max_by_key(|mark| rank_of(mark))
     }
 
     /// The marks with `new` in place of this member's.
@@ -125,17 +128,7 @@ impl Member {
     }
 }
 
-fn choose<'a>(keks: &'a [Arc<dyn Kek>], mark: Option<&'a Rank>, now: Timestamp) -> Choice<'a> {
-    let ranks: Vec<&Rank> = keks.iter().map(|kek| kek.rank()).collect();
-    activation::choose(&ranks, mark, now)
-}
-
 fn rank_of(mark: &Mark) -> Rank {
-    let name = base16ct::lower::decode_vec(&mark.id).unwrap_or_default();
-    Rank { not_before: mark.not_before, name }
-}
-
-/// Keys that were refused may be the very ones that are missed.
-fn because(refused: &[Refused]) -> String {
-    refused.iter().map(|refused| format!("; {} is not used: {}", refused.key, refused.reason)).collect()
+    let id = base16ct::lower::decode_vec(&mark.id).unwrap_or_default();
+    Rank { not_before: mark.not_before, id }
 }

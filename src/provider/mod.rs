@@ -17,18 +17,18 @@ use crate::secret::Dek;
 /// A boxed future, as the traits here need.
 pub type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T, KekError>> + Send + 'a>>;
 
-/// Where a KEK stands among those of its provider: by activation instant, then by name.
+/// Where a KEK stands among those of its provider: by activation instant, then by id.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Rank {
     /// When it may start to wrap.
     pub not_before: Timestamp,
-    /// Its name within the provider: CKA_ID under PKCS#11.
-    pub name: Vec<u8>,
+    /// What its provider calls it: CKA_ID under PKCS#11.
+    pub id: Vec<u8>,
 }
 
 /// One key-encryption key that this process can use.
 pub trait Kek: Send + Sync {
-    /// Its name for ever.
+    /// Its identity.
     fn identity(&self) -> Identity;
 
     /// Where it stands among its provider's KEKs.
@@ -55,6 +55,9 @@ pub trait Provider: Send + Sync {
     /// Its name, for people.
     fn name(&self) -> &str;
 
+    /// Returns when it is known whether the provider can be reached.
+    fn settled(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
+
     /// Looks for KEKs. Each one found has proved that it wraps, or unwraps what it once wrapped.
     fn look(&self, deadline: Instant) -> Answer<'_, Sighting>;
 
@@ -69,6 +72,8 @@ pub struct Sighting {
     pub keks: Vec<Arc<dyn Kek>>,
     /// Keys under the KEKs' label that are not used, each with its name and the reason.
     pub refused: Vec<Refused>,
+    /// Why tokens could not be looked at, while others could.
+    pub out_of_reach: Vec<String>,
 }
 
 /// A key that looks like a KEK and is not one.
@@ -92,7 +97,10 @@ pub enum KekError {
     /// No answer in time.
     #[error("{0} did not answer in time")]
     Deadline(String),
-    /// The provider cannot be reached, or cannot use the KEK.
+    /// The provider cannot be reached.
     #[error("{0}")]
     Unavailable(String),
+    /// The provider is there, and will not do this however often it is asked.
+    #[error("{0}")]
+    Refused(String),
 }

@@ -1,5 +1,7 @@
 //! The API server's side of the socket, for the command line: what it would be answered.
 
+use std::error::Error;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,7 +14,10 @@ use super::proto::v2::key_management_service_client::KeyManagementServiceClient;
 use super::proto::v2::{DecryptRequest, EncryptRequest, StatusRequest};
 
 /// A connection to a serving plugin, over KMS v2.
-pub struct Client(KeyManagementServiceClient<Channel>);
+pub struct Client {
+    path: PathBuf,
+    grpc: KeyManagementServiceClient<Channel>,
+}
 
 /// What Status answered.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -31,8 +36,11 @@ pub struct PluginStatus {
 pub enum ClientError {
     /// Nobody listens at the socket.
     #[error("socket {path}: {cause}", path = .0.display(), cause = .1)]
-    Unreachable(PathBuf, std::io::Error),
-    /// The plugin answered with an error, or closed the connection.
+    Unreachable(PathBuf, io::Error),
+    /// The plugin closed the connection before it answered anything.
+    #[error("socket {path}: the plugin closed the connection", path = .0.display())]
+    Closed(PathBuf),
+    /// The plugin answered with an error.
     #[error("{call}: {code:?}: {message}", code = .status.code(), message = .status.message())]
     Answer {
         /// Which call.
@@ -43,15 +51,12 @@ pub enum ClientError {
 }
 
 impl ClientError {
-    fn of(call: &'static str) -> impl Fn(Status) -> Self {
-        move |status| Self::Answer { call, status: Box::new(status) }
-    }
-
     /// Whether the plugin, or its token, is out of reach, as against a request that it refuses.
     #[must_use]
     pub fn is_outage(&self) -> bool {
         match self {
             Self::Unreachable(..) => true,
+            Self::Closed(_) => false,
             Self::Answer { status, .. } => {
                 matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded | Code::ResourceExhausted)
             }
@@ -65,15 +70,25 @@ impl Client {
     /// # Errors
     /// Nobody listens there, or we may not connect.
     pub async fn connect(path: &Path, timeout: Duration) -> Result<Self, ClientError> {
-        // tonic connects lazily and tells no cause: this attempt does.
-        UnixStream::connect(path).await.map_err(|error| ClientError::Unreachable(path.to_owned(), error))?;
-        let socket = path.to_owned();
+        let stream = UnixStream::connect(path).await;
+        let stream = stream.map_err(|error| ClientError::Unreachable(path.to_owned(), error))?;
+        // The one connection is handed over: tonic's own attempts tell no cause.
+        let mut once = Some(TokioIo::new(stream));
         let connector = tower::service_fn(move |_| {
-            let socket = socket.clone();
-            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+            let stream = once.take().ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected));
+            async move { stream }
         });
         let channel = Endpoint::from_static("http://localhost").timeout(timeout).connect_with_connector_lazy(connector);
-        Ok(Self(KeyManagementServiceClient::new(channel)))
+        Ok(Self { path: path.to_owned(), grpc: KeyManagementServiceClient::new(channel) })
+    }
+
+    /// What a call's error means.
+    fn failed(&self, call: &'static str, status: Status) -> ClientError {
+        match status.code() {
+            // Not an answer: tonic puts a broken transport into these words.
+            Code::Unknown | Code::Unavailable if status.source().is_some() => ClientError::Closed(self.path.clone()),
+            _ => ClientError::Answer { call, status: Box::new(status) },
+        }
     }
 
     /// Status.
@@ -81,7 +96,8 @@ impl Client {
     /// # Errors
     /// What the plugin answered instead.
     pub async fn status(&mut self) -> Result<PluginStatus, ClientError> {
-        let answer = self.0.status(StatusRequest {}).await.map_err(ClientError::of("Status"))?.into_inner();
+        let answer =
+            self.grpc.status(StatusRequest {}).await.map_err(|status| self.failed("Status", status))?.into_inner();
         Ok(PluginStatus { version: answer.version, healthz: answer.healthz, key_id: answer.key_id })
     }
 
@@ -91,7 +107,7 @@ impl Client {
     /// What the plugin answered instead.
     pub async fn encrypt(&mut self, plaintext: Vec<u8>) -> Result<(Vec<u8>, String), ClientError> {
         let request = EncryptRequest { plaintext, uid: "trousseau-probe".into() };
-        let answer = self.0.encrypt(request).await.map_err(ClientError::of("Encrypt"))?.into_inner();
+        let answer = self.grpc.encrypt(request).await.map_err(|status| self.failed("Encrypt", status))?.into_inner();
         Ok((answer.ciphertext, answer.key_id))
     }
 
@@ -102,6 +118,6 @@ impl Client {
     pub async fn decrypt(&mut self, ciphertext: Vec<u8>, key_id: String) -> Result<Vec<u8>, ClientError> {
         let uid = "trousseau-probe".into();
         let request = DecryptRequest { ciphertext, uid, key_id, annotations: Default::default() };
-        Ok(self.0.decrypt(request).await.map_err(ClientError::of("Decrypt"))?.into_inner().plaintext)
+        Ok(self.grpc.decrypt(request).await.map_err(|status| self.failed("Decrypt", status))?.into_inner().plaintext)
     }
 }

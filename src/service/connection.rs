@@ -2,7 +2,7 @@
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,7 @@ use tonic::transport::server::Connected;
 
 use super::authority::MendAuthority;
 use crate::keyring::{ActiveSet, Keyring, KeyringError};
+use crate::sync::lock;
 
 /// An Encrypt this soon after a Status uses the key set that the Status announced: the API server drops an answer
 /// under another one, and asks for both in turn.
@@ -51,7 +52,7 @@ impl Announced {
         let set = Arc::new(keyring.active(Timestamp::now())?);
         keyring.health(&set)?;
         if let Some(Self(announced)) = Self::of(request) {
-            let mut announced = announced.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut announced = lock(announced);
             *announced = Some(Announcement { when: Instant::now(), set: Arc::clone(&set) });
         }
         Ok(set)
@@ -59,8 +60,7 @@ impl Announced {
 
     /// The set to encrypt under: the one that was just announced, else the one that is active.
     pub(super) fn or_active<T>(request: &Request<T>, keyring: &Keyring) -> Result<Arc<ActiveSet>, KeyringError> {
-        let announced = Self::of(request)
-            .and_then(|Self(announced)| announced.lock().unwrap_or_else(PoisonError::into_inner).clone());
+        let announced = Self::of(request).and_then(|Self(announced)| lock(announced).clone());
         match announced {
             Some(Announcement { when, set }) if when.elapsed() < ANNOUNCEMENT_HOLDS => Ok(set),
             _ => keyring.active(Timestamp::now()).map(Arc::new),

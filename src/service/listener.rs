@@ -12,7 +12,7 @@ use futures_util::stream::{self, Stream};
 use tokio::net::{UnixListener, UnixStream};
 
 use super::connection::Connection;
-use crate::config::Listen;
+use crate::config::{Listen, OVERFLOW_UID};
 
 /// How long accepting pauses after the operating system refused it, for example for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -31,6 +31,8 @@ pub struct BindError {
     path: PathBuf,
     what: String,
     remedy: String,
+    /// The operating system refused this user.
+    pub is_forbidden: bool,
 }
 
 impl BindError {
@@ -48,10 +50,16 @@ impl Listener {
     /// Something else is at the path, another process listens there, or the directory is missing or not ours.
     pub fn bind(config: &Listen) -> Result<Self, BindError> {
         let path = config.socket.clone();
-        let error = |what: String, remedy: &str| BindError { path: path.clone(), what, remedy: remedy.to_owned() };
+        let error = |what: String, remedy: &str| BindError {
+            path: path.clone(),
+            what,
+            remedy: remedy.to_owned(),
+            is_forbidden: false,
+        };
         remove_stale(&path).map_err(|what| error(what, "stop the other process, or name another listen.socket"))?;
-        let socket = UnixListener::bind(&path).map_err(|cause| {
-            error(format!("cannot be bound: {cause}"), "make its directory, writable by the user of this process alone")
+        let socket = UnixListener::bind(&path).map_err(|cause| BindError {
+            is_forbidden: cause.kind() == io::ErrorKind::PermissionDenied,
+            ..error(format!("cannot be bound: {cause}"), "make its directory, writable by this process's user alone")
         })?;
         let listener = Self { socket, path: path.clone(), allowed: allowed(config) };
         if let Some(group) = &config.group {
@@ -111,6 +119,7 @@ impl Drop for Listener {
 fn allowed(config: &Listen) -> BTreeSet<u32> {
     let mut allowed = config.allow_uids.clone();
     allowed.insert(rustix::process::geteuid().as_raw());
+    allowed.remove(&OVERFLOW_UID); // even if it is our own
     allowed
 }
 

@@ -92,7 +92,7 @@ pub(super) fn status_of(error: &KeyringError) -> Status {
         KeyringError::UnknownKey(_) => Code::FailedPrecondition,
         KeyringError::Busy(_) => Code::ResourceExhausted,
         KeyringError::Deadline(_) => Code::DeadlineExceeded,
-        KeyringError::Unavailable(_) => Code::Unavailable,
+        KeyringError::Unavailable(_) | KeyringError::NoKek(_) => Code::Unavailable,
         KeyringError::Internal(_) => Code::Internal,
     };
     Status::new(code, error.to_string())
@@ -107,7 +107,7 @@ pub(super) fn log(
     outcome: Result<usize, &KeyringError>,
 ) {
     let uid: String = uid.chars().filter(|letter| letter.is_ascii_graphic()).take(64).collect();
-    let micros = began.elapsed().as_micros();
+    let micros = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
     match outcome {
         Ok(sent) => tracing::debug!(call, uid, received, sent, micros, "done"),
         Err(error) => tracing::warn!(call, uid, received, micros, %error, "failed"),

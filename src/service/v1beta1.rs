@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use jiff::Timestamp;
 use tonic::{Request, Response, Status};
 use zeroize::Zeroizing;
 
-use super::connection::Announced;
 use super::proto::v1beta1::key_management_service_server::{KeyManagementService, KeyManagementServiceServer};
 use super::proto::v1beta1::{
     DecryptRequest, DecryptResponse, EncryptRequest, EncryptResponse, VersionRequest, VersionResponse,
@@ -38,7 +38,7 @@ impl KeyManagementService for V1Beta1 {
     async fn encrypt(&self, mut request: Request<EncryptRequest>) -> Result<Response<EncryptResponse>, Status> {
         let began = Instant::now();
         let plaintext = Zeroizing::new(std::mem::take(&mut request.get_mut().plain));
-        let answer = match Announced::or_active(&request, &self.0.keyring) {
+        let answer = match self.0.keyring.active(Timestamp::now()) {
             Ok(set) => {
                 self.0
                     .in_time(&request, |deadline| self.0.keyring.encrypt(&set, &plaintext, CIPHER_LIMIT, deadline))

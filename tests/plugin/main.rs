@@ -13,7 +13,9 @@
 mod command_line;
 mod foreign_input;
 mod keys;
+mod load;
 mod plugin;
+mod providers;
 mod socket;
 mod token;
 mod vectors;

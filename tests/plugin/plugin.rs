@@ -4,7 +4,7 @@ use std::fs::{self, File, Permissions};
 use std::io::Write;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -26,6 +26,10 @@ pub struct Host {
     /// Goes to the end of the configuration.
     pub extra: String,
     pub cluster: String,
+    pub label: String,
+    /// The elements of `tokens`.
+    pub tokens: String,
+    pub sessions: usize,
     mode: Option<&'static str>,
     v1beta1: bool,
 }
@@ -39,7 +43,17 @@ impl Host {
     }
 
     pub fn with(directory: TempDir, token: Token) -> Self {
-        let host = Self { directory, token, extra: String::new(), cluster: "test".into(), mode: None, v1beta1: true };
+        let host = Self {
+            directory,
+            token,
+            extra: String::new(),
+            cluster: "test".into(),
+            label: "trousseau-test".into(),
+            tokens: r#""pkcs11:token=trousseau""#.into(),
+            sessions: 2,
+            mode: None,
+            v1beta1: true,
+        };
         host.write_secret("pin", PIN);
         host
     }
@@ -70,7 +84,7 @@ impl Host {
     }
 
     pub fn configuration(&self) -> String {
-        let Self { token, cluster, v1beta1, extra, .. } = self;
+        let Self { token, cluster, label, v1beta1, extra, tokens, sessions, .. } = self;
         let directory = self.directory.path().display();
         let (profile, module) = (token.family.profile(), token.family.module());
         format!(
@@ -86,10 +100,10 @@ name = "hsm"
 type = "pkcs11"
 profile = "{profile}"
 module = "{module}"
-tokens = ["pkcs11:token=trousseau"]
-label = "trousseau-test"
+tokens = [{tokens}]
+label = "{label}"
 pin-file = "{directory}/pin"
-sessions = 2
+sessions = {sessions}
 {extra}
 "#,
             module = module.display(),
@@ -116,7 +130,12 @@ sessions = 2
 
     /// `key generate`, and what it printed.
     pub fn generate(&self, activate_in: &str) -> Value {
+        self.generate_on("hsm", activate_in)
+    }
+
+    pub fn generate_on(&self, provider: &str, activate_in: &str) -> Value {
         let mut arguments = vec!["key", "generate", "--output", "json", "--unsynchronized-clock-ok"];
+        arguments.extend(["--provider", provider]);
         arguments.extend(["--activate-in", activate_in]);
         arguments.extend(self.mode.iter().flat_map(|mode| ["--mode", mode]));
         let done = self.run(&arguments);
@@ -155,6 +174,17 @@ sessions = 2
         plugin
     }
 
+    /// The program at a place from which any user may run it.
+    pub fn program_for_strangers(&self) -> PathBuf {
+        fs::set_permissions(self.directory.path(), Permissions::from_mode(0o755)).unwrap();
+        let program = self.path("trousseau");
+        // By a child: a descriptor of ours that is open for writing would be inherited by other tests' children, and
+        // would keep the program from being started.
+        let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_trousseau")).arg(&program).status().unwrap();
+        assert!(copied.success());
+        program
+    }
+
     pub fn set_mode(&self, name: &str, mode: u32) {
         fs::set_permissions(self.path(name), Permissions::from_mode(mode)).unwrap();
     }
@@ -186,6 +216,34 @@ impl Plugin {
 
     pub fn decrypt(&self, ciphertext: &[u8], key_id: &str) -> Result<Vec<u8>, Answer> {
         self.call(async |client| client.decrypt(ciphertext.to_vec(), key_id.to_owned()).await)
+    }
+
+    /// Sends so many Encrypts at one moment, each on a connection of its own, and waits for all answers.
+    pub fn encrypt_at_once(&self, count: usize) -> Vec<Result<(), Answer>> {
+        let encrypts = (0..count).map(|_| encrypt_once(&self.socket));
+        self.runtime.block_on(futures_util::future::join_all(encrypts))
+    }
+
+    /// Sends so many Encrypts, asks the plugin to end while they wait, and then does `release`.
+    pub fn stop_while_encrypting(
+        mut self,
+        count: usize,
+        release: impl FnOnce(),
+    ) -> (Vec<Result<(), Answer>>, ExitStatus) {
+        let encrypts: Vec<_> = {
+            let _context = self.runtime.enter();
+            (0..count).map(|_| tokio::spawn(encrypt_once_owned(self.socket.clone()))).collect()
+        };
+        let answers = self.runtime.block_on(async {
+            // All have been sent when the plugin has logged nothing new, and 100 ms are ample on a local socket.
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            self.terminate();
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            release();
+            futures_util::future::join_all(encrypts).await
+        });
+        let status = self.child.wait().unwrap();
+        (answers.into_iter().map(Result::unwrap).collect(), status)
     }
 
     fn call<T>(&self, call: impl AsyncFnOnce(&mut Client) -> Result<T, ClientError>) -> Result<T, Answer> {
@@ -247,9 +305,33 @@ impl Drop for Plugin {
     }
 }
 
+async fn encrypt_once(socket: &Path) -> Result<(), Answer> {
+    let mut client = Client::connect(socket, Duration::from_secs(10)).await.map_err(answer)?;
+    client.encrypt(b"seed".to_vec()).await.map(drop).map_err(answer)
+}
+
+async fn encrypt_once_owned(socket: PathBuf) -> Result<(), Answer> {
+    encrypt_once(&socket).await
+}
+
+/// Whether this process cannot take another user's place. It says so.
+pub fn lacks_root() -> bool {
+    let lacks = !rustix::process::geteuid().is_root();
+    if lacks {
+        eprintln!("skipped: only root can start a process of another user");
+    }
+    lacks
+}
+
+/// The part of a configuration that admits a key made elsewhere.
+pub fn admit(id: &[u8]) -> String {
+    let id = base16ct::lower::encode_string(id);
+    format!("[[provider.kek]]\nid = \"{id}\"\nnot-before = 2026-01-01T00:00:00Z\n")
+}
+
 fn answer(error: ClientError) -> Answer {
     match error {
         ClientError::Answer { status, .. } => Answer { code: status.code(), message: status.message().to_owned() },
-        ClientError::Unreachable(path, cause) => panic!("{}: {cause}", path.display()),
+        other => panic!("{other}"),
     }
 }

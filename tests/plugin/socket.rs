@@ -49,22 +49,24 @@ fn a_stale_one_is_taken_over_a_live_one_is_not_and_a_file_is_never_removed() {
 #[test]
 fn a_peer_that_is_not_allowed_is_closed_before_http2() {
     const STRANGER: u32 = 54_321;
+    if crate::plugin::lacks_root() {
+        return;
+    }
     let host = Host::new();
     host.generate("0s");
     let plugin = host.serve_healthy();
     // Past the permission bits, which would stop it first.
-    fs::set_permissions(host.directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
     fs::set_permissions(&plugin.socket, fs::Permissions::from_mode(0o666)).unwrap();
     let socket = plugin.socket.to_str().unwrap();
-    let program = host.path("trousseau"); // where a stranger may execute it
-    fs::copy(env!("CARGO_BIN_EXE_trousseau"), &program).unwrap();
+    let program = host.program_for_strangers();
     let probe = |uid: u32| {
         let mut command = std::process::Command::new(&program);
         command.args(["probe", "--socket", socket]).uid(uid).gid(uid).output().unwrap()
     };
     assert!(probe(0).status.success());
     let refused = probe(STRANGER);
-    assert!(!refused.status.success(), "{refused:?}");
+    assert_eq!(refused.status.code(), Some(77), "{refused:?}");
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("listen.allow-uids"), "{refused:?}");
     assert!(plugin.log().contains(&format!("\"uid\":{STRANGER}")), "the log names the peer");
     plugin.round_trip();
 }

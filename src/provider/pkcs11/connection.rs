@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::mpsc::Sender;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use cryptoki::context::Pkcs11;
 use cryptoki::error::{Error, RvError};
@@ -17,6 +17,7 @@ use super::error::{CallError, Class};
 use super::module::{InUse, Module};
 use crate::config::{Credential, TokenUri};
 use crate::identity::Identity;
+use crate::sync::lock;
 
 /// Where a token is, and what opens it.
 pub(super) struct Address {
@@ -41,7 +42,13 @@ pub(super) enum NotConnected {
     /// Worth another attempt.
     Yet(String),
     /// The token refused this PIN: another attempt would use up its tries.
-    PinRefused(String, SecretString),
+    PinRefused(RefusedPin),
+}
+
+/// A PIN that is not tried again.
+pub(super) struct RefusedPin {
+    pin: SecretString,
+    pub(super) reason: String,
 }
 
 impl From<String> for NotConnected {
@@ -51,21 +58,20 @@ impl From<String> for NotConnected {
 }
 
 impl Address {
-    /// Connects. `refused` is a PIN that the token has refused: it is not tried again. `released` is dropped when the
-    /// connection is.
+    /// Connects, but not with a PIN that was `refused`. `released` is dropped when the connection is.
     ///
     /// # Errors
     /// [`NotConnected`]
     pub(super) fn connect(
         &self,
-        refused: Option<&SecretString>,
+        refused: Option<&RefusedPin>,
         released: Sender<()>,
     ) -> Result<Connected, NotConnected> {
         let in_use = Module::acquire(&self.module)?;
         let (slot, info) = self.find_slot(in_use.library())?;
         let pin = self.pin.read().map_err(|error| format!("{error}: {}", error.remedy()))?;
-        if refused.is_some_and(|refused| refused.expose_secret() == pin.expose_secret()) {
-            return Err(NotConnected::Yet(self.wrong_pin("the PIN was refused")));
+        if let Some(refused) = refused.filter(|refused| refused.pin.expose_secret() == pin.expose_secret()) {
+            return Err(NotConnected::Yet(refused.reason.clone()));
         }
         if info.user_pin_locked() {
             return Err(NotConnected::Yet("the user PIN is locked: unlock it with the vendor's tools".into()));
@@ -78,14 +84,11 @@ impl Address {
                 Ok(Connected { anchor, pin, slot, proved, in_use, _released: released })
             }
             Err(error) if error.class == Class::Pin => {
-                Err(NotConnected::PinRefused(self.wrong_pin(&error.to_string()), pin))
+                let reason = format!("{error}: write the right PIN into {}; this one is not tried again", self.pin);
+                Err(NotConnected::PinRefused(RefusedPin { pin, reason }))
             }
             Err(error) => Err(NotConnected::Yet(format!("login failed: {error}"))),
         }
-    }
-
-    fn wrong_pin(&self, what: &str) -> String {
-        format!("{what}: write the right PIN into {}; the one in it is not tried again", self.pin)
     }
 
     /// The one slot whose token the URI means.
@@ -125,12 +128,12 @@ impl Connected {
     /// The KEKs that were used through this connection. One that is then not to be found means that the token is
     /// gone: some libraries show an empty one in its place, until they are initialized again.
     pub(super) fn proved(&self) -> MutexGuard<'_, BTreeSet<Identity>> {
-        self.proved.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.proved)
     }
 
     /// Logs in again after the token forgot the login.
     pub(super) fn log_in_again(&self) -> Result<(), CallError> {
-        log_in(&self.anchor.lock().unwrap_or_else(PoisonError::into_inner), &self.pin)
+        log_in(&lock(&self.anchor), &self.pin)
     }
 }
 

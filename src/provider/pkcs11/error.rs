@@ -24,19 +24,18 @@ pub(super) enum Class {
     Refused,
 }
 
-/// A PKCS#11 call that failed.
+/// A PKCS#11 call that failed, or did not do what the standard says.
 #[derive(Clone, Debug, thiserror::Error)]
-#[error("{function} answered {code}")]
+#[error("{what}")]
 pub(super) struct CallError {
     pub(super) class: Class,
-    function: String,
-    code: String,
+    what: String,
 }
 
 impl CallError {
-    /// Something that the token did which no return code told.
-    pub(super) fn new(class: Class, function: impl Into<String>, code: impl Into<String>) -> Self {
-        Self { class, function: function.into(), code: code.into() }
+    /// Something that no return code told. `what` is a sentence.
+    pub(super) fn new(class: Class, what: impl Into<String>) -> Self {
+        Self { class, what: what.into() }
     }
 
     /// The same failure, its class settled by what else is known.
@@ -48,6 +47,7 @@ impl CallError {
     pub(super) fn to_kek_error(&self, token: &str) -> KekError {
         match self.class {
             Class::BadInput => KekError::BadInput,
+            Class::Refused => KekError::Refused(format!("{token}: {self}")),
             _ => KekError::Unavailable(format!("{token}: {self}")),
         }
     }
@@ -57,11 +57,17 @@ impl From<Error> for CallError {
     fn from(error: Error) -> Self {
         match error {
             Error::Pkcs11(code, function) => {
-                Self { class: class_of(&code), function: format!("C_{function}"), code: name_of(&code) }
+                Self::new(class_of(&code), format!("C_{function:?} answered {}", name_of(&code)))
             }
             // A function that the module lacks, or an answer that is not what the standard says.
-            other => Self::new(Class::Refused, "the module", other.to_string()),
+            other => Self::new(Class::Refused, format!("the module cannot be used: {other}")),
         }
+    }
+}
+
+impl From<getrandom::Error> for CallError {
+    fn from(error: getrandom::Error) -> Self {
+        Self::new(Class::Refused, format!("getrandom(2) failed: {error}"))
     }
 }
 
@@ -129,7 +135,47 @@ fn class_of(code: &RvError) -> Class {
         | Rv::PinTooWeak
         | Rv::UserPinNotInitialized => Class::Pin,
 
-        _ => Class::Refused,
+        Rv::AttributeReadOnly
+        | Rv::AttributeSensitive
+        | Rv::AttributeTypeInvalid
+        | Rv::AttributeValueInvalid
+        | Rv::ActionProhibited
+        | Rv::FunctionNotParallel
+        | Rv::FunctionNotSupported
+        | Rv::FunctionRejected
+        | Rv::CurveNotSupported
+        | Rv::KeyTypeInconsistent
+        | Rv::KeyNotNeeded
+        | Rv::KeyNeeded
+        | Rv::KeyIndigestible
+        | Rv::KeyFunctionNotPermitted
+        | Rv::KeyNotWrappable
+        | Rv::KeyUnextractable
+        | Rv::MechanismInvalid
+        | Rv::MechanismParamInvalid
+        | Rv::TemplateIncomplete
+        | Rv::TemplateInconsistent
+        | Rv::TokenWriteProtected
+        | Rv::UnwrappingKeySizeRange
+        | Rv::UnwrappingKeyTypeInconsistent
+        | Rv::UserAlreadyLoggedIn
+        | Rv::UserTypeInvalid
+        | Rv::UserAnotherAlreadyLoggedIn
+        | Rv::UserTooManyTypes
+        | Rv::WrappingKeySizeRange
+        | Rv::WrappingKeyTypeInconsistent
+        | Rv::RandomSeedNotSupported
+        | Rv::DomainParamsInvalid
+        | Rv::BufferTooSmall
+        | Rv::InformationSensitive
+        | Rv::StateUnsaveable
+        | Rv::NeedToCreateThreads
+        | Rv::CantLock
+        | Rv::NewPinMode
+        | Rv::NextOtp
+        | Rv::ExceededMaxIterations
+        | Rv::PublicKeyInvalid
+        | Rv::SessionReadWriteSoExists => Class::Refused,
     }
 }
 

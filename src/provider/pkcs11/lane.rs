@@ -11,14 +11,14 @@ use cryptoki::session::Session;
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 
-use super::admission::{self, Admitted, KekName, Rules, Said};
+use super::admission::{self, Admitted, KekSpec, Rules, Said};
 use super::connection::Connected;
 use super::error::{CallError, Class};
 use super::mechanism;
 use crate::identity::Identity;
 use crate::provider::Refused;
 use crate::secret::Dek;
-use crate::state::{Reference, State};
+use crate::state::{Reference, State, StateError};
 
 /// A session of a worker. It is closed before the connection that it came from is let go.
 pub(super) struct Lane {
@@ -41,7 +41,7 @@ impl Lane {
     }
 
     /// Wraps a DEK under the KEK.
-    pub(super) fn wrap(&mut self, kek: &KekName, dek: &Dek) -> Result<Vec<u8>, CallError> {
+    pub(super) fn wrap(&mut self, kek: &KekSpec, dek: &Dek) -> Result<Vec<u8>, CallError> {
         let handle = self.handle(kek)?;
         mechanism::wrap(kek.mode, &self.session, handle, kek.identity, dek)
     }
@@ -51,11 +51,11 @@ impl Lane {
     /// Many tokens answer a damaged ciphertext and a broken device with one code. So after such an answer the KEK
     /// unwraps its reference: if it cannot, the token is broken. If it can, the input is tried once more, and only
     /// then is it bad. Three calls at most.
-    pub(super) fn unwrap(&mut self, kek: &KekName, wrapped: &[u8]) -> Result<Dek, CallError> {
+    pub(super) fn unwrap(&mut self, kek: &KekSpec, wrapped: &[u8]) -> Result<Dek, CallError> {
         let handle = self.handle(kek)?;
         let unwrap = || mechanism::unwrap(kek.mode, &self.session, handle, kek.identity, wrapped);
         match unwrap() {
-            Err(first) if first.class == Class::Doubtful => match self.check_reference(kek, handle) {
+            Err(first) if first.class == Class::Doubtful => match self.still_works(kek, handle) {
                 Ok(()) => unwrap().map_err(|again| match again.class {
                     Class::Doubtful => again.settled(Class::BadInput),
                     _ => again,
@@ -67,13 +67,13 @@ impl Lane {
     }
 
     /// The handle of the KEK, which has proved to be the key that it was.
-    fn handle(&mut self, kek: &KekName) -> Result<ObjectHandle, CallError> {
+    fn handle(&mut self, kek: &KekSpec) -> Result<ObjectHandle, CallError> {
         if let Some(handle) = self.handles.get(&kek.identity) {
             return Ok(*handle);
         }
         let handle = self.find(kek)?;
-        match self.state.reference(kek.identity) {
-            Some(_) => self.recognise(kek, handle)?,
+        match self.reference(kek)? {
+            Some(reference) => self.recognise(kek, handle, &reference)?,
             None => self.make_reference(kek, handle)?,
         }
         self.handles.insert(kek.identity, handle);
@@ -81,7 +81,7 @@ impl Lane {
         Ok(handle)
     }
 
-    fn find(&self, kek: &KekName) -> Result<ObjectHandle, CallError> {
+    fn find(&self, kek: &KekSpec) -> Result<ObjectHandle, CallError> {
         let found = self.session.find_objects(&[
             Attribute::Class(ObjectClass::SECRET_KEY),
             Attribute::KeyType(KeyType::AES),
@@ -91,24 +91,29 @@ impl Lane {
         ])?;
         match *found.as_slice() {
             [handle] => Ok(handle),
-            [] if self.connected.proved().contains(&kek.identity) => Err(gone(&kek.id)),
-            [] => Err(CallError::new(Class::Refused, "C_FindObjects", format!("no key {}", hex(&kek.id)))),
-            _ => Err(CallError::new(Class::Refused, "C_FindObjects", format!("several keys {}", hex(&kek.id)))),
+            [] if self.connected.proved().contains(&kek.identity) => Err(gone(&kek.identity.to_string())),
+            [] => Err(CallError::new(Class::Refused, format!("the token has no key {}", hex(&kek.id)))),
+            _ => Err(CallError::new(Class::Refused, format!("the token has several keys {}", hex(&kek.id)))),
         }
     }
 
     /// The KEK wraps a random value and unwraps it again: its mode works here, and from now on it can be recognised.
-    fn make_reference(&self, kek: &KekName, handle: ObjectHandle) -> Result<(), CallError> {
-        let reference = self.round_trip(kek, handle)?;
-        if self.state.keep_reference(kek.identity, reference.clone()) != reference {
-            self.check_reference(kek, handle)?; // another process was first
+    fn make_reference(&self, kek: &KekSpec, handle: ObjectHandle) -> Result<(), CallError> {
+        let reference = self.round_trip(kek, handle).map_err(|error| match error.class {
+            // It never worked here: the key is at fault, and not the token.
+            Class::Doubtful | Class::BadInput => error.settled(Class::Refused),
+            _ => error,
+        })?;
+        let kept = self.state.keep_reference(kek.identity, reference.clone()).map_err(damaged_state)?;
+        if kept != reference {
+            self.recognise(kek, handle, &kept)?; // another process was first
         }
         Ok(())
     }
 
     /// The key unwraps the KEK's reference. A key that does not, and yet works, is another one.
-    fn recognise(&self, kek: &KekName, handle: ObjectHandle) -> Result<(), CallError> {
-        match self.check_reference(kek, handle) {
+    fn recognise(&self, kek: &KekSpec, handle: ObjectHandle, reference: &Reference) -> Result<(), CallError> {
+        match self.check_reference(kek, handle, reference) {
             Err(error) if matches!(error.class, Class::Doubtful | Class::BadInput) => {
                 self.round_trip(kek, handle)?;
                 Err(another_key())
@@ -117,19 +122,27 @@ impl Lane {
         }
     }
 
-    fn round_trip(&self, kek: &KekName, handle: ObjectHandle) -> Result<Reference, CallError> {
-        let no_randomness = |error: getrandom::Error| CallError::new(Class::Refused, "getrandom(2)", error.to_string());
-        let value = Dek::generate().map_err(no_randomness)?;
+    /// After a doubtful answer: whether the KEK, which has been recognised, still unwraps its reference.
+    fn still_works(&self, kek: &KekSpec, handle: ObjectHandle) -> Result<(), CallError> {
+        let reference = self.reference(kek)?.ok_or_else(another_key)?;
+        self.check_reference(kek, handle, &reference)
+    }
+
+    fn reference(&self, kek: &KekSpec) -> Result<Option<Reference>, CallError> {
+        self.state.reference(kek.identity).map_err(damaged_state)
+    }
+
+    fn round_trip(&self, kek: &KekSpec, handle: ObjectHandle) -> Result<Reference, CallError> {
+        let value = Dek::generate()?;
         let wrapped = mechanism::wrap(kek.mode, &self.session, handle, kek.identity, &value)?;
         let unwrapped = mechanism::unwrap(kek.mode, &self.session, handle, kek.identity, &wrapped)?;
         if sha256(&unwrapped) != sha256(&value) {
-            return Err(CallError::new(Class::Refused, "unwrapping", "another value than was wrapped"));
+            return Err(CallError::new(Class::Refused, "the token unwrapped another value than it had wrapped"));
         }
         Ok(Reference { wrapped: hex(&wrapped), sha256: sha256(&value) })
     }
 
-    fn check_reference(&self, kek: &KekName, handle: ObjectHandle) -> Result<(), CallError> {
-        let reference = self.state.reference(kek.identity).ok_or_else(another_key)?;
+    fn check_reference(&self, kek: &KekSpec, handle: ObjectHandle, reference: &Reference) -> Result<(), CallError> {
         let wrapped = base16ct::lower::decode_vec(&reference.wrapped).map_err(|_| another_key())?;
         let value = mechanism::unwrap(kek.mode, &self.session, handle, kek.identity, &wrapped)?;
         if sha256(&value) == reference.sha256 { Ok(()) } else { Err(another_key()) }
@@ -151,14 +164,14 @@ impl Lane {
             }
         }
         if let Some(kek) = gone_since.first() {
-            return Err(gone(kek.as_bytes()));
+            return Err(gone(&kek.to_string()));
         }
         for (n, (key, kek)) in found.iter().enumerate() {
-            let twice = found.iter().enumerate().any(|(m, (_, other))| m != n && other.rank.name == kek.rank.name);
+            let twice = found.iter().enumerate().any(|(m, (_, other))| m != n && other.rank.id == kek.rank.id);
             if twice {
                 let reason = "another key has the same CKA_ID: remove the one that is not meant".into();
                 inventory.refused.push(Refused { key: key.clone(), reason });
-            } else if let Err(error) = self.prove(&rules.name_of(kek)) {
+            } else if let Err(error) = self.prove(&rules.spec_of(kek)) {
                 if error.class != Class::Refused {
                     return Err(error);
                 }
@@ -171,13 +184,13 @@ impl Lane {
     }
 
     /// Finds the KEK anew, since a handle may have outlived its key, and has it unwrap its reference.
-    fn prove(&mut self, kek: &KekName) -> Result<(), CallError> {
+    fn prove(&mut self, kek: &KekSpec) -> Result<(), CallError> {
         self.handles.remove(&kek.identity);
         self.handle(kek).map(|_| ())
     }
 
     /// Makes a KEK in the token: 256-bit AES that never leaves it, and whose attributes nobody changes.
-    pub(super) fn generate(&self, kek: &KekName) -> Result<(), CallError> {
+    pub(super) fn generate(&self, kek: &KekSpec) -> Result<(), CallError> {
         let wraps_objects = kek.mode.wraps_objects();
         self.session.generate_key(
             &cryptoki::mechanism::Mechanism::AesKeyGen,
@@ -209,13 +222,17 @@ impl Lane {
 }
 
 /// A KEK that was used a moment ago is not there.
-fn gone(kek: &[u8]) -> CallError {
-    CallError::new(Class::Token, "C_FindObjects", format!("no key {}, which was there before", hex(kek)))
+fn gone(kek: &str) -> CallError {
+    CallError::new(Class::Token, format!("KEK {kek} was there, and now is not"))
+}
+
+fn damaged_state(error: StateError) -> CallError {
+    CallError::new(Class::Refused, format!("{error}: {}", error.remedy()))
 }
 
 fn another_key() -> CallError {
-    let what = "for another key than the one that this host first saw under this id: restore the right key";
-    CallError::new(Class::Refused, "the reference", what)
+    let what = "this is another key than the one that this host first saw under its id: restore the right one";
+    CallError::new(Class::Refused, what)
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -89,8 +89,9 @@ impl Link {
         self.changed.notify_one();
     }
 
-    /// The end: the supervisor lets the connection go.
+    /// The end: wakes the supervisor, which lets the connection go.
     pub(super) fn end(&self) {
+        drop(self.condition.send_replace(Condition::Down(format!("{} is closed", self.name))));
         let _supervisor_gone = self.wake_supervisor.send(());
     }
 }

@@ -46,8 +46,8 @@ pub(super) fn wrap(
     };
     let expected = mode.algorithm().wrapped_len();
     if wrapped.len() != expected {
-        let what = format!("{} bytes where {expected} were due", wrapped.len());
-        return Err(CallError::new(Class::Refused, "wrapping", what));
+        let what = format!("the token wrapped a DEK into {} bytes where {expected} were due", wrapped.len());
+        return Err(CallError::new(Class::Refused, what));
     }
     Ok(wrapped)
 }
@@ -65,11 +65,11 @@ pub(super) fn unwrap(
         Mode::Encrypt => Zeroizing::new(session.decrypt(&Mechanism::AesKeyWrap, kek, wrapped)?),
         Mode::Gcm => decrypt_gcm(session, kek, identity, wrapped)?,
     };
-    let length = || CallError::new(Class::BadInput, "unwrapping", format!("{} bytes", bytes.len()));
+    let length = || CallError::new(Class::BadInput, format!("an unwrapped DEK has {} bytes", bytes.len()));
     Dek::from_bytes(&bytes).ok_or_else(length)
 }
 
-/// PKCS#11 section 5.14.3: the DEK becomes a session object that may leave the token, and does so under the KEK.
+/// C_WrapKey (PKCS#11 v3.1 section 5.18.3): the DEK becomes a session object that may leave the token, and does so under the KEK.
 fn wrap_object(session: &Session, kek: ObjectHandle, dek: &Dek) -> Result<Vec<u8>, CallError> {
     let mut template = session_object();
     template.push(Attribute::Value(dek.expose().to_vec()));
@@ -83,7 +83,7 @@ fn wrap_object(session: &Session, kek: ObjectHandle, dek: &Dek) -> Result<Vec<u8
     Ok(wrapped)
 }
 
-/// PKCS#11 section 5.14.4, and the value read back.
+/// C_UnwrapKey (PKCS#11 v3.1 section 5.18.4), and the value read back.
 fn unwrap_object(session: &Session, kek: ObjectHandle, wrapped: &[u8]) -> Result<Zeroizing<Vec<u8>>, CallError> {
     let object = session.unwrap_key(&Mechanism::AesKeyWrap, kek, wrapped, &session_object())?;
     let read = session.get_attributes(object, &[AttributeType::Value]);
@@ -93,7 +93,7 @@ fn unwrap_object(session: &Session, kek: ObjectHandle, wrapped: &[u8]) -> Result
         _ => None,
     });
     destroyed?;
-    value.ok_or_else(|| CallError::new(Class::Refused, "C_GetAttributeValue", "no CKA_VALUE for a session object"))
+    value.ok_or_else(|| CallError::new(Class::Refused, "the token does not show the CKA_VALUE of a session object"))
 }
 
 /// A template for a DEK: it lives in the session, and its value can be read. CKA_VALUE_LEN is not said: SoftHSM
@@ -119,11 +119,11 @@ fn wipe(template: &mut [Attribute]) {
 /// IV ‖ ciphertext ‖ tag. The IV is ours: some tokens take an absent one and then use the same one for ever.
 fn encrypt_gcm(session: &Session, kek: ObjectHandle, identity: Identity, dek: &Dek) -> Result<Vec<u8>, CallError> {
     let mut iv = [0; IV_LEN];
-    getrandom::fill(&mut iv).map_err(|error| CallError::new(Class::Refused, "getrandom(2)", error.to_string()))?;
+    getrandom::fill(&mut iv)?;
     let ours = iv;
     let sealed = session.encrypt(&gcm(&mut iv, &identity)?, kek, dek.expose())?;
     if iv != ours {
-        return Err(CallError::new(Class::Refused, "C_Encrypt", "an IV of its own in place of ours"));
+        return Err(CallError::new(Class::Refused, "the token put an IV of its own in place of ours"));
     }
     Ok([&ours, sealed.as_slice()].concat())
 }
@@ -136,7 +136,7 @@ fn decrypt_gcm(
 ) -> Result<Zeroizing<Vec<u8>>, CallError> {
     let (iv, sealed) = wrapped
         .split_first_chunk::<IV_LEN>()
-        .ok_or_else(|| CallError::new(Class::BadInput, "unwrapping", "no room for an IV"))?;
+        .ok_or_else(|| CallError::new(Class::BadInput, "a wrapped DEK has no room for an IV"))?;
     let mut iv = *iv;
     Ok(Zeroizing::new(session.decrypt(&gcm(&mut iv, &identity)?, kek, sealed)?))
 }

@@ -22,22 +22,24 @@ mod wraps;
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tokio::sync::Notify;
 
-use self::admission::{Admitted, KekName};
+pub use self::admission::LONGEST_WAIT;
+use self::admission::{Admitted, KekSpec};
 use self::lane::Inventory;
 use self::token::Token;
 use self::wraps::WrapCounter;
 use super::{Answer, Kek, KekError, Provider, Rank, Refused, Sighting};
-use crate::config::Mode;
+use crate::config::{Mode, ProviderConfig, TokenUri};
 use crate::envelope::WrapAlgorithm;
 use crate::identity::Identity;
 use crate::secret::Dek;
 use crate::state::State;
+use crate::sync::{lock, read, write};
 
 /// How long the end waits for calls into the module.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -64,8 +66,8 @@ pub struct Generated {
     pub not_before: Timestamp,
     /// How it wraps.
     pub mode: Mode,
-    /// How many of the configured tokens hold it.
-    pub tokens: usize,
+    /// The tokens that hold it.
+    pub held_by: Vec<String>,
 }
 
 impl Pkcs11 {
@@ -73,9 +75,9 @@ impl Pkcs11 {
     ///
     /// # Errors
     /// The operating system gives no thread.
-    pub fn new(config: &crate::config::Provider, state: &Arc<State>) -> std::io::Result<Self> {
+    pub fn new(config: &ProviderConfig, state: &Arc<State>) -> std::io::Result<Self> {
         let changed = Arc::new(Notify::new());
-        let start = |uri: &crate::config::TokenUri| Token::start(uri.clone(), config, state, Arc::clone(&changed));
+        let start = |uri: &TokenUri| Token::start(uri.clone(), config, state, Arc::clone(&changed));
         let tokens = config.tokens.iter().map(start).collect::<Result<_, _>>()?;
         let (name, modes) = (config.name.clone(), config.profile.modes.clone());
         Ok(Self { name, modes, tokens, state: Arc::clone(state), changed, keks: Mutex::default() })
@@ -86,11 +88,8 @@ impl Pkcs11 {
     /// # Errors
     /// Why the first one that is out of reach is.
     pub async fn reach_every_token(&self) -> Result<(), KekError> {
-        for token in &self.tokens {
-            token.link.first_attempt().await;
-            token.link.connected()?;
-        }
-        Ok(())
+        self.settled().await;
+        self.tokens.iter().try_for_each(|token| token.link.connected().map(drop))
     }
 
     /// The activation instant of the newest KEK, if there is one.
@@ -112,7 +111,7 @@ impl Pkcs11 {
         mode: Option<Mode>,
         deadline: Instant,
     ) -> Result<Generated, KekError> {
-        let refused = |what: String| KekError::Unavailable(format!("provider {}: {what}", self.name));
+        let refused = |what: String| KekError::Refused(format!("provider {}: {what}", self.name));
         let mode = mode.or(self.modes.first().copied()).filter(|mode| self.modes.contains(mode));
         let mode = mode.ok_or_else(|| {
             refused(format!(
@@ -122,30 +121,25 @@ impl Pkcs11 {
         })?;
         let first = self.tokens.first().ok_or_else(|| refused("it has no token".into()))?;
         let id = admission::new_id(not_before).map_err(|error| refused(error.to_string()))?;
-        let rank = Rank { not_before, name: id.to_vec() };
-        let kek = first.rules.name_of(&Admitted { rank, mode });
+        let rank = Rank { not_before, id: id.to_vec() };
+        let kek = first.rules.spec_of(&Admitted { rank, mode });
         let template = kek.clone();
         first.run(deadline, move |lane| lane.generate(&template)).await?;
-        let tokens = self.holders_of(&kek, deadline).await?;
-        Ok(Generated { identity: kek.identity, id: kek.id, not_before, mode, tokens })
-    }
-
-    /// How many tokens hold the KEK that was just made, each having proved it.
-    async fn holders_of(&self, kek: &KekName, deadline: Instant) -> Result<usize, KekError> {
         self.look(deadline).await?;
-        Ok(self.keks().get(&kek.identity).map_or(0, |kek| kek.holders().len()))
+        let held_by = self.keks().get(&kek.identity).map_or_else(Vec::new, |kek| kek.held_by());
+        Ok(Generated { identity: kek.identity, id: kek.id, not_before, mode, held_by })
     }
 
-    /// What one token holds, or `None` if it is out of reach.
+    /// What one token holds.
     async fn look_at(&self, token: &Arc<Token>, deadline: Instant) -> Result<Inventory, KekError> {
         let of = Arc::clone(token);
         token.run(deadline, move |lane| lane.look(&of.rules, Timestamp::now())).await
     }
 
     async fn look_at_every_token(&self, deadline: Instant) -> Result<Sighting, KekError> {
-        let mut found: HashMap<Identity, (KekName, Rank, Vec<Arc<Token>>)> = HashMap::new();
+        let mut found: HashMap<Identity, (KekSpec, Rank, Vec<Arc<Token>>)> = HashMap::new();
         let mut refused = Vec::new();
-        let (mut reached, mut out_of_reach) = (0, Vec::new());
+        let mut out_of_reach = Vec::new();
         for token in &self.tokens {
             let inventory = match self.look_at(token, deadline).await {
                 Ok(inventory) => inventory,
@@ -154,36 +148,38 @@ impl Pkcs11 {
                     continue;
                 }
             };
-            reached += 1;
             let place =
                 |refusal: Refused| Refused { key: format!("{} on {}", refusal.key, token.link.name), ..refusal };
             refused.extend(inventory.refused.into_iter().map(place));
             for kek in inventory.keks {
-                let name = token.rules.name_of(&kek);
+                let name = token.rules.spec_of(&kek);
                 let place = found.entry(name.identity).or_insert_with(|| (name, kek.rank, Vec::new()));
                 place.2.push(Arc::clone(token));
             }
         }
-        if let (0, Some(error)) = (reached, out_of_reach.pop()) {
+        if out_of_reach.len() == self.tokens.len()
+            && let Some(error) = out_of_reach.pop()
+        {
             return Err(error);
         }
+        let out_of_reach = out_of_reach.iter().map(ToString::to_string).collect();
         let keks = found.into_values().map(|(name, rank, holders)| self.known(name, rank, holders)).collect();
-        Ok(Sighting { keks, refused })
+        Ok(Sighting { keks, refused, out_of_reach })
     }
 
     /// The KEK of this name, with the tokens that now hold it.
-    fn known(&self, name: KekName, rank: Rank, holders: Vec<Arc<Token>>) -> Arc<dyn Kek> {
+    fn known(&self, name: KekSpec, rank: Rank, holders: Vec<Arc<Token>>) -> Arc<dyn Kek> {
         let mut keks = self.keks();
         let kek = keks.entry(name.identity).or_insert_with(|| {
             let wraps = WrapCounter::new(&name, Arc::clone(&self.state));
             Arc::new(Pkcs11Kek { name, rank, wraps, holders: RwLock::default() })
         });
-        *kek.holders.write().unwrap_or_else(PoisonError::into_inner) = holders;
+        *write(&kek.holders) = holders;
         Arc::clone(kek) as Arc<dyn Kek>
     }
 
     fn keks(&self) -> MutexGuard<'_, HashMap<Identity, Arc<Pkcs11Kek>>> {
-        self.keks.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.keks)
     }
 }
 
@@ -203,6 +199,14 @@ impl Provider for Pkcs11 {
         &self.name
     }
 
+    fn settled(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(async {
+            for token in &self.tokens {
+                token.link.first_attempt().await;
+            }
+        })
+    }
+
     fn look(&self, deadline: Instant) -> Answer<'_, Sighting> {
         Box::pin(self.look_at_every_token(deadline))
     }
@@ -214,7 +218,7 @@ impl Provider for Pkcs11 {
 
 /// A KEK and the tokens that hold it.
 struct Pkcs11Kek {
-    name: KekName,
+    name: KekSpec,
     rank: Rank,
     wraps: WrapCounter,
     holders: RwLock<Vec<Arc<Token>>>,
@@ -222,20 +226,20 @@ struct Pkcs11Kek {
 
 impl Pkcs11Kek {
     fn holders(&self) -> Vec<Arc<Token>> {
-        self.holders.read().unwrap_or_else(PoisonError::into_inner).clone()
+        read(&self.holders).clone()
     }
 
     /// Has the first token do `work` that is not out of reach.
     async fn first_of<T, W>(&self, deadline: Instant, work: W) -> Result<T, KekError>
     where
         T: Send + 'static,
-        W: Fn(&mut lane::Lane, &KekName) -> Result<T, error::CallError> + Clone + Send + 'static,
+        W: Fn(&mut lane::Lane, &KekSpec) -> Result<T, error::CallError> + Clone + Send + 'static,
     {
         let mut last = KekError::Unavailable(format!("no token holds KEK {}", self.name.identity));
         for token in self.holders() {
             let (work, name) = (work.clone(), self.name.clone());
             match token.run(deadline, move |lane| work(lane, &name)).await {
-                Err(error @ (KekError::Unavailable(_) | KekError::Busy(_))) => last = error,
+                Err(error @ (KekError::Unavailable(_) | KekError::Refused(_) | KekError::Busy(_))) => last = error,
                 answer => return answer,
             }
         }

@@ -7,8 +7,10 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
+use super::error::CallError;
+use crate::sync::lock;
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
 use cryptoki::error::Error;
 
@@ -36,7 +38,7 @@ impl Module {
             module
                 .library
                 .initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK))
-                .map_err(|error| initialize_error(path, &error))?;
+                .map_err(|error| initialize_error(path, error))?;
         }
         *users += 1;
         drop(users);
@@ -75,10 +77,6 @@ impl Drop for InUse {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 fn load_error(path: &Path, error: &Error) -> String {
     let path = path.display();
     match error {
@@ -93,11 +91,12 @@ fn load_error(path: &Path, error: &Error) -> String {
     }
 }
 
-fn initialize_error(path: &Path, error: &Error) -> String {
+fn initialize_error(path: &Path, error: Error) -> String {
     format!(
-        "module {}: C_Initialize failed: {error}: check the vendor's configuration file and environment variables, and \
+        "module {}: {}: check the vendor's configuration file and environment variables, and \
          that uid {} may read them",
         path.display(),
+        CallError::from(error),
         rustix::process::geteuid().as_raw()
     )
 }

@@ -4,7 +4,6 @@
 //! its deadline, and a caller that goes away takes its place in the queue along.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use tokio::sync::oneshot;
@@ -23,7 +22,6 @@ const QUEUE_PER_SESSION: usize = 64;
 /// The queue of one token's workers.
 pub(super) struct Pool {
     queue: Queue<Box<dyn Job>>,
-    closed: AtomicBool,
 }
 
 /// Something to be done with a session.
@@ -70,7 +68,7 @@ impl<T, W> Call<T, W> {
 
 impl Pool {
     pub(super) fn new(sessions: usize) -> Self {
-        Self { queue: Queue::new(sessions * QUEUE_PER_SESSION), closed: AtomicBool::new(false) }
+        Self { queue: Queue::new(sessions * QUEUE_PER_SESSION) }
     }
 
     /// Has a worker do `work`, twice at most, and returns its answer before the deadline.
@@ -150,8 +148,7 @@ impl Pool {
     }
 
     fn open(&self, link: &Link, state: &Arc<State>) -> Result<Lane, CallError> {
-        let lost = |error: KekError| CallError::new(Class::Refused, "the pool", error.to_string());
-        let connected = link.connected().map_err(lost)?;
+        let connected = link.connected().map_err(|error| CallError::new(Class::Refused, error.to_string()))?;
         Lane::open(Arc::clone(&connected), Arc::clone(state)).inspect_err(|error| {
             // Without a lane, nobody else can say that the connection is no good.
             if matches!(error.class, Class::Token | Class::Doubtful) {
@@ -169,12 +166,11 @@ impl Pool {
 
     /// Serves what waits, then ends the workers.
     pub(super) fn close(&self) {
-        self.closed.store(true, Ordering::Release);
         self.queue.close();
     }
 
     pub(super) fn is_closed(&self) -> bool {
-        self.closed.load(Ordering::Acquire)
+        self.queue.is_closed()
     }
 }
 

@@ -3,6 +3,7 @@
 //! It is ours because a request that is cancelled, or whose deadline passes while it waits, must free its place at
 //! once: that takes a removal from the middle, which channels do not have.
 
+use crate::sync::lock;
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -86,6 +87,11 @@ impl<J> Queue<J> {
         self.arrived.notify_all();
     }
 
+    /// Whether no further job is taken.
+    pub(super) fn is_closed(&self) -> bool {
+        self.lock().closed
+    }
+
     /// No further job is taken; those that wait are still served.
     pub(super) fn close(&self) {
         self.lock().closed = true;
@@ -93,7 +99,7 @@ impl<J> Queue<J> {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner<J>> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner)
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use cryptoki::session::UserType;
 use secrecy::SecretString;
 
-use super::error::CallError;
+use super::error::{CallError, Class};
 use super::module::Module;
 
 /// Initializes the first slot without an initialized token: its label, the security officer's PIN and the user's.
@@ -26,7 +26,7 @@ pub fn initialize_token(module: &Path, label: &str, so_pin: &SecretString, pin: 
                 return Ok(());
             }
         }
-        let slot = free.ok_or_else(|| CallError::new(super::error::Class::Refused, "C_GetSlotList", "no free slot"))?;
+        let slot = free.ok_or_else(|| CallError::new(Class::Refused, "there is no free slot"))?;
         library.init_token(slot, so_pin, label)?;
         let session = library.open_rw_session(slot)?;
         session.login(UserType::So, Some(so_pin))?;

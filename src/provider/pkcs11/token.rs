@@ -4,7 +4,7 @@
 //! that: they hear at once what is wrong.
 
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,9 +16,10 @@ use super::error::CallError;
 use super::lane::Lane;
 use super::link::Link;
 use super::pool::Pool;
-use crate::config::{Provider, TokenUri};
+use crate::config::{ProviderConfig, TokenUri};
 use crate::provider::KekError;
 use crate::state::State;
+use crate::sync::lock;
 
 const FIRST_RETRY: Duration = Duration::from_millis(250);
 const LAST_RETRY: Duration = Duration::from_secs(5);
@@ -42,7 +43,7 @@ impl Token {
     /// The operating system gives no thread.
     pub(super) fn start(
         uri: TokenUri,
-        provider: &Provider,
+        provider: &ProviderConfig,
         state: &Arc<State>,
         changed: Arc<Notify>,
     ) -> std::io::Result<Arc<Self>> {
@@ -100,7 +101,7 @@ impl Token {
     pub(super) fn close(&self, patience: Duration) -> bool {
         self.pool.close();
         self.link.end();
-        let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        let threads = lock(&self.threads);
         matches!(threads.recv_timeout(patience), Err(RecvTimeoutError::Disconnected))
     }
 
@@ -115,19 +116,13 @@ impl Token {
                     (retry, refused_pin) = (FIRST_RETRY, None);
                     self.link.is_up(connected);
                     let _lost_or_closed = woken.recv();
-                    if self.pool.is_closed() {
-                        self.link.is_down("is closed");
-                    }
                     // Only when its last session is closed can the library be initialized anew.
                     let _hangs = released.recv_timeout(RELEASE_PATIENCE);
                 }
                 Err(error) => {
                     let reason = match error {
                         NotConnected::Yet(reason) => reason,
-                        NotConnected::PinRefused(reason, pin) => {
-                            refused_pin = Some(pin);
-                            reason
-                        }
+                        NotConnected::PinRefused(refused) => refused_pin.insert(refused).reason.clone(),
                     };
                     self.link.is_down(&format!("is not usable: {reason}"));
                     let _closed = woken.recv_timeout(retry);

@@ -1,13 +1,14 @@
 //! Counts what a KEK wraps with random nonces. SP 800-38D section 8.3 allows 2^32 invocations of GCM for one key; a
 //! host knows only its own share, so it warns and stops well before.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
-use super::admission::KekName;
+use super::admission::KekSpec;
 use crate::config::Mode;
 use crate::identity::Identity;
 use crate::provider::KekError;
 use crate::state::State;
+use crate::sync::lock;
 
 /// One host warns from here on.
 const WARN_AT: u64 = 1 << 27;
@@ -32,7 +33,7 @@ struct Reserved {
 }
 
 impl WrapCounter {
-    pub(super) fn new(kek: &KekName, state: Arc<State>) -> Self {
+    pub(super) fn new(kek: &KekSpec, state: Arc<State>) -> Self {
         let reserved = Mutex::default();
         Self { identity: kek.identity, counts: kek.mode == Mode::Gcm, state, reserved }
     }
@@ -45,7 +46,7 @@ impl WrapCounter {
         if !self.counts {
             return Ok(());
         }
-        let mut reserved = self.reserved.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reserved = lock(&self.reserved);
         if reserved.next == reserved.end {
             // Where the disk takes nothing, the count goes on in memory.
             let next = self.state.reserve_wraps(self.identity, BLOCK).unwrap_or(reserved.end);
@@ -70,7 +71,7 @@ mod tests {
 
     fn counter(mode: Mode, directory: &tempfile::TempDir) -> WrapCounter {
         let identity = Identity::from_bytes([1; 16]);
-        let kek = KekName { identity, id: vec![], label: String::new(), mode };
+        let kek = KekSpec { identity, id: vec![], label: String::new(), mode };
         WrapCounter::new(&kek, Arc::new(State::open(directory.path()).unwrap()))
     }
 

@@ -36,11 +36,6 @@ impl<S> MendAuthority<S> {
     pub fn new(inner: S) -> Self {
         Self { inner, mender: Mender::default() }
     }
-
-    /// The stream that is wrapped, to ask who its peer is.
-    pub fn inner(&self) -> &S {
-        &self.inner
-    }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for MendAuthority<S> {

@@ -1,0 +1,68 @@
+//! A token that does not answer: the queue is bounded, deadlines hold, and what was accepted is answered.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, fcntl_lock};
+use tonic::Code;
+
+use crate::plugin::Host;
+use crate::token::Family;
+
+/// Places in the queue for each session.
+const QUEUE: usize = 64;
+
+/// SoftHSM waits for locks on its files; whoever holds them holds its calls up. Ends when this is dropped.
+fn hold_up(host: &Host) -> Option<Vec<OwnedFd>> {
+    if host.token.family != Family::SoftHsm {
+        eprintln!("skipped: only SoftHSM can be held up, by the locks on its files");
+        return None;
+    }
+    let mut held = Vec::new();
+    let tokens = std::fs::read_dir(host.token.data()).unwrap();
+    for file in tokens.flat_map(|token| std::fs::read_dir(token.unwrap().path()).unwrap()) {
+        let file = File::options().read(true).write(true).open(file.unwrap().path()).unwrap();
+        fcntl_lock(&file, FlockOperation::LockExclusive).unwrap();
+        held.push(file.into());
+    }
+    Some(held)
+}
+
+fn host_with_one_session() -> Host {
+    let mut host = Host::new();
+    host.generate("0s");
+    host.sessions = 1;
+    host
+}
+
+#[test]
+fn a_full_queue_answers_at_once_and_the_rest_when_its_time_is_up() {
+    let host = host_with_one_session();
+    let plugin = host.serve_healthy();
+    plugin.round_trip();
+    let Some(held) = hold_up(&host) else { return };
+    let began = Instant::now();
+    let answers = plugin.encrypt_at_once(QUEUE + 40);
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    let count = |code| answers.iter().filter(|answer| answer.as_ref().is_err_and(|answer| answer.code == code)).count();
+    let (late, shed) = (count(Code::DeadlineExceeded), count(Code::ResourceExhausted));
+    assert_eq!(late + shed, answers.len(), "{answers:?}");
+    assert!((QUEUE..=QUEUE + 2).contains(&late), "{late} waited for the one session");
+    drop(held);
+    plugin.round_trip();
+}
+
+#[test]
+fn sigterm_answers_what_was_accepted() {
+    let host = host_with_one_session();
+    let plugin = host.serve_healthy();
+    plugin.round_trip();
+    let Some(held) = hold_up(&host) else { return };
+    let socket = plugin.socket.clone();
+    let (answers, status) = plugin.stop_while_encrypting(20, || drop(held));
+    let answered = answers.iter().filter(|answer| answer.is_ok()).count();
+    assert_eq!(answered, answers.len(), "{answers:?}");
+    assert_eq!(status.code(), Some(0));
+    assert!(!socket.exists());
+}
