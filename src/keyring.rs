@@ -24,7 +24,7 @@ use crate::health::Health;
 use crate::identity::{Identity, KeySet};
 use crate::provider::{Kek, KekError, Provider};
 use crate::secret::{Dek, Plaintext};
-use crate::state::State;
+use crate::state::{Mark, State};
 
 /// How often the providers are asked for new KEKs.
 const LOOK_EVERY: Duration = Duration::from_secs(30);
@@ -42,7 +42,16 @@ pub struct Keyring {
     members: Vec<Member>,
     state: Arc<State>,
     health: Health,
-    looked_at_once: tokio::sync::Mutex<Option<Instant>>,
+    /// Held while a look is under way, so that there is one at a time.
+    looks: tokio::sync::Mutex<Looks>,
+}
+
+#[derive(Default)]
+struct Looks {
+    /// When the last one began that has ended.
+    began: Option<Instant>,
+    /// When the last one ended that an unknown identity had asked for.
+    asked_for_ended: Option<Instant>,
 }
 
 /// The KEKs that wrap new DEKs at one moment.
@@ -62,7 +71,7 @@ impl Keyring {
             members: providers.into_iter().map(|(provider, seals)| Member::new(provider, seals)).collect(),
             state,
             health: Health::default(),
-            looked_at_once: tokio::sync::Mutex::default(),
+            looks: tokio::sync::Mutex::default(),
         }
     }
 
@@ -78,10 +87,29 @@ impl Keyring {
 
     /// Looks for KEKs, and has each active one wrap and unwrap a value.
     pub async fn look(&self) {
-        let deadline = self.find_keks().await;
-        let Ok(set) = self.active(Timestamp::now()) else { return };
-        let keks = set.keks.iter().filter_map(|active| active.kek.as_ref().ok());
-        join_all(keks.map(|kek| self.round_trip(kek, deadline))).await;
+        self.look_alone(&mut *self.looks.lock().await).await;
+    }
+
+    /// Looks now, unless that was done a moment ago: whoever sends unknown identities must not keep the tokens busy.
+    async fn look_at_once(&self) {
+        let asked = Instant::now();
+        let mut looks = self.looks.lock().await;
+        let somebody_just_did = looks.began.is_some_and(|began| began >= asked);
+        if !somebody_just_did && looks.asked_for_ended.is_none_or(|ended| ended.elapsed() >= LOOK_SOON) {
+            self.look_alone(&mut looks).await;
+            looks.asked_for_ended = Some(Instant::now());
+        }
+    }
+
+    async fn look_alone(&self, looks: &mut Looks) {
+        let began = Instant::now();
+        let deadline = began + LOOK_TIMEOUT;
+        self.find_keks_by(deadline).await;
+        if let Ok(set) = self.active(Timestamp::now()) {
+            let keks = set.keks.iter().filter_map(|active| active.kek.as_ref().ok());
+            join_all(keks.map(|kek| self.round_trip(kek, deadline))).await;
+        }
+        looks.began = Some(began);
     }
 
     /// Returns when it is known of every provider whether it can be reached.
@@ -89,11 +117,13 @@ impl Keyring {
         join_all(self.members.iter().map(|member| member.provider.settled())).await;
     }
 
-    /// Looks for KEKs. Returns by when all else that belongs to the look must be done.
-    pub async fn find_keks(&self) -> Instant {
-        let deadline = Instant::now() + LOOK_TIMEOUT;
+    /// Looks for KEKs, and no more: no KEK becomes active by it.
+    pub async fn find_keks(&self) {
+        self.find_keks_by(Instant::now() + LOOK_TIMEOUT).await;
+    }
+
+    async fn find_keks_by(&self, deadline: Instant) {
         join_all(self.members.iter().map(|member| self.look_at(member, deadline))).await;
-        deadline
     }
 
     async fn look_at(&self, member: &Member, deadline: Instant) {
@@ -125,8 +155,7 @@ impl Keyring {
     pub fn active(&self, now: Timestamp) -> Result<ActiveSet, KeyringError> {
         let mut keks: Vec<ActiveKek> = Vec::new();
         for member in self.members.iter().filter(|member| member.seals) {
-            let marks = self.state.marks();
-            let (kek, new_mark) = member.active(&marks, now)?;
+            let (kek, new_mark) = self.active_of(member, now)?;
             if keks.iter().any(|other| other.identity == kek.identity) {
                 return Err(KeyringError::NoKek(format!(
                     "KEK {} is on provider {} and on another one: replicas are `tokens` of one provider",
@@ -135,13 +164,34 @@ impl Keyring {
                 )));
             }
             if let Some(mark) = new_mark {
-                tracing::info!(provider = mark.provider, kek = %mark.identity, "KEK is active");
-                self.state.set_marks(member.advance(marks, mark));
+                self.advance(member, mark)?;
             }
             keks.push(kek);
         }
         let identities: Vec<Identity> = keks.iter().map(|active| active.identity).collect();
         Ok(ActiveSet { key_set: KeySet::of(&self.cluster, &identities), keks })
+    }
+
+    fn active_of(&self, member: &Member, now: Timestamp) -> Result<(ActiveKek, Option<Mark>), KeyringError> {
+        let marks = self.state.marks().map_err(|error| KeyringError::NoKek(format!("{error}: {}", error.remedy())))?;
+        let own: Vec<&Mark> = marks.iter().filter(|mark| self.belongs_to(mark, member)).collect();
+        member.active(&own, now)
+    }
+
+    /// A mark belongs to whoever shows its KEK, since providers may be renamed; if nobody does, the name decides.
+    fn belongs_to(&self, mark: &Mark, member: &Member) -> bool {
+        let shown = self.members.iter().any(|member| member.shows_kek_of(mark));
+        if shown { member.shows_kek_of(mark) } else { mark.provider == member.provider.name() }
+    }
+
+    /// Puts a new mark in the place of the member's.
+    fn advance(&self, member: &Member, mark: Mark) -> Result<(), KeyringError> {
+        tracing::info!(provider = mark.provider, kek = %mark.identity, "KEK is active");
+        let mut marks = self.state.marks().map_err(KeyringError::internal)?;
+        marks.retain(|mark| !self.belongs_to(mark, member));
+        marks.push(mark);
+        self.state.set_marks(marks);
+        Ok(())
     }
 
     /// Whether Encrypt and Decrypt under this set would work, from what was last seen of its KEKs.
@@ -277,18 +327,23 @@ impl Keyring {
             self.look_at_once().await;
             known = self.known_keks_of(envelope);
         }
-        if !known.is_empty() {
-            return Ok(known);
-        }
-        // As long as a provider cannot be asked, an identity is not known to be unknown.
-        match self.members.iter().find_map(|member| member.seen().outage.clone()) {
-            Some(outage) => Err(KeyringError::Unavailable(outage)),
-            None => {
-                let identities: Vec<String> =
-                    envelope.recipients.iter().map(|recipient| recipient.identity.to_string()).collect();
-                Err(KeyringError::UnknownKey(format!("KEK {}", identities.join(", "))))
+        if known.is_empty() { Err(self.why_unknown(envelope)) } else { Ok(known) }
+    }
+
+    /// An identity that nobody shows is unknown, unless a key that has it is not used, or a token cannot be asked.
+    fn why_unknown(&self, envelope: &Envelope<'_>) -> KeyringError {
+        let named = |identity: Identity| envelope.recipients.iter().any(|recipient| recipient.identity == identity);
+        for member in &self.members {
+            if let Some(refused) = member.seen().refused.iter().find(|refused| refused.identity.is_some_and(named)) {
+                return KeyringError::Unavailable(format!("{} is not used: {}", refused.key, refused.reason));
             }
         }
+        if let Some(outage) = self.outages().into_iter().next() {
+            return KeyringError::Unavailable(outage);
+        }
+        let identities: Vec<String> =
+            envelope.recipients.iter().map(|recipient| recipient.identity.to_string()).collect();
+        KeyringError::UnknownKey(format!("KEK {}", identities.join(", ")))
     }
 
     fn known_keks_of<'e>(&self, envelope: &'e Envelope<'_>) -> Vec<Named<'e>> {
@@ -300,15 +355,6 @@ impl Keyring {
             }
         }
         known
-    }
-
-    /// Looks now, unless that was done a moment ago: whoever sends unknown identities must not keep the tokens busy.
-    async fn look_at_once(&self) {
-        let mut last = self.looked_at_once.lock().await;
-        if last.is_none_or(|last| last.elapsed() >= LOOK_SOON) {
-            *last = Some(Instant::now());
-            self.look().await;
-        }
     }
 
     /// Why providers, or some of their tokens, could not be looked at.

@@ -14,7 +14,8 @@
 //!
 //! Arrows point down only. Beside that way stand [`identity`], the names that live as long as the data; [`secret`],
 //! the types that wipe themselves; [`state`], what one host remembers; [`health`], what Status says; [`config`], which
-//! ends at the constructors; [`telemetry`]; and [`cli`], a file for each verb.
+//! is checked once and ends at the constructors; [`systemd`] and [`telemetry`], what others are told; and [`cli`], a
+//! file for each verb.
 //!
 //! # Who may know what
 //!
@@ -37,4 +38,5 @@ pub mod secret;
 pub mod service;
 pub mod state;
 mod sync;
+pub mod systemd;
 pub mod telemetry;

@@ -9,10 +9,10 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use jiff::Timestamp;
 use rustix::fs::{FlockOperation, OFlags};
@@ -54,10 +54,11 @@ pub struct State {
 }
 
 /// What the files say, or would say if the disk had taken it.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Remembered {
     references: HashMap<Identity, Reference>,
-    marks: Vec<Mark>,
+    /// `None`: not read yet, or damaged when last tried.
+    marks: Option<Vec<Mark>>,
 }
 
 /// The state directory, or a file in it, cannot be used.
@@ -96,22 +97,25 @@ impl StateError {
 }
 
 impl State {
-    /// Opens the directory, makes it (0700) where it is missing, and reads the marks.
+    /// Opens the directory, and makes it (0700) where it is missing.
     ///
     /// # Errors
-    /// It cannot be made or written, others may write into it, or the marks are damaged.
+    /// It cannot be made or written, or belongs to, or can be written by, others.
     pub fn open(directory: &Path) -> Result<Self, StateError> {
         let failed = |what| move |cause| StateError::io(directory, what, &cause);
         DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(failed("cannot be made"))?;
-        let mode = fs::metadata(directory).map_err(failed("cannot be read"))?.mode();
+        let metadata = fs::metadata(directory).map_err(failed("cannot be read"))?;
+        let (mode, user) = (metadata.mode(), rustix::process::geteuid());
+        // Root works beside the daemon's user, and for it.
+        if !user.is_root() && metadata.uid() != user.as_raw() {
+            return Err(StateError::new(directory, format!("belongs to uid {}", metadata.uid())));
+        }
         if mode & 0o022 != 0 {
             let what = format!("can be changed by others: its mode is {:04o}", mode & 0o7777);
             return Err(StateError::new(directory, what));
         }
-        let remembered = Mutex::new(Remembered { references: HashMap::new(), marks: Vec::new() });
-        let state = Self { directory: directory.to_owned(), remembered };
+        let state = Self { directory: directory.to_owned(), remembered: Mutex::default() };
         state.lock_directory().map_err(failed("cannot be written"))?;
-        lock(&state.remembered).marks = state.read(MARKS_FILE)?.unwrap_or_default();
         Ok(state)
     }
 
@@ -148,14 +152,35 @@ impl State {
     }
 
     /// Every mark that this host has made.
-    pub fn marks(&self) -> Vec<Mark> {
-        lock(&self.remembered).marks.clone()
+    ///
+    /// # Errors
+    /// Their file is damaged.
+    pub fn marks(&self) -> Result<Vec<Mark>, StateError> {
+        let mut remembered = lock(&self.remembered);
+        if let Some(marks) = &remembered.marks {
+            return Ok(marks.clone());
+        }
+        let marks: Vec<Mark> = self.read(MARKS_FILE)?.unwrap_or_default();
+        remembered.marks = Some(marks.clone());
+        Ok(marks)
     }
 
-    /// Replaces the marks.
-    pub fn set_marks(&self, marks: Vec<Mark>) {
-        let _logged = self.locked(|| self.write(MARKS_FILE, &marks));
-        lock(&self.remembered).marks = marks;
+    /// Replaces the marks: at once in memory, soon on the disk, which must not hold up who serves.
+    pub fn set_marks(self: &Arc<Self>, marks: Vec<Mark>) {
+        lock(&self.remembered).marks = Some(marks);
+        let state = Arc::clone(self);
+        let written = std::thread::Builder::new().name("state".into()).spawn(move || state.write_marks());
+        if let Err(error) = written {
+            tracing::error!(%error, "the activation mark cannot be kept on disk; it is kept in memory");
+        }
+    }
+
+    /// Whichever thread comes last writes the newest marks.
+    fn write_marks(&self) {
+        let _logged = self.locked(|| {
+            let marks = lock(&self.remembered).marks.clone();
+            self.write(MARKS_FILE, &marks.unwrap_or_default())
+        });
     }
 
     /// Sets the next `count` wraps of a KEK aside for this process and returns how many this host had set aside
@@ -180,24 +205,28 @@ impl State {
 
     /// Holds the lock until the file is dropped.
     fn lock_directory(&self) -> io::Result<File> {
-        let file = self.create("lock")?;
+        let file = self.open_file("lock", OpenOptions::new().write(true).create(true).truncate(false))?;
         rustix::fs::flock(&file, FlockOperation::LockExclusive)?;
         Ok(file)
     }
 
     fn read<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StateError> {
         let path = self.directory.join(name);
-        match fs::read(&path) {
-            Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|cause| StateError::damaged(&path, cause)),
+        let mut text = Vec::new();
+        match self.open_file(name, OpenOptions::new().read(true)).and_then(|mut file| file.read_to_end(&mut text)) {
+            Ok(_) => serde_json::from_slice(&text).map(Some).map_err(|cause| StateError::damaged(&path, cause)),
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(cause) => Err(StateError::damaged(&path, cause)),
+            Err(cause) => Err(StateError::io(&path, "cannot be read", &cause)),
         }
     }
 
     fn write<T: Serialize>(&self, name: &str, value: &T) -> io::Result<()> {
         let aside = format!("{name}.new");
-        let mut file = self.create(&aside)?;
-        file.set_len(0)?;
+        match fs::remove_file(self.directory.join(&aside)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => (),
+        }
+        let mut file = self.open_file(&aside, OpenOptions::new().write(true).create_new(true))?;
         serde_json::to_writer(&mut file, value)?;
         file.write_all(b"\n")?;
         file.sync_all()?;
@@ -205,19 +234,17 @@ impl State {
         File::open(&self.directory)?.sync_all()
     }
 
-    /// Opens or creates a file, 0600, owned by the directory's owner even where root runs a verb beside the daemon. No
-    /// link is followed: the daemon's user must not be able to point root at a file of its choice.
-    fn create(&self, name: &str) -> io::Result<File> {
-        let path = self.directory.join(name);
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(OFlags::NOFOLLOW.bits() as i32)
-            .open(&path)?;
+    /// Opens a plain file, made 0600 and for the directory's owner. Where root works beside the daemon's user, that
+    /// user must not be able to point root at another file, or to hold it up with a FIFO.
+    fn open_file(&self, name: &str, options: &mut OpenOptions) -> io::Result<File> {
+        let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let file = options.mode(0o600).custom_flags(flags.bits() as i32).open(self.directory.join(name))?;
+        let metadata = file.metadata()?;
+        if !metadata.is_file() || metadata.nlink() > 1 {
+            return Err(io::Error::other(format!("{name} is not a plain file of its own")));
+        }
         let directory = fs::metadata(&self.directory)?;
-        if rustix::process::geteuid().is_root() {
+        if rustix::process::geteuid().is_root() && metadata.uid() != directory.uid() {
             std::os::unix::fs::fchown(&file, Some(directory.uid()), Some(directory.gid()))?;
         }
         Ok(file)
@@ -247,13 +274,14 @@ mod tests {
     fn what_is_kept_is_there_in_the_next_run() {
         let directory = tempfile::tempdir().unwrap();
         let mark = Mark { provider: "hsm".into(), identity: KEK, not_before: Timestamp::now(), id: "00".into() };
-        let first = State::open(directory.path()).unwrap();
+        let first = Arc::new(State::open(directory.path()).unwrap());
         first.set_marks(vec![mark.clone()]);
+        first.write_marks(); // as its thread does
         assert_eq!(first.keep_reference(KEK, reference("aa")).unwrap(), reference("aa"));
         assert_eq!(first.reserve_wraps(KEK, 10), Some(0));
 
         let next = State::open(directory.path()).unwrap();
-        assert_eq!(next.marks(), [mark]);
+        assert_eq!(next.marks().unwrap(), [mark]);
         assert_eq!(next.keep_reference(KEK, reference("bb")).unwrap(), reference("aa"), "the first one stays");
         assert_eq!(next.reference(KEK).unwrap(), Some(reference("aa")));
         assert_eq!(next.reserve_wraps(KEK, 10), Some(10));
@@ -272,9 +300,25 @@ mod tests {
             assert_eq!(state.reserve_wraps(KEK, 1), Some(0));
 
             fs::write(directory.path().join(MARKS_FILE), damage).unwrap();
-            let error = State::open(directory.path()).unwrap_err();
+            let error = State::open(directory.path()).unwrap().marks().unwrap_err();
             assert!(error.to_string().contains(MARKS_FILE), "{error}");
         }
+    }
+
+    #[test]
+    fn what_is_not_a_plain_file_is_not_followed() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = State::open(directory.path()).unwrap();
+        let victim = directory.path().join("victim");
+        fs::write(&victim, "[]").unwrap();
+        let at = |name: &str| directory.path().join(name);
+        std::os::unix::fs::symlink(&victim, at(MARKS_FILE)).unwrap();
+        assert!(state.marks().is_err());
+        fs::hard_link(&victim, at(&reference_file(KEK))).unwrap();
+        assert!(state.reference(KEK).is_err());
+        std::os::unix::fs::symlink(&victim, at(&format!("wraps-{KEK}.json.new"))).unwrap();
+        assert_eq!(state.reserve_wraps(KEK, 1), Some(0), "the link is replaced");
+        assert_eq!(fs::read(&victim).unwrap(), b"[]");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What people and programs read: results on standard output, failures on standard error with their exit code.
 
+use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
@@ -54,6 +55,13 @@ impl Failure {
             let _nobody_reads = writeln!(stderr, "trousseau: hint: {}", self.remedy);
         }
         self.code.into()
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.what)?;
+        if self.remedy.is_empty() { Ok(()) } else { write!(f, ": {}", self.remedy) }
     }
 }
 

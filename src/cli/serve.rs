@@ -1,57 +1,176 @@
 //! `trousseau serve`: the daemon.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use tokio::signal::unix::{SignalKind, signal};
+use jiff::Timestamp;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::assemble;
 use super::output::Failure;
-use crate::config::Config;
-use crate::service;
+use crate::config::{Config, Listen};
+use crate::keyring::Keyring;
 use crate::service::listener::Listener;
+use crate::service::requests::Requests;
+use crate::{service, systemd};
 
 pub(super) const EXAMPLES: &str =
     "The socket is served before the token is reached: an HSM that is late does not hold \
 up a boot.
 
+SIGTERM answers what was accepted and ends. SIGHUP reads the configuration again: the old one stays until the new one
+works, and if it does not, the log says why.
+
 Examples:
   trousseau serve
   trousseau serve --config ./trousseau.toml";
 
+/// How long a new configuration's tokens may take before the old one is kept.
+const RELOAD_PATIENCE: Duration = Duration::from_secs(15);
+/// How often systemd is told how we are, if that has changed.
+const STATUS_EVERY: Duration = Duration::from_secs(1);
+
 /// Serves with the configuration in this file until SIGTERM or SIGINT.
-pub(super) fn run(config: &Path) -> Result<(), Failure> {
-    serve(Config::load(config)?, || Ok(()))
+pub(super) fn run(file: &Path) -> Result<(), Failure> {
+    serve(file, Config::load(file)?, || Ok(()))
 }
 
-/// Serves, and calls `ready` once the socket is bound.
-pub(super) fn serve(config: Config, ready: impl FnOnce() -> Result<(), Failure>) -> Result<(), Failure> {
-    super::runtime()?.block_on(until_terminated(config, ready))
+/// Serves, and calls `ready` once the socket is served.
+pub(super) fn serve(file: &Path, config: Config, ready: impl FnOnce() -> Result<(), Failure>) -> Result<(), Failure> {
+    allow_many_connections();
+    super::runtime()?.block_on(async {
+        let keyring = Arc::new(assemble::keyring(&config)?);
+        let listener = Listener::open(&config.listen)?;
+        let socket = config.listen.socket.display();
+        let (version, cluster) = (env!("CARGO_PKG_VERSION"), &config.keyring.cluster);
+        tracing::info!(version, %socket, v1beta1 = config.listen.v1beta1, cluster, "serving");
+        ready()?;
+        let v1beta1 = config.listen.v1beta1;
+        let requests = Arc::new(Requests::new(keyring));
+        let daemon = Daemon { file: file.to_owned(), listen: config.listen, listener, requests };
+        let terminated = terminated()?;
+        let mut hangup = on(SignalKind::hangup())?;
+        systemd::ready();
+        tokio::select! {
+            ended = service::serve(&daemon.listener, &daemon.requests, v1beta1, terminated) => {
+                ended.map_err(|error| Failure::failed(format!("the service ended: {error}"), ""))
+            }
+            () = daemon.requests.keep_looking() => Ok(()),
+            () = daemon.reload_at(&mut hangup) => Ok(()),
+            () = daemon.keep_systemd_informed() => Ok(()),
+            () = feed_watchdog() => Ok(()),
+        }
+    })
 }
 
-async fn until_terminated(config: Config, ready: impl FnOnce() -> Result<(), Failure>) -> Result<(), Failure> {
-    let no_signals = |error: std::io::Error| Failure::failed(format!("signals: {error}"), "");
-    let mut terminate = signal(SignalKind::terminate()).map_err(no_signals)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(no_signals)?;
-    let shutdown = async {
+struct Daemon {
+    file: PathBuf,
+    listen: Listen,
+    listener: Listener,
+    requests: Arc<Requests>,
+}
+
+impl Daemon {
+    /// Reads the configuration again at each signal. Never returns.
+    async fn reload_at(&self, hangup: &mut Signal) {
+        while hangup.recv().await.is_some() {
+            systemd::reloading();
+            match self.reload().await {
+                Ok(()) => tracing::info!(file = %self.file.display(), "configuration read again"),
+                Err(why) => tracing::error!("the new configuration is not used, the old one stays: {why}"),
+            }
+            systemd::ready();
+        }
+    }
+
+    /// Exchanges the keyring, once the new one is as well as the old one.
+    async fn reload(&self) -> Result<(), Failure> {
+        let config = Config::load(&self.file)?;
+        let keyring = Arc::new(assemble::keyring(&config)?);
+        let becomes_well = async {
+            tokio::select! {
+                () = keyring.keep_looking() => (),
+                () = is_well(&keyring) => (),
+            }
+        };
+        let in_time = tokio::time::timeout(RELOAD_PATIENCE, becomes_well).await.is_ok();
+        if let (false, Err(why)) = (in_time, health(&keyring)) {
+            drop_elsewhere(keyring);
+            return Err(Failure::unavailable(why, ""));
+        }
+        self.listener.admit_only(&config.listen);
+        drop_elsewhere(self.requests.exchange(keyring));
+        let now_and_then = |listen: &Listen| (listen.socket.clone(), listen.mode, listen.group.clone(), listen.v1beta1);
+        if now_and_then(&config.listen) != now_and_then(&self.listen) {
+            tracing::warn!("listen: only allow-uids changes without a restart");
+        }
+        Ok(())
+    }
+
+    /// Tells systemd how we are. Never returns.
+    async fn keep_systemd_informed(&self) {
+        let mut told = String::new();
+        loop {
+            let status = match health(&self.requests.keyring()) {
+                Ok(key_id) => format!("serving, key_id {key_id}"),
+                Err(why) => format!("UNAVAILABLE: {why}"),
+            };
+            if status != told {
+                systemd::status(&status);
+                told = status;
+            }
+            tokio::time::sleep(STATUS_EVERY).await;
+        }
+    }
+}
+
+/// Ends a keyring's threads where that may take its time.
+fn drop_elsewhere(keyring: Arc<Keyring>) {
+    drop(tokio::task::spawn_blocking(move || drop(keyring)));
+}
+
+/// The `key_id`, or why there is none to be had.
+fn health(keyring: &Keyring) -> Result<String, String> {
+    let well = keyring.active(Timestamp::now()).and_then(|set| keyring.health(&set).map(|()| set.key_set.to_string()));
+    well.map_err(|why| why.to_string())
+}
+
+async fn is_well(keyring: &Keyring) {
+    while health(keyring).is_err() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Proves to systemd that this loop goes round. Never returns.
+async fn feed_watchdog() {
+    match systemd::watchdog_interval() {
+        Some(interval) => loop {
+            systemd::feed_watchdog();
+            tokio::time::sleep(interval).await;
+        },
+        None => std::future::pending().await,
+    }
+}
+
+fn terminated() -> Result<impl Future<Output = ()>, Failure> {
+    let (mut terminate, mut interrupt) = (on(SignalKind::terminate())?, on(SignalKind::interrupt())?);
+    Ok(async move {
         tokio::select! { _ = terminate.recv() => (), _ = interrupt.recv() => () }
         tracing::info!("stopping: answering what was accepted");
-    };
+        systemd::stopping();
+    })
+}
 
-    let keyring = Arc::new(assemble::keyring(&config)?);
-    let listener = Listener::bind(&config.listen)?;
-    tracing::info!(
-        version = env!("CARGO_PKG_VERSION"),
-        socket = %config.listen.socket.display(),
-        v1beta1 = config.listen.v1beta1,
-        cluster = config.keyring.cluster,
-        "serving"
-    );
-    ready()?;
-    tokio::select! {
-        ended = service::serve(&listener, &keyring, config.listen.v1beta1, shutdown) => {
-            ended.map_err(|error| Failure::failed(format!("the service ended: {error}"), ""))
-        }
-        () = keyring.keep_looking() => Ok(()),
+fn on(kind: SignalKind) -> Result<Signal, Failure> {
+    signal(kind).map_err(|error| Failure::failed(format!("signals: {error}"), ""))
+}
+
+/// The soft limit on open files is low for the sake of select(2), which nobody here uses.
+fn allow_many_connections() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        tracing::debug!(%error, "the limit on open files stays");
     }
 }

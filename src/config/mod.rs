@@ -138,8 +138,14 @@ impl Config {
     }
 }
 
+/// Whoever can change what we read decides what we load and whom we serve.
 fn refuse_if_writable_by_others(path: &Path) -> Result<(), ConfigError> {
-    let mode = std::fs::metadata(path).map_err(|error| ConfigError::new(path, error.to_string(), "try again"))?.mode();
+    let metadata = std::fs::metadata(path).map_err(|error| ConfigError::new(path, error.to_string(), "try again"))?;
+    let (owner, mode) = (metadata.uid(), metadata.mode());
+    if owner != 0 && owner != rustix::process::geteuid().as_raw() {
+        let what = format!("belongs to uid {owner}, who could change it");
+        return Err(ConfigError::new(path, what, format!("chown root {}", path.display())));
+    }
     if mode & 0o022 != 0 {
         let what = format!("can be changed by others: its mode is {:04o}", mode & 0o7777);
         return Err(ConfigError::new(path, what, format!("chmod go-w {}", path.display())));

@@ -79,7 +79,10 @@ impl Profile {
             return Err(ConfigError::new(config, format!("profile `{name}` is not a name"), known(directory)));
         }
         match std::fs::read_to_string(&path) {
-            Ok(text) => Self::parse(name, &path, &text),
+            Ok(text) => {
+                super::refuse_if_writable_by_others(&path)?;
+                Self::parse(name, &path, &text)
+            }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 let Some((_, text)) = SHIPPED.iter().find(|(shipped, _)| *shipped == name) else {
                     return Err(ConfigError::new(config, format!("profile `{name}` is unknown"), known(directory)));

@@ -14,9 +14,11 @@ use crate::provider::Rank;
 pub fn choose<'a, K>(seen: &'a [K], rank: impl Fn(&K) -> &Rank, mark: Option<&Rank>, now: Timestamp) -> Option<&'a K> {
     let due = seen.iter().filter(|kek| rank(kek).not_before <= now).max_by_key(|kek| rank(kek));
     let by_time = due.or_else(|| seen.iter().min_by_key(|kek| rank(kek)));
-    match mark {
-        Some(mark) if by_time.is_none_or(|kek| rank(kek) < mark) => seen.iter().find(|kek| rank(kek) == mark),
-        _ => by_time,
+    let Some(mark) = mark else { return by_time };
+    // By its id: a configuration may have given the marked KEK another instant since.
+    match seen.iter().find(|kek| rank(kek).id == mark.id) {
+        Some(marked) => by_time.filter(|kek| rank(kek) > rank(marked)).or(Some(marked)),
+        None => by_time.filter(|kek| rank(kek) >= mark),
     }
 }
 
@@ -88,6 +90,14 @@ mod tests {
                 &[(&[FIRST, SECOND], 250, Some(2)), (&[FIRST], 260, None), (&[FIRST, SECOND], 270, Some(2))],
             ),
             (
+                "the configuration gives the active KEK an earlier instant: it stays until that puts another above it",
+                &[
+                    (&[FIRST, SECOND], 250, Some(2)),
+                    (&[FIRST, (150, 2)], 260, Some(2)),
+                    (&[FIRST, (50, 2)], 270, Some(1)),
+                ],
+            ),
+            (
                 "an older copy, and then a new KEK",
                 &[(&[FIRST, SECOND], 250, Some(2)), (&[FIRST], 260, None), (&[FIRST, (300, 3)], 300, Some(3))],
             ),
@@ -109,9 +119,10 @@ mod tests {
     proptest! {
         #[test]
         fn a_host_never_goes_back_and_all_hosts_agree_in_the_end(
-            keks in prop::collection::vec((0i64..1000, any::<u8>()), 1..6),
+            keks in prop::collection::btree_map(any::<u8>(), 0i64..1000, 1..6),
             clock in prop::collection::vec(0i64..1000, 1..20),
         ) {
+            let keks: Vec<(i64, u8)> = keks.into_iter().map(|(id, second)| (second, id)).collect();
             let (mut wandering, mut fresh) = (Host::default(), Host::default());
             let mut last = None;
             for second in clock {

@@ -55,10 +55,9 @@ impl Keyring {
     /// Every KEK as of the last look, and every key that is not used; no mark is moved.
     #[must_use]
     pub fn describe(&self, now: Timestamp) -> (Vec<KekDescription>, Vec<Refused>) {
-        let marks = self.state.marks();
         let (mut keks, mut refused) = (Vec::new(), Vec::new());
         for member in &self.members {
-            let active = member.active(&marks, now).ok().map(|(active, _)| active.identity);
+            let active = self.active_of(member, now).ok().map(|(active, _)| active.identity);
             let seen = member.seen();
             refused.extend(seen.refused.iter().cloned());
             keks.extend(seen.keks.iter().map(|kek| KekDescription {

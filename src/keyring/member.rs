@@ -72,16 +72,17 @@ impl Member {
         self.seen_mut().outage = Some(error.to_string());
     }
 
-    /// The active KEK now, and the mark that this host must keep if it is a new one.
+    /// The active KEK now, and the mark that this host must keep if it is a new one. `marks` are this member's own.
     ///
     /// # Errors
     /// There is none, for this reason.
-    pub(super) fn active(&self, marks: &[Mark], now: Timestamp) -> Result<(ActiveKek, Option<Mark>), KeyringError> {
+    pub(super) fn active(&self, marks: &[&Mark], now: Timestamp) -> Result<(ActiveKek, Option<Mark>), KeyringError> {
         let seen = self.seen();
-        let mark = marks.iter().filter(|mark| self.owns(mark, &seen.keks)).max_by_key(|mark| rank_of(mark));
+        let mark = marks.iter().max_by_key(|mark| rank_of(mark)).copied();
         let marked = mark.map(rank_of);
         let Some(kek) = activation::choose(&seen.keks, |kek| kek.rank(), marked.as_ref(), now) else {
-            return match (mark, &seen.outage) {
+            let outage = seen.outage.as_ref().or(seen.partly_out.first());
+            return match (mark, outage) {
                 (Some(mark), Some(outage)) => {
                     Ok((ActiveKek { identity: mark.identity, kek: Err(outage.clone()) }, None))
                 }
@@ -89,15 +90,14 @@ impl Member {
                 (mark, None) => Err(KeyringError::NoKek(self.nothing_active(mark, &seen.refused))),
             };
         };
-        let (identity, name) = (kek.identity(), self.provider.name());
-        let is_marked = mark.is_some_and(|mark| mark.identity == identity && mark.provider == name);
-        let new_mark = (!is_marked).then(|| Mark {
-            provider: name.to_owned(),
-            identity,
+        let new_mark = Mark {
+            provider: self.provider.name().to_owned(),
+            identity: kek.identity(),
             not_before: kek.rank().not_before,
             id: base16ct::lower::encode_string(&kek.rank().id),
-        });
-        Ok((ActiveKek { identity, kek: Ok(Arc::clone(kek)) }, new_mark))
+        };
+        let active = ActiveKek { identity: new_mark.identity, kek: Ok(Arc::clone(kek)) };
+        Ok((active, (mark != Some(&new_mark)).then_some(new_mark)))
     }
 
     /// Keys that were refused may be the very ones that are missed.
@@ -114,17 +114,9 @@ impl Member {
         }
     }
 
-    /// This member's marks: those made under its name, and those of KEKs that it has, should it have been renamed.
-    fn owns(&self, mark: &Mark, keks: &[Arc<dyn Kek>]) -> bool {
-        mark.provider == self.provider.name() || keks.iter().any(|kek| kek.identity() == mark.identity)
-    }
-
-    /// The marks with `new` in place of this member's.
-    pub(super) fn advance(&self, mut marks: Vec<Mark>, new: Mark) -> Vec<Mark> {
-        let keks = &self.seen().keks;
-        marks.retain(|mark| !self.owns(mark, keks));
-        marks.push(new);
-        marks
+    /// Whether it shows the KEK of this mark.
+    pub(super) fn shows_kek_of(&self, mark: &Mark) -> bool {
+        self.seen().keks.iter().any(|kek| kek.identity() == mark.identity)
     }
 }
 

@@ -81,6 +81,8 @@ pub struct Sighting {
 pub struct Refused {
     /// What the key is called, and where.
     pub key: String,
+    /// The identity that it would have, if that can be told.
+    pub identity: Option<Identity>,
     /// Why it is not used, and what to do.
     pub reason: String,
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Status};
+use tonic::{Code, Status, TimeoutExpired};
 
 use super::proto::v2::key_management_service_client::KeyManagementServiceClient;
 use super::proto::v2::{DecryptRequest, EncryptRequest, StatusRequest};
@@ -84,10 +84,17 @@ impl Client {
 
     /// What a call's error means.
     fn failed(&self, call: &'static str, status: Status) -> ClientError {
-        match status.code() {
-            // Not an answer: tonic puts a broken transport into these words.
-            Code::Unknown | Code::Unavailable if status.source().is_some() => ClientError::Closed(self.path.clone()),
-            _ => ClientError::Answer { call, status: Box::new(status) },
+        // What the plugin answers has no cause; tonic's own errors have one: our timeout, or else a broken transport.
+        let mut cause = status.source();
+        let has_cause = cause.is_some();
+        let mut timed_out = false;
+        while let Some(error) = cause {
+            timed_out |= error.is::<TimeoutExpired>();
+            cause = error.source();
+        }
+        match has_cause && !timed_out {
+            true => ClientError::Closed(self.path.clone()),
+            false => ClientError::Answer { call, status: Box::new(status) },
         }
     }
 

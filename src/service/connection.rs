@@ -2,13 +2,14 @@
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
+use tokio::time::{Sleep, sleep};
 use tonic::Request;
 use tonic::transport::server::Connected;
 
@@ -20,10 +21,21 @@ use crate::sync::lock;
 /// under another one, and asks for both in turn.
 const ANNOUNCEMENT_HOLDS: Duration = Duration::from_secs(5);
 
+/// A peer must have sent HTTP/2's connection preface (RFC 9113 section 3.4) within this time.
+const PREFACE_TIMEOUT: Duration = Duration::from_secs(5);
+const PREFACE_LEN: usize = 24;
+
 /// What tonic serves.
 pub(super) struct Connection {
     stream: MendAuthority<UnixStream>,
+    preface: Option<Preface>,
     announced: Announced,
+}
+
+/// A preface that has not come whole yet.
+struct Preface {
+    missing: usize,
+    too_late: Pin<Box<Sleep>>,
 }
 
 /// The key set of the last Status on this connection. Each of its requests carries it along.
@@ -34,11 +46,14 @@ pub(super) struct Announced(Arc<Mutex<Option<Announcement>>>);
 struct Announcement {
     when: Instant,
     set: Arc<ActiveSet>,
+    /// The keyring may have been exchanged since.
+    keyring: Weak<Keyring>,
 }
 
 impl Connection {
     pub(super) fn new(stream: UnixStream) -> Self {
-        Self { stream: MendAuthority::new(stream), announced: Announced::default() }
+        let preface = Preface { missing: PREFACE_LEN, too_late: Box::pin(sleep(PREFACE_TIMEOUT)) };
+        Self { stream: MendAuthority::new(stream), preface: Some(preface), announced: Announced::default() }
     }
 }
 
@@ -48,21 +63,26 @@ impl Announced {
     }
 
     /// The set that is active, announced to the request's connection.
-    pub(super) fn announce<T>(request: &Request<T>, keyring: &Keyring) -> Result<Arc<ActiveSet>, KeyringError> {
+    pub(super) fn announce<T>(request: &Request<T>, keyring: &Arc<Keyring>) -> Result<Arc<ActiveSet>, KeyringError> {
         let set = Arc::new(keyring.active(Timestamp::now())?);
         keyring.health(&set)?;
         if let Some(Self(announced)) = Self::of(request) {
             let mut announced = lock(announced);
-            *announced = Some(Announcement { when: Instant::now(), set: Arc::clone(&set) });
+            *announced =
+                Some(Announcement { when: Instant::now(), set: Arc::clone(&set), keyring: Arc::downgrade(keyring) });
         }
         Ok(set)
     }
 
     /// The set to encrypt under: the one that was just announced, else the one that is active.
-    pub(super) fn or_active<T>(request: &Request<T>, keyring: &Keyring) -> Result<Arc<ActiveSet>, KeyringError> {
+    pub(super) fn or_active<T>(request: &Request<T>, keyring: &Arc<Keyring>) -> Result<Arc<ActiveSet>, KeyringError> {
         let announced = Self::of(request).and_then(|Self(announced)| lock(announced).clone());
         match announced {
-            Some(Announcement { when, set }) if when.elapsed() < ANNOUNCEMENT_HOLDS => Ok(set),
+            Some(Announcement { when, set, keyring: of })
+                if when.elapsed() < ANNOUNCEMENT_HOLDS && of.as_ptr() == Arc::as_ptr(keyring) =>
+            {
+                Ok(set)
+            }
             _ => keyring.active(Timestamp::now()).map(Arc::new),
         }
     }
@@ -78,7 +98,17 @@ impl Connected for Connection {
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+        let before = buf.filled().len();
+        let read = Pin::new(&mut self.stream).poll_read(cx, buf);
+        if let Some(preface) = &mut self.preface {
+            preface.missing = preface.missing.saturating_sub(buf.filled().len() - before);
+            if preface.missing == 0 {
+                self.preface = None;
+            } else if read.is_pending() && preface.too_late.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
+        }
+        read
     }
 }
 

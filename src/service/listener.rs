@@ -1,30 +1,48 @@
-//! The socket: bound for its owner alone, and closed to every peer that is not allowed, before HTTP/2 begins.
+//! The socket: bound for its owner alone, or handed over by systemd, and closed to every peer that is not allowed,
+//! before HTTP/2 begins.
+//!
+//! Whoever may write into its directory could take the socket's place and be handed seeds: so the directory is checked
+//! first. A lock file beside the socket keeps two of us apart from the first moment to the last; it is what makes it
+//! safe to remove a socket that a crash has left behind.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::UnixStream as BlockingStream;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::{UnixListener as BlockingListener, UnixStream as BlockingStream};
 use std::path::{Path, PathBuf};
+use std::sync::RwLock;
 use std::time::Duration;
 
 use futures_util::stream::{self, Stream};
+use listenfd::ListenFd;
+use rustix::fs::{FlockOperation, OFlags, flock};
+use rustix::net::sockopt::socket_peercred;
 use tokio::net::{UnixListener, UnixStream};
 
 use super::connection::Connection;
 use crate::config::{Listen, OVERFLOW_UID};
+use crate::sync::{read, write};
 
 /// How long accepting pauses after the operating system refused it, for example for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// A bound socket. Its file is removed when this is dropped.
+/// A listening socket. If we bound it, its file is removed when this is dropped.
 pub struct Listener {
     socket: UnixListener,
-    path: PathBuf,
-    allowed: BTreeSet<u32>,
+    allowed: RwLock<BTreeSet<u32>>,
+    _own: Option<OwnSocket>,
 }
 
-/// The socket cannot be bound.
+/// A socket that we bound, and the lock that makes it ours.
+struct OwnSocket {
+    path: PathBuf,
+    /// Device and inode: the name may be somebody else's by the time we leave.
+    identity: (u64, u64),
+    _lock: File,
+}
+
+/// The socket cannot be had.
 #[derive(Debug, thiserror::Error)]
 #[error("socket {path}: {what}", path = .path.display())]
 pub struct BindError {
@@ -36,6 +54,15 @@ pub struct BindError {
 }
 
 impl BindError {
+    fn new(path: &Path, what: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { path: path.to_owned(), what: what.into(), remedy: remedy.into(), is_forbidden: false }
+    }
+
+    fn io(path: &Path, what: &str, cause: &io::Error, remedy: &str) -> Self {
+        let is_forbidden = cause.kind() == io::ErrorKind::PermissionDenied;
+        Self { is_forbidden, ..Self::new(path, format!("{what}: {cause}"), remedy) }
+    }
+
     /// What to do about it.
     #[must_use]
     pub fn remedy(&self) -> &str {
@@ -44,34 +71,29 @@ impl BindError {
 }
 
 impl Listener {
-    /// Binds the socket. The process's umask must keep others out until the mode is set.
+    /// Takes the socket that systemd hands over, if it has this path (sd_listen_fds(3)); binds it otherwise. The
+    /// process's umask must keep others out until the mode is set.
     ///
     /// # Errors
-    /// Something else is at the path, another process listens there, or the directory is missing or not ours.
-    pub fn bind(config: &Listen) -> Result<Self, BindError> {
-        let path = config.socket.clone();
-        let error = |what: String, remedy: &str| BindError {
-            path: path.clone(),
-            what,
-            remedy: remedy.to_owned(),
-            is_forbidden: false,
+    /// Something else is at the path, another process listens there, or the directory is missing or open to others.
+    pub fn open(config: &Listen) -> Result<Self, BindError> {
+        let (socket, own) = match inherited(&config.socket) {
+            Some(socket) => (socket, None),
+            None => {
+                let (socket, own) = bind(config)?;
+                (socket, Some(own))
+            }
         };
-        remove_stale(&path).map_err(|what| error(what, "stop the other process, or name another listen.socket"))?;
-        let socket = UnixListener::bind(&path).map_err(|cause| BindError {
-            is_forbidden: cause.kind() == io::ErrorKind::PermissionDenied,
-            ..error(format!("cannot be bound: {cause}"), "make its directory, writable by this process's user alone")
+        let socket = socket.set_nonblocking(true).and_then(|()| UnixListener::from_std(socket));
+        let socket = socket.map_err(|cause| {
+            BindError::io(&config.socket, "cannot be listened on", &cause, "check that it is a listening stream socket")
         })?;
-        let listener = Self { socket, path: path.clone(), allowed: allowed(config) };
-        if let Some(group) = &config.group {
-            let gid = gid_of(group).ok_or_else(|| {
-                error(format!("group {group} does not exist"), "make the group, or remove listen.group")
-            })?;
-            std::os::unix::fs::chown(&path, None, Some(gid))
-                .map_err(|cause| error(format!("cannot be given to group {group}: {cause}"), "join that group"))?;
-        }
-        fs::set_permissions(&path, fs::Permissions::from_mode(config.mode))
-            .map_err(|cause| error(format!("its mode cannot be set: {cause}"), "check the file system"))?;
-        Ok(listener)
+        Ok(Self { socket, allowed: RwLock::new(allowed(config)), _own: own })
+    }
+
+    /// Admits the uids of this configuration from now on.
+    pub fn admit_only(&self, config: &Listen) {
+        *write(&self.allowed) = allowed(config);
     }
 
     /// Every connection of an allowed peer, for ever. An error of accept(2) is never the end.
@@ -95,7 +117,7 @@ impl Listener {
     /// SO_PEERCRED: who connected, as the kernel saw it then.
     fn admits(&self, stream: &UnixStream) -> bool {
         match stream.peer_cred() {
-            Ok(peer) if self.allowed.contains(&peer.uid()) => true,
+            Ok(peer) if read(&self.allowed).contains(&peer.uid()) => true,
             Ok(peer) => {
                 tracing::warn!(uid = peer.uid(), pid = peer.pid(), "peer is not in listen.allow-uids: closed");
                 false
@@ -108,14 +130,6 @@ impl Listener {
     }
 }
 
-impl Drop for Listener {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_file(&self.path) {
-            tracing::warn!(socket = %self.path.display(), %error, "socket could not be removed");
-        }
-    }
-}
-
 fn allowed(config: &Listen) -> BTreeSet<u32> {
     let mut allowed = config.allow_uids.clone();
     allowed.insert(rustix::process::geteuid().as_raw());
@@ -123,18 +137,99 @@ fn allowed(config: &Listen) -> BTreeSet<u32> {
     allowed
 }
 
+/// The inherited socket of this path. Its mode and owner are the socket unit's; the file stays when we go.
+fn inherited(path: &Path) -> Option<BlockingListener> {
+    let mut handed_over = ListenFd::from_env();
+    (0..handed_over.len())
+        .filter_map(|n| handed_over.take_unix_listener(n).ok().flatten())
+        .find(|socket| socket.local_addr().is_ok_and(|address| address.as_pathname() == Some(path)))
+}
+
+fn bind(config: &Listen) -> Result<(BlockingListener, OwnSocket), BindError> {
+    let path = &config.socket;
+    check_directory(path)?;
+    let lock = take_lock(path)?;
+    remove_stale(path)?;
+    let remedy = "let its directory be writable by the user of this process";
+    let socket =
+        BlockingListener::bind(path).map_err(|cause| BindError::io(path, "cannot be bound", &cause, remedy))?;
+    let failed = |what| move |cause| BindError::io(path, what, &cause, "check the directory and its file system");
+    let metadata = fs::symlink_metadata(path).map_err(failed("is gone again"))?;
+    let own = OwnSocket { path: path.clone(), identity: (metadata.dev(), metadata.ino()), _lock: lock };
+    if let Some(group) = &config.group {
+        let gid = gid_of(group).ok_or_else(|| {
+            BindError::new(path, format!("group {group} does not exist"), "make the group, or remove listen.group")
+        })?;
+        std::os::unix::fs::chown(path, None, Some(gid)).map_err(failed("cannot be given to its group"))?;
+    }
+    fs::set_permissions(path, fs::Permissions::from_mode(config.mode)).map_err(failed("its mode cannot be set"))?;
+    Ok((socket, own))
+}
+
+impl Drop for OwnSocket {
+    fn drop(&mut self) {
+        let is_ours = |metadata: &fs::Metadata| (metadata.dev(), metadata.ino()) == self.identity;
+        match fs::symlink_metadata(&self.path) {
+            Ok(metadata) if is_ours(&metadata) => {
+                if let Err(error) = fs::remove_file(&self.path) {
+                    tracing::warn!(socket = %self.path.display(), %error, "socket could not be removed");
+                }
+            }
+            _ => tracing::warn!(socket = %self.path.display(), "socket is no longer ours: left alone"),
+        }
+    }
+}
+
+/// Nobody but root and us may exchange what is in the directory.
+fn check_directory(path: &Path) -> Result<(), BindError> {
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    let name = directory.display();
+    let metadata = fs::metadata(directory)
+        .map_err(|cause| BindError::io(path, &format!("its directory {name}"), &cause, "make the directory"))?;
+    let owner = metadata.uid();
+    if owner != 0 && owner != rustix::process::geteuid().as_raw() {
+        let what = format!("its directory {name} belongs to uid {owner}, who could exchange the socket");
+        return Err(BindError::new(path, what, "give the directory to the user of this process"));
+    }
+    if metadata.mode() & 0o022 != 0 {
+        let what = format!("others could exchange it: the mode of {name} is {:04o}", metadata.mode() & 0o7777);
+        return Err(BindError::new(path, what, format!("chmod go-w {name}, or name a directory of its own")));
+    }
+    Ok(())
+}
+
+/// The lock file stays behind: to remove it would let two processes hold a lock on two files of one name.
+fn take_lock(path: &Path) -> Result<File, BindError> {
+    let name = PathBuf::from(format!("{}.lock", path.display()));
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(false).mode(0o600).custom_flags(OFlags::NOFOLLOW.bits() as i32);
+    let remedy = "let its directory be writable by the user of this process";
+    let file = options.open(&name).map_err(|cause| BindError::io(&name, "cannot be opened", &cause, remedy))?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(_) => Err(in_use(path)),
+    }
+}
+
+fn in_use(path: &Path) -> BindError {
+    let pid = BlockingStream::connect(path).ok().and_then(|stream| socket_peercred(&stream).ok());
+    let owner = pid.map_or("another process".into(), |peer| format!("process {}", peer.pid));
+    BindError::new(path, format!("{owner} serves it"), "stop that process, or name another listen.socket")
+}
+
 /// Removes a socket that nobody listens on any more. Nothing else is ever removed.
-fn remove_stale(path: &Path) -> Result<(), String> {
+fn remove_stale(path: &Path) -> Result<(), BindError> {
     let Ok(metadata) = fs::symlink_metadata(path) else { return Ok(()) };
     if !metadata.file_type().is_socket() {
-        return Err("something that is not a socket is there".into());
+        let remedy = "move it away, or name another listen.socket";
+        return Err(BindError::new(path, "something that is not a socket is there", remedy));
     }
     match BlockingStream::connect(path) {
-        Ok(_) => Err("another process listens on it".into()),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(|error| format!("the stale one cannot be removed: {error}"))
-        }
-        Err(error) => Err(format!("the one that is there cannot be tried: {error}")),
+        Ok(_) => Err(in_use(path)),
+        Err(cause) if cause.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(|cause| {
+            BindError::io(path, "the stale one cannot be removed", &cause, "remove it, or give us its directory")
+        }),
+        Err(cause) => Err(BindError::io(path, "the one that is there cannot be tried", &cause, "look what it is")),
     }
 }
 

@@ -8,7 +8,7 @@ pub mod authority;
 pub mod client;
 mod connection;
 pub mod listener;
-mod requests;
+pub mod requests;
 mod v1beta1;
 mod v2;
 
@@ -20,7 +20,6 @@ use tonic::transport::Server;
 
 use self::listener::Listener;
 use self::requests::Requests;
-use crate::keyring::Keyring;
 
 /// The messages and service traits of `proto/`.
 mod proto {
@@ -46,15 +45,14 @@ const QUIET: Duration = Duration::from_millis(100);
 /// The transport failed as a whole; single connections may fail as they like.
 pub async fn serve(
     listener: &Listener,
-    keyring: &Arc<Keyring>,
+    requests: &Arc<Requests>,
     with_v1beta1: bool,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
     let (drain, draining) = tokio::sync::oneshot::channel::<()>();
-    let requests = Arc::new(Requests::new(Arc::clone(keyring)));
     let server = Server::builder()
-        .add_service(v2::service(Arc::clone(&requests)))
-        .add_optional_service(with_v1beta1.then(|| v1beta1::service(Arc::clone(&requests))))
+        .add_service(v2::service(Arc::clone(requests)))
+        .add_optional_service(with_v1beta1.then(|| v1beta1::service(Arc::clone(requests))))
         .serve_with_incoming_shutdown(listener.connections(), async {
             let _told = draining.await;
         });

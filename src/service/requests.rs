@@ -15,15 +15,40 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(3);
 /// No request is worked on for longer.
 const LONGEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// What the handlers of both versions have in common.
-pub(super) struct Requests {
-    /// What does the work.
-    pub(super) keyring: Arc<Keyring>,
+pub struct Requests {
+    keyring: watch::Sender<Arc<Keyring>>,
     under_way: watch::Sender<usize>,
 }
 
 impl Requests {
-    pub(super) fn new(keyring: Arc<Keyring>) -> Self {
-        Self { keyring, under_way: watch::Sender::new(0) }
+    /// Requests that this keyring serves.
+    #[must_use]
+    pub fn new(keyring: Arc<Keyring>) -> Self {
+        Self { keyring: watch::Sender::new(keyring), under_way: watch::Sender::new(0) }
+    }
+
+    /// The keyring that serves now.
+    #[must_use]
+    pub fn keyring(&self) -> Arc<Keyring> {
+        Arc::clone(&self.keyring.borrow())
+    }
+
+    /// Has another keyring serve from now on, and returns the old one; requests under way end with that.
+    #[must_use]
+    pub fn exchange(&self, keyring: Arc<Keyring>) -> Arc<Keyring> {
+        self.keyring.send_replace(keyring)
+    }
+
+    /// Looks for KEKs again and again, for whichever keyring serves. Never returns.
+    pub async fn keep_looking(&self) {
+        let mut exchanged = self.keyring.subscribe();
+        loop {
+            let keyring = Arc::clone(&exchanged.borrow_and_update());
+            tokio::select! {
+                () = keyring.keep_looking() => (),
+                _ = exchanged.changed() => (),
+            }
+        }
     }
 
     /// Runs a request's work until its deadline (`grpc-timeout`, gRPC over HTTP/2).

@@ -12,6 +12,8 @@ use super::proto::v1beta1::{
     DecryptRequest, DecryptResponse, EncryptRequest, EncryptResponse, VersionRequest, VersionResponse,
 };
 use super::requests::{Requests, log, status_of};
+use crate::keyring::KeyringError;
+use crate::secret::Plaintext;
 
 /// The API server stores a wrapped DEK behind a length of two bytes.
 const CIPHER_LIMIT: usize = 65_535;
@@ -23,6 +25,19 @@ struct V1Beta1(Arc<Requests>);
 
 pub(super) fn service(requests: Arc<Requests>) -> KeyManagementServiceServer<impl KeyManagementService> {
     KeyManagementServiceServer::new(V1Beta1(requests))
+}
+
+impl V1Beta1 {
+    async fn encrypt(&self, request: &Request<EncryptRequest>, plaintext: &[u8]) -> Result<Vec<u8>, KeyringError> {
+        let keyring = self.0.keyring();
+        let set = keyring.active(Timestamp::now())?;
+        self.0.in_time(request, |deadline| keyring.encrypt(&set, plaintext, CIPHER_LIMIT, deadline)).await
+    }
+
+    async fn decrypt(&self, request: &Request<DecryptRequest>) -> Result<Plaintext, KeyringError> {
+        let keyring = self.0.keyring();
+        self.0.in_time(request, |deadline| keyring.decrypt(&request.get_ref().cipher, None, deadline)).await
+    }
 }
 
 #[tonic::async_trait]
@@ -38,14 +53,7 @@ impl KeyManagementService for V1Beta1 {
     async fn encrypt(&self, mut request: Request<EncryptRequest>) -> Result<Response<EncryptResponse>, Status> {
         let began = Instant::now();
         let plaintext = Zeroizing::new(std::mem::take(&mut request.get_mut().plain));
-        let answer = match self.0.keyring.active(Timestamp::now()) {
-            Ok(set) => {
-                self.0
-                    .in_time(&request, |deadline| self.0.keyring.encrypt(&set, &plaintext, CIPHER_LIMIT, deadline))
-                    .await
-            }
-            Err(error) => Err(error),
-        };
+        let answer = self.encrypt(&request, &plaintext).await;
         log("v1beta1 Encrypt", "", plaintext.len(), began, answer.as_ref().map(Vec::len));
         let cipher = answer.map_err(|error| status_of(&error))?;
         Ok(Response::new(EncryptResponse { cipher }))
@@ -53,9 +61,14 @@ impl KeyManagementService for V1Beta1 {
 
     async fn decrypt(&self, request: Request<DecryptRequest>) -> Result<Response<DecryptResponse>, Status> {
         let began = Instant::now();
-        let cipher = &request.get_ref().cipher;
-        let answer = self.0.in_time(&request, |deadline| self.0.keyring.decrypt(cipher, None, deadline)).await;
-        log("v1beta1 Decrypt", "", cipher.len(), began, answer.as_ref().map(|plaintext| plaintext.len()));
+        let answer = self.decrypt(&request).await;
+        log(
+            "v1beta1 Decrypt",
+            "",
+            request.get_ref().cipher.len(),
+            began,
+            answer.as_ref().map(|plaintext| plaintext.len()),
+        );
         let mut plain = answer.map_err(|error| status_of(&error))?;
         Ok(Response::new(DecryptResponse { plain: std::mem::take(&mut plain) }))
     }

@@ -12,7 +12,7 @@ use super::proto::v2::{
     DecryptRequest, DecryptResponse, EncryptRequest, EncryptResponse, StatusRequest, StatusResponse,
 };
 use super::requests::{Requests, log, status_of};
-use crate::keyring::{ActiveSet, KeyringError};
+use crate::keyring::KeyringError;
 use crate::secret::Plaintext;
 
 /// The API server takes a ciphertext of 1 to 1,024 bytes.
@@ -28,23 +28,34 @@ pub(super) fn service(requests: Arc<Requests>) -> KeyManagementServiceServer<imp
 }
 
 impl V2 {
-    async fn encrypt(&self, set: &ActiveSet, plaintext: &[u8], deadline: Instant) -> Result<Vec<u8>, KeyringError> {
-        self.0.keyring.encrypt(set, plaintext, CIPHERTEXT_LIMIT, deadline).await
+    async fn encrypt(&self, request: &Request<EncryptRequest>, plaintext: &[u8]) -> Result<Sealed, KeyringError> {
+        let keyring = self.0.keyring();
+        let set = Announced::or_active(request, &keyring)?;
+        let seal = |deadline| keyring.encrypt(&set, plaintext, CIPHERTEXT_LIMIT, deadline);
+        let ciphertext = self.0.in_time(request, seal).await?;
+        Ok(Sealed { ciphertext, key_id: set.key_set.to_string() })
     }
 
-    async fn decrypt(&self, request: &DecryptRequest, deadline: Instant) -> Result<Plaintext, KeyringError> {
-        if !request.annotations.is_empty() {
+    async fn decrypt(&self, request: &Request<DecryptRequest>) -> Result<Plaintext, KeyringError> {
+        let DecryptRequest { ciphertext, key_id, annotations, .. } = request.get_ref();
+        if !annotations.is_empty() {
             return Err(KeyringError::BadCiphertext); // we never send any
         }
-        self.0.keyring.decrypt(&request.ciphertext, Some(&request.key_id), deadline).await
+        let keyring = self.0.keyring();
+        self.0.in_time(request, |deadline| keyring.decrypt(ciphertext, Some(key_id), deadline)).await
     }
+}
+
+struct Sealed {
+    ciphertext: Vec<u8>,
+    key_id: String,
 }
 
 #[tonic::async_trait]
 impl KeyManagementService for V2 {
     async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
         let began = Instant::now();
-        let set = Announced::announce(&request, &self.0.keyring);
+        let set = Announced::announce(&request, &self.0.keyring());
         log("Status", "", 0, began, set.as_ref().map(|_| 0));
         let set = set.map_err(|error| status_of(&error))?;
         Ok(Response::new(StatusResponse {
@@ -57,23 +68,16 @@ impl KeyManagementService for V2 {
     async fn encrypt(&self, mut request: Request<EncryptRequest>) -> Result<Response<EncryptResponse>, Status> {
         let began = Instant::now();
         let plaintext = Zeroizing::new(std::mem::take(&mut request.get_mut().plaintext));
-        let answer = match Announced::or_active(&request, &self.0.keyring) {
-            Ok(set) => self
-                .0
-                .in_time(&request, |deadline| self.encrypt(&set, &plaintext, deadline))
-                .await
-                .map(|ciphertext| (ciphertext, set.key_set)),
-            Err(error) => Err(error),
-        };
-        let sent = answer.as_ref().map(|(ciphertext, _)| ciphertext.len());
+        let answer = self.encrypt(&request, &plaintext).await;
+        let sent = answer.as_ref().map(|sealed| sealed.ciphertext.len());
         log("Encrypt", &request.get_ref().uid, plaintext.len(), began, sent);
-        let (ciphertext, key_set) = answer.map_err(|error| status_of(&error))?;
-        Ok(Response::new(EncryptResponse { ciphertext, key_id: key_set.to_string(), annotations: Default::default() }))
+        let Sealed { ciphertext, key_id } = answer.map_err(|error| status_of(&error))?;
+        Ok(Response::new(EncryptResponse { ciphertext, key_id, annotations: Default::default() }))
     }
 
     async fn decrypt(&self, request: Request<DecryptRequest>) -> Result<Response<DecryptResponse>, Status> {
         let began = Instant::now();
-        let answer = self.0.in_time(&request, |deadline| self.decrypt(request.get_ref(), deadline)).await;
+        let answer = self.decrypt(&request).await;
         let sent = answer.as_ref().map(|plaintext| plaintext.len());
         log("Decrypt", &request.get_ref().uid, request.get_ref().ciphertext.len(), began, sent);
         let mut plaintext = answer.map_err(|error| status_of(&error))?;

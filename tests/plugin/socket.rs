@@ -36,7 +36,10 @@ fn a_stale_one_is_taken_over_a_live_one_is_not_and_a_file_is_never_removed() {
 
     let second = host.run(&["serve"]);
     assert_eq!(second.status.code(), Some(1));
-    assert!(String::from_utf8_lossy(&second.stderr).contains("another process listens"), "{second:?}");
+    assert!(
+        String::from_utf8_lossy(&second.stderr).contains(&format!("process {} serves it", plugin.pid())),
+        "{second:?}"
+    );
     plugin.round_trip();
     drop(plugin);
 

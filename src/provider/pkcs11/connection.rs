@@ -28,13 +28,18 @@ pub(super) struct Address {
 
 /// A token that is present and logged in to. Its fields are dropped in their order: sessions before the library.
 pub(super) struct Connected {
-    anchor: Mutex<Session>,
-    pin: SecretString,
+    anchor: Mutex<Anchor>,
     slot: Slot,
     proved: Mutex<BTreeSet<Identity>>,
     in_use: InUse,
-    /// Tells the supervisor that all of the above is gone.
-    _released: Sender<()>,
+    /// Takes a refused PIN to the supervisor, and its end that all of the above is gone.
+    released: Sender<RefusedPin>,
+}
+
+/// The session that keeps the login, and the PIN to log in again with, until that is refused.
+struct Anchor {
+    session: Session,
+    pin: Option<SecretString>,
 }
 
 /// Why there is no connection, and what to do.
@@ -49,6 +54,15 @@ pub(super) enum NotConnected {
 pub(super) struct RefusedPin {
     pin: SecretString,
     pub(super) reason: String,
+    /// The token did not say that it was the PIN that was wrong.
+    pub(super) may_be_right: bool,
+}
+
+impl RefusedPin {
+    fn new(pin: SecretString, error: &CallError, file: &str) -> Self {
+        let reason = format!("{error}: write the right PIN into {file}; this one is not tried again");
+        Self { pin, reason, may_be_right: error.class == Class::Doubtful }
+    }
 }
 
 impl From<String> for NotConnected {
@@ -65,7 +79,7 @@ impl Address {
     pub(super) fn connect(
         &self,
         refused: Option<&RefusedPin>,
-        released: Sender<()>,
+        released: Sender<RefusedPin>,
     ) -> Result<Connected, NotConnected> {
         let in_use = Module::acquire(&self.module)?;
         let (slot, info) = self.find_slot(in_use.library())?;
@@ -80,12 +94,12 @@ impl Address {
         let anchor = opened.map_err(|error| format!("no session can be opened: {error}"))?;
         match log_in(&anchor, &pin) {
             Ok(()) => {
-                let (anchor, proved) = (Mutex::new(anchor), Mutex::default());
-                Ok(Connected { anchor, pin, slot, proved, in_use, _released: released })
+                let anchor = Mutex::new(Anchor { session: anchor, pin: Some(pin) });
+                Ok(Connected { anchor, slot, proved: Mutex::default(), in_use, released })
             }
-            Err(error) if error.class == Class::Pin => {
-                let reason = format!("{error}: write the right PIN into {}; this one is not tried again", self.pin);
-                Err(NotConnected::PinRefused(RefusedPin { pin, reason }))
+            // Some tokens say of a wrong PIN what they say of any failure: better a login too few than one too many.
+            Err(error) if matches!(error.class, Class::Pin | Class::Refused | Class::Doubtful) => {
+                Err(NotConnected::PinRefused(RefusedPin::new(pin, &error, &self.pin.to_string())))
             }
             Err(error) => Err(NotConnected::Yet(format!("login failed: {error}"))),
         }
@@ -94,8 +108,14 @@ impl Address {
     /// The one slot whose token the URI means.
     fn find_slot(&self, library: &Pkcs11) -> Result<(Slot, TokenInfo), String> {
         let slots = library.get_slots_with_token().map_err(|error| CallError::from(error).to_string())?;
-        let tokens: Vec<_> =
-            slots.into_iter().filter_map(|slot| Some((slot, library.get_token_info(slot).ok()?))).collect();
+        let mut tokens = Vec::new();
+        let mut unread = String::new();
+        for slot in slots {
+            match library.get_token_info(slot) {
+                Ok(info) => tokens.push((slot, info)),
+                Err(error) => unread = format!("; slot {}: {}", slot.id(), CallError::from(error)),
+            }
+        }
         let meant = |info: &TokenInfo| {
             self.uri.matches(info.label(), info.serial_number(), info.manufacturer_id(), info.model())
         };
@@ -106,7 +126,7 @@ impl Address {
                 let labels = tokens.iter().map(|(_, info)| info.label()).filter(|label| !label.is_empty());
                 let there = labels.collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>().join(", ");
                 Err(format!(
-                    "no token of {} matches it; there: {}: insert it, or correct `tokens`",
+                    "no token of {} matches it; there: {}{unread}: insert it, or correct `tokens`",
                     self.module.display(),
                     if there.is_empty() { "none" } else { &there }
                 ))
@@ -131,9 +151,16 @@ impl Connected {
         lock(&self.proved)
     }
 
-    /// Logs in again after the token forgot the login.
+    /// Logs in again after the token forgot the login; once only, if it then refuses the PIN.
     pub(super) fn log_in_again(&self) -> Result<(), CallError> {
-        log_in(&lock(&self.anchor), &self.pin)
+        let mut anchor = lock(&self.anchor);
+        let refused = || CallError::new(Class::Pin, "the token forgot the login, and refuses the PIN");
+        let pin = anchor.pin.as_ref().ok_or_else(refused)?;
+        let Err(error) = log_in(&anchor.session, pin) else { return Ok(()) };
+        if let Some(pin) = anchor.pin.take() {
+            let _supervisor_gone = self.released.send(RefusedPin::new(pin, &error, "the PIN's file"));
+        }
+        Err(error)
     }
 }
 

@@ -125,15 +125,12 @@ fn class_of(code: &RvError) -> Class {
         | Rv::FipsSelfTestFailed
         | Rv::LibraryLoadFailed
         | Rv::RandomNoRng
-        | Rv::NoEvent => Class::Token,
+        | Rv::NoEvent
+        | Rv::UserPinNotInitialized => Class::Token,
 
-        Rv::PinIncorrect
-        | Rv::PinInvalid
-        | Rv::PinLenRange
-        | Rv::PinExpired
-        | Rv::PinLocked
-        | Rv::PinTooWeak
-        | Rv::UserPinNotInitialized => Class::Pin,
+        Rv::PinIncorrect | Rv::PinInvalid | Rv::PinLenRange | Rv::PinExpired | Rv::PinLocked | Rv::PinTooWeak => {
+            Class::Pin
+        }
 
         Rv::AttributeReadOnly
         | Rv::AttributeSensitive

@@ -48,20 +48,22 @@ impl Lane {
 
     /// Unwraps a DEK that the KEK is said to have wrapped.
     ///
-    /// Many tokens answer a damaged ciphertext and a broken device with one code. So after such an answer the KEK
+    /// Many tokens answer a damaged ciphertext and a broken device with one code; others call the input a parameter or
+    /// a template that they do not take. So after such an answer the KEK
     /// unwraps its reference: if it cannot, the token is broken. If it can, the input is tried once more, and only
     /// then is it bad. Three calls at most.
     pub(super) fn unwrap(&mut self, kek: &KekSpec, wrapped: &[u8]) -> Result<Dek, CallError> {
         let handle = self.handle(kek)?;
         let unwrap = || mechanism::unwrap(kek.mode, &self.session, handle, kek.identity, wrapped);
+        let is_doubtful = |error: &CallError| matches!(error.class, Class::Doubtful | Class::Refused);
         match unwrap() {
-            Err(first) if first.class == Class::Doubtful => match self.still_works(kek, handle) {
-                Ok(()) => unwrap().map_err(|again| match again.class {
-                    Class::Doubtful => again.settled(Class::BadInput),
-                    _ => again,
-                }),
-                Err(reference) => Err(reference.settled(Class::Token)),
-            },
+            Err(first) if is_doubtful(&first) => {
+                self.still_works(kek, handle).map_err(|error| match error.class {
+                    Class::Doubtful | Class::BadInput => error.settled(Class::Token),
+                    _ => error,
+                })?;
+                unwrap().map_err(|again| if is_doubtful(&again) { again.settled(Class::BadInput) } else { again })
+            }
             settled => settled,
         }
     }
@@ -91,7 +93,7 @@ impl Lane {
         ])?;
         match *found.as_slice() {
             [handle] => Ok(handle),
-            [] if self.connected.proved().contains(&kek.identity) => Err(gone(&kek.identity.to_string())),
+            [] if self.connected.proved().contains(&kek.identity) => Err(is_gone(kek.identity)),
             [] => Err(CallError::new(Class::Refused, format!("the token has no key {}", hex(&kek.id)))),
             _ => Err(CallError::new(Class::Refused, format!("the token has several keys {}", hex(&kek.id)))),
         }
@@ -99,11 +101,7 @@ impl Lane {
 
     /// The KEK wraps a random value and unwraps it again: its mode works here, and from now on it can be recognised.
     fn make_reference(&self, kek: &KekSpec, handle: ObjectHandle) -> Result<(), CallError> {
-        let reference = self.round_trip(kek, handle).map_err(|error| match error.class {
-            // It never worked here: the key is at fault, and not the token.
-            Class::Doubtful | Class::BadInput => error.settled(Class::Refused),
-            _ => error,
-        })?;
+        let reference = self.round_trip(kek, handle)?;
         let kept = self.state.keep_reference(kek.identity, reference.clone()).map_err(damaged_state)?;
         if kept != reference {
             self.recognise(kek, handle, &kept)?; // another process was first
@@ -150,43 +148,80 @@ impl Lane {
 
     /// Looks at every object with the label, and proves every KEK among them by its reference.
     pub(super) fn look(&mut self, rules: &Rules, now: Timestamp) -> Result<Inventory, CallError> {
-        let label = Attribute::Label(rules.label.clone().into_bytes());
-        let mut inventory = Inventory { keks: Vec::new(), refused: Vec::new() };
-        let mut found: Vec<(String, Admitted)> = Vec::new();
-        let mut gone_since = self.connected.proved().clone();
-        for handle in self.session.find_objects(&[Attribute::Token(true), label])? {
-            let said = Said(self.session.get_attributes(handle, &admission::ASKED)?);
-            let key = format!("key {} with label {}", said.id().map_or("without id".into(), hex), rules.label);
-            said.id().map(|id| gone_since.remove(&Identity::of_pkcs11(id)));
-            match rules.admit(&said, now) {
-                Ok(kek) => found.push((key, kek)),
-                Err(reason) => inventory.refused.push(Refused { key, reason }),
-            }
-        }
-        if let Some(kek) = gone_since.first() {
-            return Err(gone(&kek.to_string()));
-        }
+        let mut refused = Vec::new();
+        let found = self.candidates(rules, now, &mut refused)?;
+        let mut keks = Vec::new();
+        let mut doubtful = None;
         for (n, (key, kek)) in found.iter().enumerate() {
-            let twice = found.iter().enumerate().any(|(m, (_, other))| m != n && other.rank.id == kek.rank.id);
-            if twice {
+            let key = key.clone();
+            let spec = rules.spec_of(kek);
+            let identity = Some(spec.identity);
+            if found.iter().enumerate().any(|(m, (_, other))| m != n && other.rank.id == kek.rank.id) {
                 let reason = "another key has the same CKA_ID: remove the one that is not meant".into();
-                inventory.refused.push(Refused { key: key.clone(), reason });
-            } else if let Err(error) = self.prove(&rules.spec_of(kek)) {
-                if error.class != Class::Refused {
-                    return Err(error);
+                refused.push(Refused { key, identity, reason });
+                continue;
+            }
+            match self.prove(&spec) {
+                Ok(()) => keks.push(kek.clone()),
+                Err(error) if matches!(error.class, Class::Refused | Class::BadInput | Class::Doubtful) => {
+                    refused.push(Refused { key, identity, reason: error.to_string() });
+                    doubtful = doubtful.or((error.class == Class::Doubtful).then_some(error));
                 }
-                inventory.refused.push(Refused { key: key.clone(), reason: error.to_string() });
-            } else {
-                inventory.keks.push(kek.clone());
+                Err(error) => return Err(error),
             }
         }
-        Ok(inventory)
+        match doubtful {
+            // No other KEK says that the token is well.
+            Some(error) if keks.is_empty() => Err(error.settled(Class::Token)),
+            _ => Ok(Inventory { keks, refused }),
+        }
+    }
+
+    /// The keys with the label that are KEKs by what the token says of them, each with its name for people.
+    fn candidates(
+        &self,
+        rules: &Rules,
+        now: Timestamp,
+        refused: &mut Vec<Refused>,
+    ) -> Result<Vec<(String, Admitted)>, CallError> {
+        let label = Attribute::Label(rules.label.clone().into_bytes());
+        let mut candidates = Vec::new();
+        let mut gone = self.connected.proved().clone();
+        for handle in self.session.find_objects(&[Attribute::Token(true), label])? {
+            let named =
+                |id: Option<&[u8]>| format!("key {} with label {}", id.map_or("without id".into(), hex), rules.label);
+            let said = match self.session.get_attributes(handle, &admission::ASKED).map_err(CallError::from) {
+                Ok(attributes) => Said(attributes),
+                Err(error) if error.class == Class::Refused => {
+                    let reason = format!("what the token says of it cannot be read: {error}");
+                    refused.push(Refused { key: named(None), identity: None, reason });
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            let identity = said.id().map(Identity::of_pkcs11);
+            identity.map(|identity| gone.remove(&identity));
+            match rules.admit(&said, now) {
+                Ok(kek) => candidates.push((named(said.id()), kek)),
+                Err(reason) => refused.push(Refused { key: named(said.id()), identity, reason }),
+            }
+        }
+        match gone.first() {
+            Some(kek) if refused.iter().all(|refused| refused.identity.is_some()) => Err(is_gone(*kek)),
+            _ => Ok(candidates),
+        }
     }
 
     /// Finds the KEK anew, since a handle may have outlived its key, and has it unwrap its reference.
     fn prove(&mut self, kek: &KekSpec) -> Result<(), CallError> {
         self.handles.remove(&kek.identity);
         self.handle(kek).map(|_| ())
+    }
+
+    /// Removes the KEK that was just made and does not work.
+    pub(super) fn remove(&self, kek: &KekSpec) -> Result<(), CallError> {
+        let handle = self.find(kek)?;
+        Ok(self.session.destroy_object(handle)?)
     }
 
     /// Makes a KEK in the token: 256-bit AES that never leaves it, and whose attributes nobody changes.
@@ -222,7 +257,7 @@ impl Lane {
 }
 
 /// A KEK that was used a moment ago is not there.
-fn gone(kek: &str) -> CallError {
+fn is_gone(kek: Identity) -> CallError {
     CallError::new(Class::Token, format!("KEK {kek} was there, and now is not"))
 }
 
@@ -231,7 +266,8 @@ fn damaged_state(error: StateError) -> CallError {
 }
 
 fn another_key() -> CallError {
-    let what = "this is another key than the one that this host first saw under its id: restore the right one";
+    let what = "this is another key than the one that this host first saw under its id: restore the right one, or, \
+                if this is the right one, remove its reference-….json from the state directory";
     CallError::new(Class::Refused, what)
 }
 

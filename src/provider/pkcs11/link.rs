@@ -33,13 +33,21 @@ impl Link {
         (Self { name, condition: watch::Sender::new(Condition::Connecting), wake_supervisor, changed }, woken)
     }
 
-    /// The connection, if there is one.
+    /// The connection, if there is one; for the token's own threads.
+    pub(super) fn connected(&self) -> Option<Arc<Connected>> {
+        match &*self.condition.borrow() {
+            Condition::Up(connected) => Some(Arc::clone(connected)),
+            Condition::Connecting | Condition::Down(_) => None,
+        }
+    }
+
+    /// Whether there is a connection. Holds none up: the last holder of one closes it, which calls into the module.
     ///
     /// # Errors
     /// Why there is none.
-    pub(super) fn connected(&self) -> Result<Arc<Connected>, KekError> {
+    pub(super) fn check(&self) -> Result<(), KekError> {
         match &*self.condition.borrow() {
-            Condition::Up(connected) => Ok(Arc::clone(connected)),
+            Condition::Up(_) => Ok(()),
             Condition::Connecting => Err(KekError::Unavailable(format!("{} is being connected to", self.name))),
             Condition::Down(reason) => Err(KekError::Unavailable(reason.clone())),
         }

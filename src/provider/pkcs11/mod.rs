@@ -25,6 +25,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use jiff::Timestamp;
 use tokio::sync::Notify;
 
@@ -89,7 +90,7 @@ impl Pkcs11 {
     /// Why the first one that is out of reach is.
     pub async fn reach_every_token(&self) -> Result<(), KekError> {
         self.settled().await;
-        self.tokens.iter().try_for_each(|token| token.link.connected().map(drop))
+        self.tokens.iter().try_for_each(|token| token.link.check())
     }
 
     /// The activation instant of the newest KEK, if there is one.
@@ -125,8 +126,18 @@ impl Pkcs11 {
         let kek = first.rules.spec_of(&Admitted { rank, mode });
         let template = kek.clone();
         first.run(deadline, move |lane| lane.generate(&template)).await?;
-        self.look(deadline).await?;
-        let held_by = self.keks().get(&kek.identity).map_or_else(Vec::new, |kek| kek.held_by());
+        let sighting = self.look(deadline).await?;
+        let made = sighting.keks.iter().find(|made| made.identity() == kek.identity);
+        let Some(held_by) = made.map(|made| made.held_by()) else {
+            let named = sighting.refused.into_iter().find(|refused| refused.identity == Some(kek.identity));
+            let reason = named.map_or("it is not to be found".into(), |refused| refused.reason);
+            let (spec, id) = (kek.clone(), kek.identity);
+            let left = match first.run(deadline, move |lane| lane.remove(&spec)).await {
+                Ok(()) => "it was removed again".to_owned(),
+                Err(error) => format!("it could not be removed again: {error}"),
+            };
+            return Err(refused(format!("KEK {id} was made and does not work: {reason}; {left}")));
+        };
         Ok(Generated { identity: kek.identity, id: kek.id, not_before, mode, held_by })
     }
 
@@ -140,8 +151,9 @@ impl Pkcs11 {
         let mut found: HashMap<Identity, (KekSpec, Rank, Vec<Arc<Token>>)> = HashMap::new();
         let mut refused = Vec::new();
         let mut out_of_reach = Vec::new();
-        for token in &self.tokens {
-            let inventory = match self.look_at(token, deadline).await {
+        let looks = join_all(self.tokens.iter().map(|token| self.look_at(token, deadline))).await;
+        for (token, look) in self.tokens.iter().zip(looks) {
+            let inventory = match look {
                 Ok(inventory) => inventory,
                 Err(error) => {
                     out_of_reach.push(error);
@@ -171,7 +183,7 @@ impl Pkcs11 {
     fn known(&self, name: KekSpec, rank: Rank, holders: Vec<Arc<Token>>) -> Arc<dyn Kek> {
         let mut keks = self.keks();
         let kek = keks.entry(name.identity).or_insert_with(|| {
-            let wraps = WrapCounter::new(&name, Arc::clone(&self.state));
+            let wraps = Arc::new(WrapCounter::new(&name, Arc::clone(&self.state)));
             Arc::new(Pkcs11Kek { name, rank, wraps, holders: RwLock::default() })
         });
         *write(&kek.holders) = holders;
@@ -220,7 +232,7 @@ impl Provider for Pkcs11 {
 struct Pkcs11Kek {
     name: KekSpec,
     rank: Rank,
-    wraps: WrapCounter,
+    wraps: Arc<WrapCounter>,
     holders: RwLock<Vec<Arc<Token>>>,
 }
 
@@ -269,10 +281,11 @@ impl Kek for Pkcs11Kek {
     }
 
     fn wrap_dek(&self, dek: Arc<Dek>, deadline: Instant) -> Answer<'_, Vec<u8>> {
-        Box::pin(async move {
-            self.wraps.count()?;
-            self.first_of(deadline, move |lane, name| lane.wrap(name, &dek)).await
-        })
+        let wraps = Arc::clone(&self.wraps);
+        Box::pin(self.first_of(deadline, move |lane, name| {
+            wraps.count()?; // on the session's thread, since it may write to the disk
+            lane.wrap(name, &dek)
+        }))
     }
 
     fn unwrap_dek(&self, wrapped: &[u8], deadline: Instant) -> Answer<'_, Dek> {

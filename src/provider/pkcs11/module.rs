@@ -6,6 +6,7 @@
 //! token only after that.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -20,7 +21,14 @@ static LOADED: Mutex<BTreeMap<PathBuf, Arc<Module>>> = Mutex::new(BTreeMap::new(
 /// A loaded library.
 pub(super) struct Module {
     library: Pkcs11,
-    users: Mutex<usize>,
+    in_use: Mutex<InUseBy>,
+}
+
+#[derive(Default)]
+struct InUseBy {
+    users: usize,
+    /// Some libraries refuse C_Finalize; then they stay initialized.
+    initialized: bool,
 }
 
 /// The right to call an initialized library. Sessions must be closed before it is dropped.
@@ -33,15 +41,15 @@ impl Module {
     /// What failed and what to do, for people.
     pub(super) fn acquire(path: &Path) -> Result<InUse, String> {
         let module = Self::load(path)?;
-        let mut users = lock(&module.users);
-        if *users == 0 {
+        let mut state = lock(&module.in_use);
+        if !state.initialized {
             module
                 .library
                 .initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK))
                 .map_err(|error| initialize_error(path, error))?;
         }
-        *users += 1;
-        drop(users);
+        *state = InUseBy { users: state.users + 1, initialized: true };
+        drop(state);
         Ok(InUse(module))
     }
 
@@ -52,8 +60,9 @@ impl Module {
         if let Some(module) = loaded.get(&path) {
             return Ok(Arc::clone(module));
         }
+        refuse_if_writable_by_others(&path)?;
         let library = Pkcs11::new(&path).map_err(|error| load_error(&path, &error))?;
-        let module = Arc::new(Self { library, users: Mutex::new(0) });
+        let module = Arc::new(Self { library, in_use: Mutex::default() });
         loaded.insert(path, Arc::clone(&module));
         Ok(module)
     }
@@ -67,14 +76,26 @@ impl InUse {
 
 impl Drop for InUse {
     fn drop(&mut self) {
-        let mut users = lock(&self.0.users);
-        *users -= 1;
-        if *users == 0
-            && let Err(error) = self.0.library.clone().finalize()
-        {
-            tracing::debug!(%error, "C_Finalize failed");
+        let mut state = lock(&self.0.in_use);
+        state.users -= 1;
+        if state.users == 0 {
+            let finalized = self.0.library.clone().finalize();
+            state.initialized = finalized.is_err();
+            if let Err(error) = finalized {
+                tracing::warn!("{}: the module stays initialized", CallError::from(error));
+            }
         }
     }
+}
+
+/// Whoever can change the library runs as us.
+fn refuse_if_writable_by_others(path: &Path) -> Result<(), String> {
+    let mode = path.metadata().map_err(|error| format!("module {}: {error}", path.display()))?.mode();
+    if mode & 0o022 == 0 {
+        return Ok(());
+    }
+    let path = path.display();
+    Err(format!("module {path} can be changed by others: its mode is {:04o}: chmod go-w {path}", mode & 0o7777))
 }
 
 fn load_error(path: &Path, error: &Error) -> String {

@@ -77,7 +77,7 @@ impl Pool {
         T: Send + 'static,
         W: FnMut(&mut Lane) -> Result<T, CallError> + Send + 'static,
     {
-        link.connected()?;
+        link.check()?;
         let (answer, answered) = oneshot::channel();
         let job = Box::new(Call { work, deadline, answer: Some(answer) });
         let ticket = self.queue.push(job).map_err(|_| KekError::Busy(link.name.clone()))?;
@@ -117,7 +117,8 @@ impl Pool {
                     *lane = None;
                     true
                 }
-                Class::Login => lane.as_ref().is_some_and(|lane| lane.connected.log_in_again().is_ok()),
+                Class::Login if again => self.log_in_again(lane, link),
+                Class::Login => false,
                 Class::Token | Class::Doubtful => {
                     if let Some(gone) = lane.take() {
                         self.is_lost(link, &gone.connected, &error);
@@ -131,6 +132,17 @@ impl Pool {
             }
             again = false;
         }
+    }
+
+    /// Logs in again. If that fails the connection is given up: the supervisor knows how to treat a PIN.
+    fn log_in_again(&self, lane: &mut Option<Lane>, link: &Link) -> bool {
+        let Some(connected) = lane.as_ref().map(|lane| Arc::clone(&lane.connected)) else { return false };
+        let login = connected.log_in_again();
+        if let Err(error) = &login {
+            *lane = None;
+            self.is_lost(link, &connected, error);
+        }
+        login.is_ok()
     }
 
     fn attempt(
@@ -148,7 +160,8 @@ impl Pool {
     }
 
     fn open(&self, link: &Link, state: &Arc<State>) -> Result<Lane, CallError> {
-        let connected = link.connected().map_err(|error| CallError::new(Class::Refused, error.to_string()))?;
+        let lost = || CallError::new(Class::Session, "the token was lost while the request waited");
+        let connected = link.connected().ok_or_else(lost)?;
         Lane::open(Arc::clone(&connected), Arc::clone(state)).inspect_err(|error| {
             // Without a lane, nobody else can say that the connection is no good.
             if matches!(error.class, Class::Token | Class::Doubtful) {

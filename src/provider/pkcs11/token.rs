@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 use super::admission::Rules;
-use super::connection::{Address, NotConnected};
+use super::connection::{Address, NotConnected, RefusedPin};
 use super::error::CallError;
 use super::lane::Lane;
 use super::link::Link;
@@ -108,27 +108,37 @@ impl Token {
     /// Keeps the token connected until the pool is closed.
     fn supervise(&self, woken: &Receiver<()>) {
         let mut retry = FIRST_RETRY;
-        let mut refused_pin = None;
+        let mut refused_pin: Option<RefusedPin> = None;
+        let mut doubted = false;
         while !self.pool.is_closed() {
             let (release, released) = mpsc::channel();
             match self.address.connect(refused_pin.as_ref(), release) {
                 Ok(connected) => {
-                    (retry, refused_pin) = (FIRST_RETRY, None);
+                    let since = Instant::now();
+                    (refused_pin, doubted) = (None, false);
                     self.link.is_up(connected);
                     let _lost_or_closed = woken.recv();
                     // Only when its last session is closed can the library be initialized anew.
-                    let _hangs = released.recv_timeout(RELEASE_PATIENCE);
+                    let patience = Instant::now() + RELEASE_PATIENCE;
+                    while let Ok(refused) = released.recv_timeout(patience.saturating_duration_since(Instant::now())) {
+                        refused_pin = Some(refused);
+                    }
+                    if since.elapsed() >= LAST_RETRY {
+                        retry = FIRST_RETRY;
+                    }
                 }
-                Err(error) => {
-                    let reason = match error {
-                        NotConnected::Yet(reason) => reason,
-                        NotConnected::PinRefused(refused) => refused_pin.insert(refused).reason.clone(),
-                    };
-                    self.link.is_down(&format!("is not usable: {reason}"));
-                    let _closed = woken.recv_timeout(retry);
-                    retry = (retry * 2).min(LAST_RETRY);
+                Err(NotConnected::Yet(reason)) => self.link.is_down(&format!("is not usable: {reason}")),
+                Err(NotConnected::PinRefused(refused)) => {
+                    self.link.is_down(&format!("is not usable: {}", refused.reason));
+                    // One more try, where the token blamed something else: SoftHSM fails so while another process
+                    // of this host logs in.
+                    let again = refused.may_be_right && !doubted;
+                    doubted = refused.may_be_right;
+                    refused_pin = (!again).then_some(refused);
                 }
             }
+            let _closed = woken.recv_timeout(retry);
+            retry = (retry * 2).min(LAST_RETRY);
         }
     }
 }

@@ -4,9 +4,9 @@
 use std::sync::{Arc, Mutex};
 
 use super::admission::KekSpec;
+use super::error::{CallError, Class};
 use crate::config::Mode;
 use crate::identity::Identity;
-use crate::provider::KekError;
 use crate::state::State;
 use crate::sync::lock;
 
@@ -14,8 +14,9 @@ use crate::sync::lock;
 const WARN_AT: u64 = 1 << 27;
 /// One host wraps no more from here on.
 const STOP_AT: u64 = 1 << 29;
-/// Wraps that are set aside by one write to the disk.
-const BLOCK: u64 = 1 << 16;
+/// Wraps that are set aside by one write to the disk. Each restart wastes as many at most: half a million of them
+/// would bring a KEK to its stop.
+const BLOCK: u64 = 1 << 10;
 
 /// The wraps of one KEK on this host. It counts in gcm mode only.
 pub(super) struct WrapCounter {
@@ -42,7 +43,7 @@ impl WrapCounter {
     ///
     /// # Errors
     /// The KEK has wrapped as often as is safe.
-    pub(super) fn count(&self) -> Result<(), KekError> {
+    pub(super) fn count(&self) -> Result<(), CallError> {
         if !self.counts {
             return Ok(());
         }
@@ -57,7 +58,7 @@ impl WrapCounter {
         }
         if reserved.next >= STOP_AT {
             let what = "has wrapped as often as AES-GCM allows: make a new one with `trousseau key generate`";
-            return Err(KekError::Unavailable(format!("KEK {} {what}", self.identity)));
+            return Err(CallError::new(Class::Refused, format!("KEK {} {what}", self.identity)));
         }
         reserved.next += 1;
         Ok(())
