@@ -75,6 +75,13 @@ fn a_file_that_others_can_change_or_read_is_refused() {
         assert_refused(&host, &format!("{name} {mode:o}"), said);
         host.set_mode(name, 0o600);
     }
+    let profiles = host.path("hsm-profiles");
+    fs::create_dir(&profiles).unwrap();
+    let name = format!("hsm-profiles/{}.toml", host.token.family.profile());
+    fs::copy(concat!(env!("CARGO_MANIFEST_DIR"), "/").to_owned() + &name, host.path(&name)).unwrap();
+    assert!(host.run(&["check"]).status.success());
+    host.set_mode(&name, 0o666);
+    assert_refused(&host, "the profile", &["hsm-profiles", "can be changed by others"]);
     fs::remove_file(&file).unwrap();
     assert_refused(&host, "no file", &["cannot be read: No such file", "--config"]);
 }

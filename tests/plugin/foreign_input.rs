@@ -60,6 +60,38 @@ fn a_module_that_is_missing_or_is_none_is_named() {
 }
 
 #[test]
+fn a_kek_that_the_token_has_lost_inside_takes_the_others_nowhere() {
+    if Family::chosen() == Family::Kryoptic {
+        eprintln!("skipped: kryoptic keeps all keys in one database");
+        return;
+    }
+    let host = Host::new();
+    let objects = || -> Vec<_> {
+        let tokens = fs::read_dir(host.token.data()).unwrap();
+        let files = tokens.flat_map(|token| fs::read_dir(token.unwrap().path()).unwrap());
+        files.map(|file| file.unwrap().path()).filter(|path| path.extension().is_some_and(|e| e == "object")).collect()
+    };
+    let before = objects();
+    host.generate("0s");
+    let first_kek = objects().into_iter().find(|object| !before.contains(object)).unwrap();
+    let (old, old_key_id) = host.serve_healthy().round_trip();
+    host.generate("0s");
+    host.serve_healthy().round_trip();
+    // The value of a key lies encrypted near the end of its object.
+    let mut bytes = fs::read(&first_kek).unwrap();
+    let value = bytes.windows(8).position(|window| window == 0x11_u64.to_be_bytes()).expect("CKA_VALUE");
+    bytes[value + 40] ^= 1;
+    fs::write(&first_kek, bytes).unwrap();
+
+    let plugin = host.serve_healthy();
+    plugin.round_trip();
+    let answer = plugin.decrypt(&old, &old_key_id).unwrap_err();
+    assert_eq!(answer.code, Code::Unavailable, "{}", answer.message);
+    assert!(answer.message.contains("is not used"), "{}", answer.message);
+    assert_eq!(plugin.log().matches("token connected").count(), 3, "one for each start:\n{}", plugin.log());
+}
+
+#[test]
 fn a_wrong_pin_is_tried_once_and_a_new_one_at_once() {
     let host = Host::new();
     host.generate("0s");

@@ -93,6 +93,22 @@ fn every_provider_that_seals_is_a_recipient_and_any_of_them_opens() {
 }
 
 #[test]
+fn renaming_providers_is_harmless_even_when_they_exchange_names() {
+    let mut host = host_with_two_tokens();
+    host.generate("0s");
+    host.extra = second_provider(&host, "second", "");
+    host.generate_on("other", "0s");
+    let (sealed, key_id) = host.serve_healthy().round_trip();
+    let configuration = host.configuration();
+    let exchanged =
+        configuration.replace("\"hsm\"", "\"x\"").replace("\"other\"", "\"hsm\"").replace("\"x\"", "\"other\"");
+    assert_ne!(exchanged, configuration);
+    let mut plugin = host.serve_with(&exchanged);
+    plugin.wait_until("it is healthy", |plugin| plugin.status().is_ok_and(|status| status.key_id == key_id));
+    plugin.decrypt(&sealed, &key_id).unwrap();
+}
+
+#[test]
 fn one_kek_on_two_providers_is_refused_by_name() {
     let mut host = host_with_two_tokens();
     for token in ["trousseau", "second"] {
