@@ -11,6 +11,7 @@
 )]
 
 mod command_line;
+mod daemon;
 mod foreign_input;
 mod keys;
 mod load;

@@ -9,6 +9,7 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 use tonic::Code;
@@ -156,11 +157,23 @@ sessions = {sessions}
 
     pub fn serve_with(&self, configuration: &str) -> Plugin {
         self.write_secret("trousseau.toml", configuration);
-        let configuration = self.path("trousseau.toml");
+        let mut command = self.command(&["serve", "--config"]);
+        command.arg(self.path("trousseau.toml")).stdin(Stdio::null());
+        self.start(command)
+    }
+
+    /// A command of the shell's in the token's environment.
+    pub fn shell(&self, script: &str) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]).env(self.token.variable.0, &self.token.variable.1);
+        command
+    }
+
+    /// Starts a command that serves, and waits until it listens.
+    pub fn start(&self, mut command: Command) -> Plugin {
         let log = self.path("log");
         let file = File::options().append(true).create(true).open(&log).unwrap();
-        let mut command = self.command(&["serve", "--config"]);
-        let child = command.arg(configuration).stdin(Stdio::null()).stderr(file).spawn().unwrap();
+        let child = command.stderr(file).spawn().unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let mut plugin = Plugin { child, log, socket: self.path("kms.sock"), runtime };
         plugin.wait_until("it listens", |plugin| UnixStream::connect(&plugin.socket).is_ok());
@@ -285,9 +298,17 @@ impl Plugin {
         self.child.wait().unwrap()
     }
 
+    /// Has it read its configuration again.
+    pub fn reload(&self) {
+        self.signal(Signal::HUP);
+    }
+
     fn terminate(&self) {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        self.signal(Signal::TERM);
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
     /// Ends it as a power loss would.

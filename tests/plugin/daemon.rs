@@ -1,0 +1,162 @@
+//! The daemon among others: idle and silent peers, too few file descriptors, an inherited socket, a new configuration,
+//! and what systemd hears of it.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+use std::{fs, io::Read};
+
+use crate::plugin::Host;
+
+fn host() -> Host {
+    let host = Host::new();
+    host.generate("0s");
+    host
+}
+
+#[test]
+fn five_hundred_idle_connections_leave_the_service_well_and_are_closed() {
+    let host = host();
+    let plugin = host.serve_healthy();
+    let began = Instant::now();
+    let mut idle: Vec<UnixStream> = (0..500).map(|_| UnixStream::connect(&plugin.socket).unwrap()).collect();
+    plugin.round_trip();
+    // None of them sent HTTP/2's preface: each is closed, and not by us.
+    for stream in &mut idle {
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        assert_eq!(stream.read(&mut [0; 64]).map(|length| length > 64).ok(), Some(false));
+        while stream.read(&mut [0; 64]).unwrap() > 0 {}
+    }
+    assert!(began.elapsed() >= Duration::from_secs(4), "they had time to begin");
+    plugin.round_trip();
+}
+
+#[test]
+fn an_end_is_not_held_up_by_idle_peers() {
+    let host = host();
+    let plugin = host.serve_healthy();
+    let _idle: Vec<UnixStream> = (0..50).map(|_| UnixStream::connect(&plugin.socket).unwrap()).collect();
+    let began = Instant::now();
+    assert_eq!(plugin.stop().code(), Some(0));
+    assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+}
+
+#[test]
+fn too_few_file_descriptors_are_survived() {
+    let host = host();
+    let configuration = host.write_configuration();
+    // Both limits, since the plugin raises its soft one; the shell is replaced by the plugin.
+    let limited = format!(
+        "ulimit -n 40; exec {} serve --config {}",
+        env!("CARGO_BIN_EXE_trousseau"),
+        configuration.display()
+    );
+    let mut plugin = host.start(host.shell(&limited));
+    plugin.wait_until("it is healthy", |plugin| plugin.status().is_ok());
+    let crowd: Vec<UnixStream> = (0..60).map(|_| UnixStream::connect(&plugin.socket).unwrap()).collect();
+    plugin.wait_until("it runs out of descriptors", |plugin| plugin.log().contains("Too many open files"));
+    drop(crowd);
+    plugin.wait_until("it is healthy again", |plugin| plugin.status().is_ok());
+    plugin.round_trip();
+}
+
+#[test]
+fn an_inherited_socket_is_served_and_left_behind() {
+    let host = host();
+    let configuration = host.write_configuration();
+    let socket = host.path("kms.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let inode = fs::metadata(&socket).unwrap().ino();
+    // As systemd does: descriptor 3, and the number of the process that it is meant for.
+    let inherit = format!(
+        "export LISTEN_FDS=1 LISTEN_PID=$$; exec 3<&0 0</dev/null; exec {} serve --config {}",
+        env!("CARGO_BIN_EXE_trousseau"),
+        configuration.display()
+    );
+    let mut command = host.shell(&inherit);
+    command.stdin(Stdio::from(OwnedFd::from(listener.try_clone().unwrap())));
+    let mut plugin = host.start(command);
+    plugin.wait_until("it is healthy", |plugin| plugin.status().is_ok());
+    plugin.round_trip();
+    assert_eq!(plugin.stop().code(), Some(0));
+    assert_eq!(fs::metadata(&socket).unwrap().ino(), inode, "the door stays, and waits for the next one");
+    UnixStream::connect(&socket).unwrap();
+}
+
+#[test]
+fn a_directory_that_others_can_change_is_no_place_for_the_socket() {
+    let host = host();
+    host.set_mode("", 0o777);
+    let done = host.run(&["serve"]);
+    host.set_mode("", 0o700);
+    assert_eq!(done.status.code(), Some(1), "{done:?}");
+    assert!(String::from_utf8_lossy(&done.stderr).contains("others could exchange it"), "{done:?}");
+}
+
+#[test]
+fn a_socket_that_is_no_longer_ours_is_left_alone() {
+    let host = host();
+    let plugin = host.serve_healthy();
+    let socket = plugin.socket.clone();
+    fs::remove_file(&socket).unwrap();
+    let _other = UnixListener::bind(&socket).unwrap();
+    assert_eq!(plugin.stop().code(), Some(0));
+    assert!(socket.exists(), "it belongs to somebody else");
+}
+
+#[test]
+fn sighup_takes_a_good_configuration_and_keeps_the_old_one_otherwise() {
+    let mut host = host();
+    let mut plugin = host.serve_healthy();
+    let (sealed, key_id) = plugin.round_trip();
+    let good = host.configuration();
+    for (case, configuration) in [
+        ("it cannot be read", good.replace("sessions", "sesions")),
+        ("its token is not there", good.replace("token=trousseau", "token=absent")),
+    ] {
+        host.write_secret("trousseau.toml", &configuration);
+        let before = plugin.log().len();
+        plugin.reload();
+        plugin.wait_until(case, |plugin| plugin.log()[before..].contains("the old one stays"));
+        plugin.decrypt(&sealed, &key_id).unwrap();
+        plugin.round_trip();
+    }
+    // A new cluster name makes a new key_id: it shows which configuration serves.
+    host.cluster = "renamed".into();
+    host.write_configuration();
+    plugin.reload();
+    plugin.wait_until("the new one serves", |plugin| plugin.status().is_ok_and(|status| status.key_id != key_id));
+    plugin.round_trip();
+    plugin.decrypt(&sealed, &key_id).unwrap();
+    assert_eq!(plugin.stop().code(), Some(0));
+}
+
+#[test]
+fn systemd_hears_when_it_is_ready_how_it_is_and_that_it_lives() {
+    let host = Host::new();
+    let configuration = host.write_configuration();
+    let heard = UnixDatagram::bind(host.path("notify.sock")).unwrap();
+    heard.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut command = host.command(&["serve", "--config", configuration.to_str().unwrap()]);
+    command.env("NOTIFY_SOCKET", host.path("notify.sock")).env("WATCHDOG_USEC", "200000");
+    let plugin = host.start(command);
+    let hears = |wanted: &str| {
+        let mut message = [0; 4096];
+        for _ in 0..1000 {
+            let length = heard.recv(&mut message).unwrap_or_else(|error| panic!("{wanted}: {error}"));
+            if String::from_utf8_lossy(&message[..length]).contains(wanted) {
+                return;
+            }
+        }
+        panic!("{wanted} was not said");
+    };
+    hears("READY=1"); // although there is no KEK: a boot does not wait for one
+    hears("STATUS=UNAVAILABLE: provider hsm has no KEK");
+    host.generate("0s");
+    hears("STATUS=serving, key_id tr1-");
+    (0..3).for_each(|_| hears("WATCHDOG=1"));
+    assert_eq!(plugin.stop().code(), Some(0));
+    hears("STOPPING=1");
+}
