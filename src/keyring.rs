@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::{join_all, select_all};
 use jiff::Timestamp;
+use tokio::sync::watch;
 
 pub use self::description::{KekDescription, KekState};
 pub use self::errors::KeyringError;
@@ -30,6 +31,8 @@ use crate::state::{Mark, State};
 const LOOK_EVERY: Duration = Duration::from_secs(30);
 /// How often while nothing can be encrypted; and how often at most an unknown identity makes the keyring look at once.
 const LOOK_SOON: Duration = Duration::from_secs(5);
+/// How long the first look waits for providers that are still being connected to.
+const FIRST_CONNECTION: Duration = Duration::from_secs(5);
 /// How long a look, and the round trip after it, may take.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(10);
 /// Key sets tried before a `key_id` counts as unknown; hundreds of KEKs on several providers would make more.
@@ -44,6 +47,8 @@ pub struct Keyring {
     health: Health,
     /// Held while a look is under way, so that there is one at a time.
     looks: tokio::sync::Mutex<Looks>,
+    /// Whether the first look has ended.
+    has_looked: watch::Sender<bool>,
 }
 
 #[derive(Default)]
@@ -72,17 +77,26 @@ impl Keyring {
             state,
             health: Health::default(),
             looks: tokio::sync::Mutex::default(),
+            has_looked: watch::Sender::new(false),
         }
     }
 
     /// Looks at all providers again and again, at once when one of them has changed. Never returns.
     pub async fn keep_looking(&self) {
+        let _settled_or_late = tokio::time::timeout(FIRST_CONNECTION, self.settled()).await;
         loop {
             self.look().await;
+            self.has_looked.send_replace(true);
             let well = self.active(Timestamp::now()).is_ok_and(|set| self.health(&set).is_ok());
             let changed = select_all(self.members.iter().map(|member| member.provider.changed()));
             let _changed_or_due = tokio::time::timeout(if well { LOOK_EVERY } else { LOOK_SOON }, changed).await;
         }
+    }
+
+    /// Returns once the first look has ended: a request that comes while the tokens are being connected to, as after a
+    /// restart, waits for that and is not refused.
+    pub async fn has_looked(&self) {
+        drop(self.has_looked.subscribe().wait_for(|has_looked| *has_looked).await);
     }
 
     /// Looks for KEKs, and has each active one wrap and unwrap a value.

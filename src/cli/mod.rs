@@ -3,6 +3,7 @@
 mod assemble;
 mod check;
 mod dev;
+mod doctor;
 mod encryption_config;
 mod key;
 mod output;
@@ -45,6 +46,9 @@ enum Verb {
     /// Check a configuration as `serve` would read it, touching no token.
     #[command(after_help = check::EXAMPLES)]
     Check(check::CheckArgs),
+    /// Try everything that a working plugin needs, and say what to do about what is wrong.
+    #[command(after_help = doctor::EXAMPLES)]
+    Doctor(doctor::DoctorArgs),
     /// Make and list key-encryption keys.
     #[command(subcommand)]
     Key(key::KeyVerb),
@@ -111,6 +115,10 @@ fn run(verb: Verb) -> Result<(), Failure> {
             serve::run(&args.config)
         }
         Verb::Check(args) => check::run(&args),
+        Verb::Doctor(args) => {
+            crate::telemetry::init("off");
+            doctor::run(&args)
+        }
         Verb::Key(verb) => {
             crate::telemetry::init("off"); // what goes wrong is told at the end
             key::run(verb)

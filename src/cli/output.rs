@@ -39,6 +39,16 @@ impl Failure {
         Self { code: 69, what: what.into(), remedy: remedy.into() }
     }
 
+    /// What failed.
+    pub(super) fn what(&self) -> &str {
+        &self.what
+    }
+
+    /// What to do about it.
+    pub(super) fn remedy(&self) -> &str {
+        &self.remedy
+    }
+
     fn not_permitted(what: String, remedy: String) -> Self {
         Self { code: 77, what, remedy }
     }

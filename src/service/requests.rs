@@ -51,11 +51,11 @@ impl Requests {
         }
     }
 
-    /// Runs a request's work until its deadline (`grpc-timeout`, gRPC over HTTP/2).
+    /// Has the keyring do a request's work until its deadline (`grpc-timeout`, gRPC over HTTP/2).
     pub(super) async fn in_time<T, R, W>(
         &self,
         request: &Request<R>,
-        work: impl FnOnce(Instant) -> W,
+        work: impl FnOnce(Arc<Keyring>, Instant) -> W,
     ) -> Result<T, KeyringError>
     where
         W: Future<Output = Result<T, KeyringError>>,
@@ -64,7 +64,12 @@ impl Requests {
         let sent = request.metadata().get("grpc-timeout").and_then(|value| value.to_str().ok()).and_then(parse_timeout);
         let deadline = Instant::now() + sent.unwrap_or(DEFAULT_TIMEOUT).min(LONGEST_TIMEOUT);
         let late = KeyringError::Deadline("the request's own deadline has passed".into());
-        tokio::time::timeout_at(deadline.into(), work(deadline)).await.unwrap_or(Err(late))
+        let keyring = self.keyring();
+        let answer = async {
+            keyring.has_looked().await;
+            work(Arc::clone(&keyring), deadline).await
+        };
+        tokio::time::timeout_at(deadline.into(), answer).await.unwrap_or(Err(late))
     }
 
     /// Returns once no request has been under way for as long as `quiet`.

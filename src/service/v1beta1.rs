@@ -12,7 +12,7 @@ use super::proto::v1beta1::{
     DecryptRequest, DecryptResponse, EncryptRequest, EncryptResponse, VersionRequest, VersionResponse,
 };
 use super::requests::{Requests, log, status_of};
-use crate::keyring::KeyringError;
+use crate::keyring::{Keyring, KeyringError};
 use crate::secret::Plaintext;
 
 /// The API server stores a wrapped DEK behind a length of two bytes.
@@ -29,14 +29,17 @@ pub(super) fn service(requests: Arc<Requests>) -> KeyManagementServiceServer<imp
 
 impl V1Beta1 {
     async fn encrypt(&self, request: &Request<EncryptRequest>, plaintext: &[u8]) -> Result<Vec<u8>, KeyringError> {
-        let keyring = self.0.keyring();
-        let set = keyring.active(Timestamp::now())?;
-        self.0.in_time(request, |deadline| keyring.encrypt(&set, plaintext, CIPHER_LIMIT, deadline)).await
+        let seal = |keyring: Arc<Keyring>, deadline| async move {
+            let set = keyring.active(Timestamp::now())?;
+            keyring.encrypt(&set, plaintext, CIPHER_LIMIT, deadline).await
+        };
+        self.0.in_time(request, seal).await
     }
 
     async fn decrypt(&self, request: &Request<DecryptRequest>) -> Result<Plaintext, KeyringError> {
-        let keyring = self.0.keyring();
-        self.0.in_time(request, |deadline| keyring.decrypt(&request.get_ref().cipher, None, deadline)).await
+        let cipher = &request.get_ref().cipher;
+        let open = |keyring: Arc<Keyring>, deadline| async move { keyring.decrypt(cipher, None, deadline).await };
+        self.0.in_time(request, open).await
     }
 }
 

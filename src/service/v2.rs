@@ -12,7 +12,7 @@ use super::proto::v2::{
     DecryptRequest, DecryptResponse, EncryptRequest, EncryptResponse, StatusRequest, StatusResponse,
 };
 use super::requests::{Requests, log, status_of};
-use crate::keyring::KeyringError;
+use crate::keyring::{ActiveSet, Keyring, KeyringError};
 use crate::secret::Plaintext;
 
 /// The API server takes a ciphertext of 1 to 1,024 bytes.
@@ -28,12 +28,17 @@ pub(super) fn service(requests: Arc<Requests>) -> KeyManagementServiceServer<imp
 }
 
 impl V2 {
+    async fn status(&self, request: &Request<StatusRequest>) -> Result<Arc<ActiveSet>, KeyringError> {
+        self.0.in_time(request, |keyring, _| async move { Announced::announce(request, &keyring) }).await
+    }
+
     async fn encrypt(&self, request: &Request<EncryptRequest>, plaintext: &[u8]) -> Result<Sealed, KeyringError> {
-        let keyring = self.0.keyring();
-        let set = Announced::or_active(request, &keyring)?;
-        let seal = |deadline| keyring.encrypt(&set, plaintext, CIPHERTEXT_LIMIT, deadline);
-        let ciphertext = self.0.in_time(request, seal).await?;
-        Ok(Sealed { ciphertext, key_id: set.key_set.to_string() })
+        let seal = |keyring: Arc<Keyring>, deadline| async move {
+            let set = Announced::or_active(request, &keyring)?;
+            let ciphertext = keyring.encrypt(&set, plaintext, CIPHERTEXT_LIMIT, deadline).await?;
+            Ok(Sealed { ciphertext, key_id: set.key_set.to_string() })
+        };
+        self.0.in_time(request, seal).await
     }
 
     async fn decrypt(&self, request: &Request<DecryptRequest>) -> Result<Plaintext, KeyringError> {
@@ -41,8 +46,9 @@ impl V2 {
         if !annotations.is_empty() {
             return Err(KeyringError::BadCiphertext); // we never send any
         }
-        let keyring = self.0.keyring();
-        self.0.in_time(request, |deadline| keyring.decrypt(ciphertext, Some(key_id), deadline)).await
+        let open =
+            |keyring: Arc<Keyring>, deadline| async move { keyring.decrypt(ciphertext, Some(key_id), deadline).await };
+        self.0.in_time(request, open).await
     }
 }
 
@@ -55,7 +61,7 @@ struct Sealed {
 impl KeyManagementService for V2 {
     async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
         let began = Instant::now();
-        let set = Announced::announce(&request, &self.0.keyring());
+        let set = self.status(&request).await;
         log("Status", "", 0, began, set.as_ref().map(|_| 0));
         let set = set.map_err(|error| status_of(&error))?;
         Ok(Response::new(StatusResponse {

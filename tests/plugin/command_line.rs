@@ -121,6 +121,40 @@ fn a_configuration_that_may_not_be_read_is_refused() {
 }
 
 #[test]
+fn doctor_finds_what_is_wrong_and_says_what_to_do() {
+    let findings = |host: &Host, code: i32| -> Vec<(String, String, String)> {
+        let done = host.run(&["doctor", "--output", "json"]);
+        assert_eq!(done.status.code(), Some(code), "{done:?}");
+        let findings: Vec<serde_json::Value> = serde_json::from_slice(&done.stdout).unwrap();
+        let text = |finding: &serde_json::Value, key: &str| finding[key].as_str().unwrap().to_owned();
+        let told = |finding: &serde_json::Value| text(finding, "what") + ": " + &text(finding, "remedy");
+        findings.iter().map(|finding| (text(finding, "area"), text(finding, "severity"), told(finding))).collect()
+    };
+    let has = |findings: &[(String, String, String)], area: &str, severity: &str, words: &str| {
+        let found = findings.iter().any(|(a, s, told)| a == area && s == severity && told.contains(words));
+        assert!(found, "{area} {severity} {words}: {findings:#?}");
+    };
+    let mut host = Host::new();
+    let empty = findings(&host, 1);
+    has(&empty, "configuration", "good", "trousseau.toml");
+    has(&empty, "token", "good", "is logged in to");
+    has(&empty, "KEK", "failure", "trousseau key generate");
+    has(&empty, "socket", "failure", "is the plugin running?");
+
+    host.generate("0s");
+    let plugin = host.serve_healthy();
+    let well = findings(&host, 0);
+    has(&well, "KEK", "good", "is active");
+    has(&well, "socket", "good", "key_id tr1-");
+    drop(plugin);
+
+    host.tokens = r#""pkcs11:token=absent""#.into();
+    has(&findings(&host, 1), "token", "failure", "there: trousseau");
+    host.write_secret("pin", "");
+    has(&findings(&host, 1), "configuration", "failure", "holds no secret");
+}
+
+#[test]
 fn a_plugin_that_is_not_there_is_out_of_reach() {
     let host = Host::new();
     let absent = host.path("absent.sock");

@@ -34,6 +34,14 @@ fn five_hundred_idle_connections_leave_the_service_well_and_are_closed() {
 }
 
 #[test]
+fn a_request_that_comes_while_the_token_is_being_connected_to_waits_for_it() {
+    let host = host();
+    for _ in 0..3 {
+        host.serve().round_trip();
+    }
+}
+
+#[test]
 fn an_end_is_not_held_up_by_idle_peers() {
     let host = host();
     let plugin = host.serve_healthy();
@@ -48,11 +56,8 @@ fn too_few_file_descriptors_are_survived() {
     let host = host();
     let configuration = host.write_configuration();
     // Both limits, since the plugin raises its soft one; the shell is replaced by the plugin.
-    let limited = format!(
-        "ulimit -n 40; exec {} serve --config {}",
-        env!("CARGO_BIN_EXE_trousseau"),
-        configuration.display()
-    );
+    let limited =
+        format!("ulimit -n 40; exec {} serve --config {}", env!("CARGO_BIN_EXE_trousseau"), configuration.display());
     let mut plugin = host.start(host.shell(&limited));
     plugin.wait_until("it is healthy", |plugin| plugin.status().is_ok());
     let crowd: Vec<UnixStream> = (0..60).map(|_| UnixStream::connect(&plugin.socket).unwrap()).collect();

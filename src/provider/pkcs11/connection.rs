@@ -145,6 +145,21 @@ impl Connected {
         Ok(self.in_use.library().open_rw_session(self.slot)?)
     }
 
+    /// What the token's flags say that they should not (CK_TOKEN_INFO, PKCS#11 v3.1 section 3.2), with what to do.
+    pub(super) fn complaints(&self) -> Result<Vec<(&'static str, &'static str)>, CallError> {
+        let info = self.in_use.library().get_token_info(self.slot)?;
+        let few_tries = "log in once with the right PIN, so that the count begins anew";
+        let said = [
+            (!info.login_required(), "needs no login: anybody may use its keys", "initialize it with a user PIN"),
+            (info.user_pin_count_low(), "has seen a wrong PIN since the last login", few_tries),
+            (info.user_pin_final_try(), "will be locked by the next wrong PIN", few_tries),
+            (info.user_pin_to_be_changed(), "wants its PIN to be changed", "change it with the vendor's tools"),
+            (info.write_protected(), "is write-protected: no KEK can be made in it", "lift that to make a KEK"),
+            (info.error_state(), "says that it failed its self-test", "restart it, and ask its vendor"),
+        ];
+        Ok(said.into_iter().filter(|(so, ..)| *so).map(|(_, what, remedy)| (what, remedy)).collect())
+    }
+
     /// The KEKs that were used through this connection. One that is then not to be found means that the token is
     /// gone: some libraries show an empty one in its place, until they are initialized again.
     pub(super) fn proved(&self) -> MutexGuard<'_, BTreeSet<Identity>> {

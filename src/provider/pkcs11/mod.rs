@@ -71,6 +71,15 @@ pub struct Generated {
     pub held_by: Vec<String>,
 }
 
+/// A token that can be used, and what may soon be wrong with it.
+#[derive(Clone, Debug)]
+pub struct Diagnosis {
+    /// The token, as people know it.
+    pub name: String,
+    /// What it says of itself that it should not, each with what to do.
+    pub complaints: Vec<(&'static str, &'static str)>,
+}
+
 impl Pkcs11 {
     /// Begins to connect to the tokens; this returns before any of them has answered.
     ///
@@ -91,6 +100,16 @@ impl Pkcs11 {
     pub async fn reach_every_token(&self) -> Result<(), KekError> {
         self.settled().await;
         self.tokens.iter().try_for_each(|token| token.link.check())
+    }
+
+    /// What each token says of itself, or why it is out of reach.
+    pub async fn diagnose(&self, deadline: Instant) -> Vec<Result<Diagnosis, KekError>> {
+        self.settled().await;
+        join_all(self.tokens.iter().map(|token| async move {
+            let complaints = token.run(deadline, |lane| lane.connected.complaints()).await?;
+            Ok(Diagnosis { name: token.link.name.clone(), complaints })
+        }))
+        .await
     }
 
     /// The activation instant of the newest KEK, if there is one.
