@@ -1,6 +1,7 @@
 //! The command line: a file for each verb.
 
 mod assemble;
+mod bench;
 mod check;
 mod dev;
 mod doctor;
@@ -58,6 +59,9 @@ enum Verb {
     /// Send a value through a serving plugin and back, as the API server would.
     #[command(after_help = probe::EXAMPLES)]
     Probe(probe::ProbeArgs),
+    /// Measure what requests to a serving plugin cost.
+    #[command(after_help = bench::EXAMPLES)]
+    Bench(bench::BenchArgs),
     /// Print the EncryptionConfiguration, flags and mounts that an API server needs.
     #[command(after_help = encryption_config::EXAMPLES)]
     EncryptionConfig(encryption_config::EncryptionConfigArgs),
@@ -125,6 +129,7 @@ fn run(verb: Verb) -> Result<(), Failure> {
         }
         Verb::Status(args) => status::run(&args),
         Verb::Probe(args) => probe::run(&args),
+        Verb::Bench(args) => bench::run(&args),
         Verb::EncryptionConfig(args) => encryption_config::run(&args),
         Verb::Dev(args) => {
             crate::telemetry::init("warn");

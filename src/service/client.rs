@@ -13,9 +13,11 @@ use tonic::{Code, Status, TimeoutExpired};
 use super::proto::v2::key_management_service_client::KeyManagementServiceClient;
 use super::proto::v2::{DecryptRequest, EncryptRequest, StatusRequest};
 
-/// A connection to a serving plugin, over KMS v2.
+/// A connection to a serving plugin, over KMS v2. Clones share it.
+#[derive(Clone)]
 pub struct Client {
     path: PathBuf,
+    server_pid: Option<u32>,
     grpc: KeyManagementServiceClient<Channel>,
 }
 
@@ -72,6 +74,7 @@ impl Client {
     pub async fn connect(path: &Path, timeout: Duration) -> Result<Self, ClientError> {
         let stream = UnixStream::connect(path).await;
         let stream = stream.map_err(|error| ClientError::Unreachable(path.to_owned(), error))?;
+        let server_pid = stream.peer_cred().ok().and_then(|peer| peer.pid()).and_then(|pid| u32::try_from(pid).ok());
         // The one connection is handed over: tonic's own attempts tell no cause.
         let mut once = Some(TokioIo::new(stream));
         let connector = tower::service_fn(move |_| {
@@ -79,7 +82,13 @@ impl Client {
             async move { stream }
         });
         let channel = Endpoint::from_static("http://localhost").timeout(timeout).connect_with_connector_lazy(connector);
-        Ok(Self { path: path.to_owned(), grpc: KeyManagementServiceClient::new(channel) })
+        Ok(Self { path: path.to_owned(), server_pid, grpc: KeyManagementServiceClient::new(channel) })
+    }
+
+    /// The process that made the socket (SO_PEERCRED): the plugin, unless systemd handed the socket over.
+    #[must_use]
+    pub fn server_pid(&self) -> Option<u32> {
+        self.server_pid
     }
 
     /// What a call's error means.

@@ -5,12 +5,14 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cryptoki::object::{Attribute, KeyType, ObjectClass, ObjectHandle};
 use cryptoki::session::Session;
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 
+use super::Cost;
 use super::admission::{self, Admitted, KekSpec, Rules, Said};
 use super::connection::Connected;
 use super::error::{CallError, Class};
@@ -218,6 +220,23 @@ impl Lane {
         self.handle(kek).map(|_| ())
     }
 
+    /// What wrapping and unwrapping cost this thread, on average over so many calls that the clock does not matter.
+    pub(super) fn cost(&mut self, kek: &KekSpec) -> Result<Cost, CallError> {
+        const CALLS: u32 = 2_000;
+        let dek = Dek::generate()?;
+        let wrapped = self.wrap(kek, &dek)?;
+        let began = thread_cpu_time();
+        for _ in 0..CALLS {
+            self.wrap(kek, &dek)?;
+        }
+        let between = thread_cpu_time();
+        for _ in 0..CALLS {
+            self.unwrap(kek, &wrapped)?;
+        }
+        let per_call = |from: Duration, to: Duration| to.saturating_sub(from) / CALLS;
+        Ok(Cost { wrap: per_call(began, between), unwrap: per_call(between, thread_cpu_time()) })
+    }
+
     /// Removes the KEK that was just made and does not work.
     pub(super) fn remove(&self, kek: &KekSpec) -> Result<(), CallError> {
         let handle = self.find(kek)?;
@@ -254,6 +273,11 @@ impl Lane {
         )?;
         Ok(())
     }
+}
+
+fn thread_cpu_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap_or_default()
 }
 
 /// A KEK that was used a moment ago is not there.

@@ -71,6 +71,15 @@ pub struct Generated {
     pub held_by: Vec<String>,
 }
 
+/// CPU time that a token's library uses for one operation.
+#[derive(Clone, Copy, Debug)]
+pub struct Cost {
+    /// Wrapping a DEK.
+    pub wrap: Duration,
+    /// Unwrapping it.
+    pub unwrap: Duration,
+}
+
 /// A token that can be used, and what may soon be wrong with it.
 #[derive(Clone, Debug)]
 pub struct Diagnosis {
@@ -110,6 +119,17 @@ impl Pkcs11 {
             Ok(Diagnosis { name: token.link.name.clone(), complaints })
         }))
         .await
+    }
+
+    /// What the first token's library costs for the highest KEK, without queue and service.
+    ///
+    /// # Errors
+    /// The token is out of reach, or has no KEK.
+    pub async fn cost(&self, deadline: Instant) -> Result<Cost, KekError> {
+        self.look(deadline).await?;
+        let highest = self.keks().values().max_by_key(|kek| kek.rank.clone()).cloned();
+        let no_kek = || KekError::Refused(format!("provider {} has no KEK", self.name));
+        highest.ok_or_else(no_kek)?.first_of(deadline, lane::Lane::cost).await
     }
 
     /// The activation instant of the newest KEK, if there is one.
