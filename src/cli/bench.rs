@@ -1,5 +1,6 @@
 //! `trousseau bench`: what a request costs, at several numbers in flight, beside what the token itself costs.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -16,7 +17,7 @@ use crate::service::client::{Client, ClientError};
 pub(super) const EXAMPLES: &str = "It sends real requests over one connection, as an API server does. CPU is what the \
 plugin's whole
 process used for each operation, its token's library included; with --config, the token's own cost is
-measured beside it, in this process and through one session. Compare figures of one run only: a shared
+measured beside it, in this process. Compare figures of one run only: a shared
 machine changes its speed.
 
 Examples:
@@ -74,6 +75,7 @@ struct Measured {
 #[serde(rename_all = "kebab-case")]
 struct TokenCost {
     call: Call,
+    sessions: usize,
     cpu_micros: f64,
 }
 
@@ -149,16 +151,21 @@ async fn repeat(
     Ok(latencies)
 }
 
-/// The active KEK's wraps and unwraps, one after the other on one session.
+/// Wraps and unwraps without queue and service: on one session, and on as many at a time as are configured.
 async fn measure_token(file: &Path) -> Result<Vec<TokenCost>, Failure> {
     let config = Config::load(file)?;
     let state = assemble::state(&config)?;
     let Some(provider) = config.providers.iter().find(|provider| provider.seal) else { return Ok(Vec::new()) };
     let pkcs11 = assemble::provider(provider, &state)?;
     pkcs11.reach_every_token().await?;
-    let cost = pkcs11.cost(Instant::now() + Duration::from_secs(30)).await?;
-    let token_cost = |call, cpu: Duration| TokenCost { call, cpu_micros: cpu.as_secs_f64() * 1e6 };
-    Ok(vec![token_cost(Call::Encrypt, cost.wrap), token_cost(Call::Decrypt, cost.unwrap)])
+    let mut costs = Vec::new();
+    for sessions in BTreeSet::from([1, provider.sessions]) {
+        let cost = pkcs11.cost(sessions, Instant::now() + Duration::from_secs(30)).await?;
+        for (call, cpu) in [(Call::Encrypt, cost.wrap), (Call::Decrypt, cost.unwrap)] {
+            costs.push(TokenCost { call, sessions, cpu_micros: cpu.as_secs_f64() * 1e6 });
+        }
+    }
+    Ok(costs)
 }
 
 /// User and system time of a process (proc_pid_stat(5), fields 14 and 15, in hundredths of a second).
@@ -188,8 +195,8 @@ fn text(report: &Report) -> String {
     let header = ["CALL", "IN FLIGHT", "PER SECOND", "P50 µs", "P99 µs", "CPU µs"];
     let mut text = table(&header, report.requests.iter().map(row).collect());
     for cost in &report.token {
-        let cpu = cost.cpu_micros;
-        text.push_str(&format!("\nof which the token's own cost, one session: {:?} {cpu:.1} µs CPU", cost.call));
+        let TokenCost { call, sessions, cpu_micros } = cost;
+        text.push_str(&format!("\nthe token alone, {sessions} sessions at a time: {call:?} {cpu_micros:.1} µs CPU"));
     }
     if let Some(resident) = report.resident_kib {
         text.push_str(&format!("\nthe plugin's memory: {:.1} MiB", resident as f64 / 1024.0));

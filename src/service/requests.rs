@@ -3,6 +3,7 @@
 
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -17,14 +18,14 @@ const LONGEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// What the handlers of both versions have in common.
 pub struct Requests {
     keyring: watch::Sender<Arc<Keyring>>,
-    under_way: watch::Sender<usize>,
+    under_way: AtomicUsize,
 }
 
 impl Requests {
     /// Requests that this keyring serves.
     #[must_use]
     pub fn new(keyring: Arc<Keyring>) -> Self {
-        Self { keyring: watch::Sender::new(keyring), under_way: watch::Sender::new(0) }
+        Self { keyring: watch::Sender::new(keyring), under_way: AtomicUsize::new(0) }
     }
 
     /// The keyring that serves now.
@@ -60,7 +61,7 @@ impl Requests {
     where
         W: Future<Output = Result<T, KeyringError>>,
     {
-        let _under_way = UnderWay::begin(&self.under_way);
+        let _under_way = UnderWay::begin(self);
         let sent = request.metadata().get("grpc-timeout").and_then(|value| value.to_str().ok()).and_then(parse_timeout);
         let deadline = Instant::now() + sent.unwrap_or(DEFAULT_TIMEOUT).min(LONGEST_TIMEOUT);
         let late = KeyringError::Deadline("the request's own deadline has passed".into());
@@ -74,29 +75,33 @@ impl Requests {
 
     /// Returns once no request has been under way for as long as `quiet`.
     pub(super) async fn quiet_for(&self, quiet: Duration) {
-        let mut under_way = self.under_way.subscribe();
+        let mut quiet_since = None;
         loop {
-            drop(under_way.wait_for(|requests| *requests == 0).await);
-            if tokio::time::timeout(quiet, under_way.changed()).await.is_err() {
+            quiet_since = match self.under_way.load(Ordering::Acquire) {
+                0 => quiet_since.or_else(|| Some(Instant::now())),
+                _ => None,
+            };
+            if quiet_since.is_some_and(|since| since.elapsed() >= quiet) {
                 return;
             }
+            tokio::time::sleep(quiet / 10).await; // a request that begins and ends within this has been answered
         }
     }
 }
 
 /// Counts a request until it is answered, or its client has gone.
-struct UnderWay<'a>(&'a watch::Sender<usize>);
+struct UnderWay<'a>(&'a Requests);
 
 impl<'a> UnderWay<'a> {
-    fn begin(count: &'a watch::Sender<usize>) -> Self {
-        count.send_modify(|requests| *requests += 1);
-        Self(count)
+    fn begin(requests: &'a Requests) -> Self {
+        requests.under_way.fetch_add(1, Ordering::AcqRel);
+        Self(requests)
     }
 }
 
 impl Drop for UnderWay<'_> {
     fn drop(&mut self) {
-        self.0.send_modify(|requests| *requests -= 1);
+        self.0.under_way.fetch_sub(1, Ordering::AcqRel);
     }
 }
 

@@ -25,7 +25,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use std::time::{Duration, Instant};
 
-use futures_util::future::join_all;
+use futures_util::future::{join_all, try_join_all};
 use jiff::Timestamp;
 use tokio::sync::Notify;
 
@@ -121,15 +121,20 @@ impl Pkcs11 {
         .await
     }
 
-    /// What the first token's library costs for the highest KEK, without queue and service.
+    /// What the first token's library costs for the highest KEK, without queue and service, while so many sessions
+    /// work at a time.
     ///
     /// # Errors
     /// The token is out of reach, or has no KEK.
-    pub async fn cost(&self, deadline: Instant) -> Result<Cost, KekError> {
+    pub async fn cost(&self, sessions: usize, deadline: Instant) -> Result<Cost, KekError> {
         self.look(deadline).await?;
         let highest = self.keks().values().max_by_key(|kek| kek.rank.clone()).cloned();
         let no_kek = || KekError::Refused(format!("provider {} has no KEK", self.name));
-        highest.ok_or_else(no_kek)?.first_of(deadline, lane::Lane::cost).await
+        let kek = highest.ok_or_else(no_kek)?;
+        let costs = try_join_all((0..sessions).map(|_| kek.first_of(deadline, lane::Lane::cost))).await?;
+        let share = u32::try_from(sessions.max(1)).unwrap_or(u32::MAX);
+        let average = |cost: fn(&Cost) -> Duration| costs.iter().map(cost).sum::<Duration>() / share;
+        Ok(Cost { wrap: average(|cost| cost.wrap), unwrap: average(|cost| cost.unwrap) })
     }
 
     /// The activation instant of the newest KEK, if there is one.
@@ -219,11 +224,11 @@ impl Pkcs11 {
     }
 
     /// The KEK of this name, with the tokens that now hold it.
-    fn known(&self, name: KekSpec, rank: Rank, holders: Vec<Arc<Token>>) -> Arc<dyn Kek> {
+    fn known(&self, spec: KekSpec, rank: Rank, holders: Vec<Arc<Token>>) -> Arc<dyn Kek> {
         let mut keks = self.keks();
-        let kek = keks.entry(name.identity).or_insert_with(|| {
-            let wraps = Arc::new(WrapCounter::new(&name, Arc::clone(&self.state)));
-            Arc::new(Pkcs11Kek { name, rank, wraps, holders: RwLock::default() })
+        let kek = keks.entry(spec.identity).or_insert_with(|| {
+            let wraps = Arc::new(WrapCounter::new(&spec, Arc::clone(&self.state)));
+            Arc::new(Pkcs11Kek { spec: Arc::new(spec), rank, wraps, holders: RwLock::default() })
         });
         *write(&kek.holders) = holders;
         Arc::clone(kek) as Arc<dyn Kek>
@@ -269,7 +274,7 @@ impl Provider for Pkcs11 {
 
 /// A KEK and the tokens that hold it.
 struct Pkcs11Kek {
-    name: KekSpec,
+    spec: Arc<KekSpec>,
     rank: Rank,
     wraps: Arc<WrapCounter>,
     holders: RwLock<Vec<Arc<Token>>>,
@@ -286,10 +291,10 @@ impl Pkcs11Kek {
         T: Send + 'static,
         W: Fn(&mut lane::Lane, &KekSpec) -> Result<T, error::CallError> + Clone + Send + 'static,
     {
-        let mut last = KekError::Unavailable(format!("no token holds KEK {}", self.name.identity));
+        let mut last = KekError::Unavailable(format!("no token holds KEK {}", self.spec.identity));
         for token in self.holders() {
-            let (work, name) = (work.clone(), self.name.clone());
-            match token.run(deadline, move |lane| work(lane, &name)).await {
+            let (work, spec) = (work.clone(), Arc::clone(&self.spec));
+            match token.run(deadline, move |lane| work(lane, &spec)).await {
                 Err(error @ (KekError::Unavailable(_) | KekError::Refused(_) | KekError::Busy(_))) => last = error,
                 answer => return answer,
             }
@@ -300,7 +305,7 @@ impl Pkcs11Kek {
 
 impl Kek for Pkcs11Kek {
     fn identity(&self) -> Identity {
-        self.name.identity
+        self.spec.identity
     }
 
     fn rank(&self) -> &Rank {
@@ -308,11 +313,11 @@ impl Kek for Pkcs11Kek {
     }
 
     fn algorithm(&self) -> WrapAlgorithm {
-        self.name.mode.algorithm()
+        self.spec.mode.algorithm()
     }
 
     fn mode(&self) -> &'static str {
-        self.name.mode.as_str()
+        self.spec.mode.as_str()
     }
 
     fn held_by(&self) -> Vec<String> {
@@ -321,14 +326,14 @@ impl Kek for Pkcs11Kek {
 
     fn wrap_dek(&self, dek: Arc<Dek>, deadline: Instant) -> Answer<'_, Vec<u8>> {
         let wraps = Arc::clone(&self.wraps);
-        Box::pin(self.first_of(deadline, move |lane, name| {
+        Box::pin(self.first_of(deadline, move |lane, spec| {
             wraps.count()?; // on the session's thread, since it may write to the disk
-            lane.wrap(name, &dek)
+            lane.wrap(spec, &dek)
         }))
     }
 
     fn unwrap_dek(&self, wrapped: &[u8], deadline: Instant) -> Answer<'_, Dek> {
         let wrapped = wrapped.to_vec();
-        Box::pin(self.first_of(deadline, move |lane, name| lane.unwrap(name, &wrapped)))
+        Box::pin(self.first_of(deadline, move |lane, spec| lane.unwrap(spec, &wrapped)))
     }
 }

@@ -19,6 +19,8 @@ struct Inner<J> {
     next_ticket: u64,
     round: u64,
     closed: bool,
+    /// Workers that wait: to wake one is a system call, which nobody needs while all are at work.
+    idle: usize,
 }
 
 /// Names a job for as long as it waits.
@@ -38,7 +40,7 @@ pub(super) enum Next<J> {
 
 impl<J> Queue<J> {
     pub(super) fn new(capacity: usize) -> Self {
-        let inner = Inner { jobs: VecDeque::with_capacity(capacity), next_ticket: 0, round: 0, closed: false };
+        let inner = Inner { jobs: VecDeque::with_capacity(capacity), next_ticket: 0, round: 0, closed: false, idle: 0 };
         Self { inner: Mutex::new(inner), arrived: Condvar::new(), capacity }
     }
 
@@ -51,8 +53,11 @@ impl<J> Queue<J> {
         let ticket = Ticket(inner.next_ticket);
         inner.next_ticket += 1;
         inner.jobs.push_back((ticket, job));
+        let somebody_waits = inner.idle > 0;
         drop(inner);
-        self.arrived.notify_one();
+        if somebody_waits {
+            self.arrived.notify_one();
+        }
         Ok(ticket)
     }
 
@@ -77,7 +82,9 @@ impl<J> Queue<J> {
             if inner.closed {
                 return Next::Closed;
             }
+            inner.idle += 1;
             inner = self.arrived.wait(inner).unwrap_or_else(PoisonError::into_inner);
+            inner.idle -= 1;
         }
     }
 
