@@ -12,7 +12,6 @@ use cryptoki::session::Session;
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 
-use super::Cost;
 use super::admission::{self, Admitted, KekSpec, Rules, Said};
 use super::connection::Connected;
 use super::error::{CallError, Class};
@@ -28,6 +27,15 @@ pub(super) struct Lane {
     handles: HashMap<Identity, ObjectHandle>,
     pub(super) connected: Arc<Connected>,
     state: Arc<State>,
+}
+
+/// CPU time that a token's library uses for one operation.
+#[derive(Clone, Copy, Debug)]
+pub struct Cost {
+    /// Wrapping a DEK.
+    pub wrap: Duration,
+    /// Unwrapping it.
+    pub unwrap: Duration,
 }
 
 /// What a token holds under a label.

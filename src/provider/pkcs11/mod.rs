@@ -31,6 +31,7 @@ use tokio::sync::Notify;
 
 pub use self::admission::LONGEST_WAIT;
 use self::admission::{Admitted, KekSpec};
+pub use self::lane::Cost;
 use self::lane::Inventory;
 use self::token::Token;
 use self::wraps::WrapCounter;
@@ -69,15 +70,6 @@ pub struct Generated {
     pub mode: Mode,
     /// The tokens that hold it.
     pub held_by: Vec<String>,
-}
-
-/// CPU time that a token's library uses for one operation.
-#[derive(Clone, Copy, Debug)]
-pub struct Cost {
-    /// Wrapping a DEK.
-    pub wrap: Duration,
-    /// Unwrapping it.
-    pub unwrap: Duration,
 }
 
 /// A token that can be used, and what may soon be wrong with it.
