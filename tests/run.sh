@@ -72,11 +72,15 @@ ensure_go() {
 }
 go_here() { go env GOVERSION 2>/dev/null | sed 's/^go//'; }
 
-ensure_cargo_fuzz() {
+ensure_cargo_container_tests() { tests/containers/run.sh cargo test --locked --test containers; }
+
+fuzz() {
     cargo fuzz --version || cargo install --locked cargo-fuzz@0.13.2
 }
 
-build_fuzz() {
+build_container_tests() { tests/containers/run.sh cargo test --locked --test containers; }
+
+fuzz() {
     # The plugin's own versions, to which the fetch adds libFuzzer; offline, cargo-fuzz cannot move them.
     cp -- Cargo.lock fuzz/Cargo.lock
     cargo fetch --manifest-path fuzz/Cargo.toml
@@ -98,6 +102,9 @@ warm_up() {
         tests/kubernetes/build.sh
         (cd tests/kubernetes && go vet ./...)
     } &
+    lanes+=($!)
+    # The image's first build waits for the network.
+    tests/containers/run.sh true &
     lanes+=($!)
     set +m
     wait "${lanes[@]}" || true
@@ -123,6 +130,8 @@ kryoptic_tests() {
     rust_tests
 }
 
+container_tests() { tests/containers/run.sh cargo test --locked --test containers; }
+
 fuzz() {
     local target=$1 corpus=$cache/fuzz/$1
     mkdir -p -- "$corpus"
@@ -145,15 +154,16 @@ kubernetes_tests() {
     go test -count=1 -p 1 "${go_arguments[@]}" ./...
 }
 
-# SoftHSM; what kryoptic is built with; a C++ compiler for libFuzzer.
+# SoftHSM; what kryoptic is built with; a C++ compiler for libFuzzer; containers, and systemd-analyze for the units.
 step "installing packages, where missing" install_packages \
-    ca-certificates softhsm2 libssl-dev libsqlite3-dev libclang-dev pkg-config g++
+    ca-certificates softhsm2 libssl-dev libsqlite3-dev libclang-dev pkg-config g++ docker.io debootstrap systemd
 step "finding Rust $(rust_wanted) or newer, else installing Debian's" ensure_rust
 step "finding Go, else installing $go_version" ensure_go
 step "building" warm_up
 
 part "Rust, SoftHSM token" rust_tests
 part "Rust, kryoptic token" kryoptic_tests
+part "the units, in containers" container_tests
 for target in fuzz/fuzz_targets/*.rs; do
     part "fuzz $(basename "$target" .rs), $fuzz_seconds s" fuzz "$(basename "$target" .rs)"
 done

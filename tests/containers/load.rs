@@ -1,0 +1,165 @@
+//! Requests without end, each checked, on connections that live as long as the service lets them: the API server's way.
+
+use std::error::Error;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use http::uri::PathAndQuery;
+use hyper_util::rt::TokioIo;
+use prost::Message;
+use tokio::net::UnixStream;
+use tonic::client::Grpc;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Request, Response, Status};
+use tonic_prost::ProstCodec;
+
+/// How many requests are under way at any time, each on a connection of its own.
+pub const WORKERS: usize = 4;
+/// The API server gives up after so long.
+const TIMEOUT: Duration = Duration::from_secs(3);
+/// No wait for answers lasts longer.
+const PATIENCE: Duration = Duration::from_secs(60);
+const SEED: &[u8] = b"thirty-two bytes of a fresh seed";
+
+#[derive(Clone, PartialEq, Message)]
+struct EncryptRequest {
+    #[prost(bytes = "vec", tag = "1")]
+    plaintext: Vec<u8>,
+    #[prost(string, tag = "2")]
+    uid: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct EncryptResponse {
+    #[prost(bytes = "vec", tag = "1")]
+    ciphertext: Vec<u8>,
+    #[prost(string, tag = "2")]
+    key_id: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct DecryptRequest {
+    #[prost(bytes = "vec", tag = "1")]
+    ciphertext: Vec<u8>,
+    #[prost(string, tag = "2")]
+    uid: String,
+    #[prost(string, tag = "3")]
+    key_id: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct DecryptResponse {
+    #[prost(bytes = "vec", tag = "1")]
+    plaintext: Vec<u8>,
+}
+
+pub struct Load {
+    answered: Arc<AtomicUsize>,
+    ends: Arc<AtomicBool>,
+    thread: JoinHandle<Vec<String>>,
+}
+
+impl Load {
+    /// Begins, and waits for the first answers.
+    pub fn begin(socket: PathBuf) -> Self {
+        let (answered, ends) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+        let thread = {
+            let (answered, ends) = (Arc::clone(&answered), Arc::clone(&ends));
+            thread::spawn(move || {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                let workers = (0..WORKERS).map(|_| work(&socket, &answered, &ends));
+                runtime.block_on(async { futures_util::future::join_all(workers).await.concat() })
+            })
+        };
+        let load = Self { answered, ends, thread };
+        load.goes_on();
+        load
+    }
+
+    /// Waits for more answers than those that were under way.
+    pub fn goes_on(&self) {
+        let (began, goal) = (Instant::now(), self.answered.load(Ordering::Relaxed) + 10 * WORKERS);
+        while self.answered.load(Ordering::Relaxed) < goal {
+            assert!(began.elapsed() < PATIENCE, "no more answers come");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// What failed.
+    pub fn end(self) -> Vec<String> {
+        self.ends.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap()
+    }
+}
+
+async fn work(socket: &Path, answered: &AtomicUsize, ends: &AtomicBool) -> Vec<String> {
+    let mut peer = Peer::new(socket);
+    let mut failures = Vec::new();
+    while !ends.load(Ordering::Relaxed) {
+        match peer.round_trip().await {
+            Ok(()) => {
+                answered.fetch_add(2, Ordering::Relaxed);
+            }
+            Err(status) => failures.push(status.to_string()),
+        }
+    }
+    failures
+}
+
+struct Peer(Grpc<Channel>);
+
+impl Peer {
+    /// Connects when it is needed, and again after the service has closed a connection.
+    fn new(socket: &Path) -> Self {
+        let socket = socket.to_owned();
+        let connector = tower::service_fn(move |_| {
+            let socket = socket.clone();
+            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+        });
+        let endpoint = Endpoint::from_static("http://localhost").timeout(TIMEOUT);
+        Self(Grpc::new(endpoint.connect_with_connector_lazy(connector)))
+    }
+
+    async fn round_trip(&mut self) -> Result<(), Status> {
+        let encrypt = EncryptRequest { plaintext: SEED.to_vec(), uid: "test".into() };
+        let EncryptResponse { ciphertext, key_id } = self.call("/v2.KeyManagementService/Encrypt", encrypt).await?;
+        let decrypt = DecryptRequest { ciphertext, uid: "test".into(), key_id };
+        let opened: DecryptResponse = self.call("/v2.KeyManagementService/Decrypt", decrypt).await?;
+        assert_eq!(opened.plaintext, SEED);
+        Ok(())
+    }
+
+    async fn call<Q, A>(&mut self, method: &'static str, request: Q) -> Result<A, Status>
+    where
+        Q: Message + Clone + 'static,
+        A: Message + Default + 'static,
+    {
+        let mut is_first = true;
+        loop {
+            let called = async {
+                self.0.ready().await.map_err(|error| Status::from_error(error.into()))?;
+                let codec = ProstCodec::<Q, A>::default();
+                self.0.unary(Request::new(request.clone()), PathAndQuery::from_static(method), codec).await
+            };
+            match called.await {
+                Err(status) if is_first && is_untouched(&status) => is_first = false,
+                answer => return answer.map(Response::into_inner),
+            }
+        }
+    }
+}
+
+/// Whether the service has not begun with the request for certain: every gRPC client sends such a one again by itself.
+fn is_untouched(status: &Status) -> bool {
+    let was_never_sent = status.code() == Code::Cancelled && status.source().is_some(); // hyper's word for it
+    // After a GOAWAY, streams that the service has accepted go on; only the others end with this error.
+    let goes_away = |error: &h2::Error| error.is_go_away() && error.is_remote();
+    was_never_sent || causes(status).any(|cause| cause.downcast_ref().is_some_and(goes_away))
+}
+
+fn causes(status: &Status) -> impl Iterator<Item = &(dyn Error + 'static)> {
+    std::iter::successors(status.source(), |&cause| cause.source())
+}

@@ -1,0 +1,245 @@
+//! A container that is set up by hand as the units' comments say, and booted.
+
+use std::env;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+use testcontainers::core::{AccessMode, ExecCommand, Mount};
+use testcontainers::runners::SyncRunner;
+use testcontainers::{Container, GenericImage, ImageExt};
+use trousseau::service::client::{Client, ClientError, PluginStatus};
+
+/// No wait for a condition lasts longer.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The token's PIN, until a test changes it.
+pub const PIN: &str = "k7Q2x9Wd";
+/// Installs the units by hand, and becomes systemd.
+const BOOT: &str = "
+    set -e
+    # systemd needs shared mounts, else LoadCredential= gives an empty directory, and a control group to write to.
+    mount --make-rshared /
+    for cgroup in /sys/fs/cgroup /sys/fs/cgroup/systemd; do
+        if test -e $cgroup/cgroup.procs; then mount -o remount,bind,rw $cgroup; fi
+    done
+    systemd-sysusers
+    chgrp softhsm /var/lib/softhsm/tokens
+    chmod 2770 /var/lib/softhsm/tokens
+    systemctl enable trousseau.socket trousseau.service kubelet.service
+    exec /sbin/init";
+
+/// The image, or why the test is skipped; it says so.
+pub fn image() -> Option<String> {
+    let image = env::var("TROUSSEAU_CONTAINER_IMAGE").ok();
+    if image.is_none() {
+        let lack = env::var("TROUSSEAU_CONTAINERS_LACK");
+        let lack = lack.unwrap_or_else(|_| "$TROUSSEAU_CONTAINER_IMAGE, which tests/containers/run.sh sets".into());
+        eprintln!("skipped: containers lack {lack}");
+    }
+    image
+}
+
+/// A booted host. It is ended when this is dropped, and its journal is shown if the test has failed.
+pub struct Machine {
+    container: Container<GenericImage>,
+    directory: TempDir,
+    /// Its /run/trousseau.
+    run: TempDir,
+    tokens: PathBuf,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Machine {
+    /// Boots with no token.
+    pub fn boot(image: &str) -> Self {
+        let directory = TempDir::new().unwrap();
+        let tokens = directory.path().join("tokens");
+        fs::create_dir(&tokens).unwrap();
+        Self::boot_in(directory, tokens, image)
+    }
+
+    /// Boots with the same tokens, and nothing else in common.
+    pub fn boot_beside(&self, image: &str) -> Self {
+        Self::boot_in(TempDir::new().unwrap(), self.tokens.clone(), image)
+    }
+
+    /// Boots, makes a token with a KEK, and waits until the plugin is well.
+    pub fn boot_with_token(image: &str) -> Self {
+        let machine = Self::boot(image);
+        machine.make_token();
+        machine.wait_until("the plugin is well", |machine| machine.status().is_ok());
+        machine
+    }
+
+    fn boot_in(directory: TempDir, tokens: PathBuf, image: &str) -> Self {
+        let path = directory.path();
+        for name in ["etc", "drop-ins"] {
+            fs::create_dir(path.join(name)).unwrap();
+            fs::set_permissions(path.join(name), fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        // In memory as it is on a host, since systemd never removes a runtime directory from a disk.
+        let run = TempDir::new_in("/dev/shm").unwrap();
+        let repository = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let packaged = repository.join("packaging/systemd");
+        fs::copy(packaged.join("drop-ins/softhsm.conf"), path.join("drop-ins/softhsm.conf")).unwrap();
+        write(&path.join("etc/pin"), PIN, 0o600);
+        write(&path.join("etc/trousseau.toml"), &configuration("test"), 0o644);
+        let system = "/etc/systemd/system";
+        let mounts = [
+            (run.path().to_owned(), "/run/trousseau".to_owned()),
+            (path.join("etc"), "/etc/trousseau".to_owned()),
+            (path.join("drop-ins"), format!("{system}/trousseau.service.d")),
+            (tokens.clone(), "/var/lib/softhsm/tokens".to_owned()),
+            (env!("CARGO_BIN_EXE_trousseau").into(), "/usr/bin/trousseau".to_owned()),
+            (packaged.join("trousseau.service"), format!("{system}/trousseau.service")),
+            (packaged.join("trousseau.socket"), format!("{system}/trousseau.socket")),
+            (packaged.join("sysusers.d/trousseau.conf"), "/etc/sysusers.d/trousseau.conf".to_owned()),
+            (repository.join("tests/containers/kubelet.service"), format!("{system}/kubelet.service")),
+        ];
+        let (name, tag) = image.split_once(':').unwrap();
+        let mut request = GenericImage::new(name, tag)
+            .with_cmd(["sh", "-c", BOOT])
+            .with_env_var("container", "docker") // systemd then leaves alone what is the host's
+            .with_network("none")
+            .with_cap_add("SYS_ADMIN")
+            .with_cap_add("NET_ADMIN")
+            .with_security_opt("seccomp=unconfined")
+            .with_security_opt("apparmor=unconfined");
+        for place in ["/run", "/run/lock", "/tmp"] {
+            request = request.with_mount(Mount::tmpfs_mount(place).with_mode(0o755));
+        }
+        for (here, there) in mounts {
+            // Nothing in a container may change the repository.
+            let mode = if here.is_dir() { AccessMode::ReadWrite } else { AccessMode::ReadOnly };
+            request = request.with_mount(Mount::bind_mount(here.display().to_string(), there).with_access_mode(mode));
+        }
+        let container = request.start().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let machine = Self { container, directory, run, tokens, runtime };
+        machine.wait_until("systemd is up", |machine| machine.try_run("systemctl is-system-running").is_ok());
+        machine
+    }
+
+    /// Makes a token, and in it a KEK that is active at once.
+    pub fn make_token(&self) {
+        self.run_as_service(&format!(
+            "softhsm2-util --init-token --free --label trousseau --pin {PIN} --so-pin 12345678"
+        ));
+        // SoftHSM fails now and then when two processes meet a new token at the same time.
+        self.wait_until("the service has found the token", |machine| {
+            machine.status().is_err_and(|why| why.to_string().contains("has no KEK"))
+        });
+        self.run_as_service("trousseau key generate --activate-in 0s --unsynchronized-clock-ok");
+    }
+
+    /// Runs a command beside the service, in the way that the unit's comments give.
+    fn run_as_service(&self, command: &str) {
+        self.run(&format!(
+            "systemd-run --pipe --wait --quiet -p User=trousseau -p StateDirectory=trousseau \
+             -p LoadCredential=pin:/etc/trousseau/pin -p SupplementaryGroups=softhsm {command}"
+        ));
+    }
+
+    /// What the script printed, both streams.
+    pub fn run(&self, script: &str) -> String {
+        self.try_run(script).unwrap_or_else(|said| panic!("{script}: {said}"))
+    }
+
+    /// What the script printed, as an error if it failed.
+    pub fn try_run(&self, script: &str) -> Result<String, String> {
+        let command = ["timeout", "60", "sh", "-c", &format!("exec 2>&1; {script}")];
+        let mut running = self.container.exec(ExecCommand::new(command)).map_err(|error| error.to_string())?;
+        let said = String::from_utf8(running.stdout_to_vec().unwrap()).unwrap().trim().to_owned();
+        let ended = Instant::now();
+        while ended.elapsed() < PATIENCE {
+            match running.exit_code().unwrap() {
+                Some(0) => return Ok(said),
+                Some(_) => return Err(said),
+                None => thread::sleep(Duration::from_millis(1)), // Docker takes note a little later
+            }
+        }
+        Err(format!("Docker knows of no end of it; it said: {said}"))
+    }
+
+    /// A property of the service.
+    pub fn show(&self, property: &str) -> String {
+        self.run(&format!("systemctl show -P {property} trousseau.service"))
+    }
+
+    pub fn journal(&self) -> String {
+        self.run("journalctl --no-pager -o cat -u trousseau.service")
+    }
+
+    pub fn wait_until(&self, what: &str, condition: impl Fn(&Self) -> bool) {
+        let began = Instant::now();
+        while !condition(self) {
+            assert!(began.elapsed() < PATIENCE, "waited in vain until {what}");
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// A file of /etc/trousseau.
+    pub fn write(&self, name: &str, text: &str) {
+        let path = self.directory.path().join("etc").join(name);
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
+        write(&path, text, mode);
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.run.path().join("kms.sock")
+    }
+
+    pub fn status(&self) -> Result<PluginStatus, ClientError> {
+        self.call(async |client| client.status().await)
+    }
+
+    pub fn encrypt(&self, plaintext: &[u8]) -> (Vec<u8>, String) {
+        self.call(async |client| client.encrypt(plaintext.to_vec()).await).unwrap()
+    }
+
+    pub fn decrypt(&self, ciphertext: &[u8], key_id: &str) -> Vec<u8> {
+        self.call(async |client| client.decrypt(ciphertext.to_vec(), key_id.to_owned()).await).unwrap()
+    }
+
+    fn call<T>(&self, call: impl AsyncFnOnce(&mut Client) -> Result<T, ClientError>) -> Result<T, ClientError> {
+        self.runtime.block_on(async {
+            let mut client = Client::connect(&self.socket(), Duration::from_secs(10)).await?;
+            call(&mut client).await
+        })
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let script =
+                "systemctl status --no-pager -n 0 'trousseau.*'; journalctl --no-pager -n 300 -u 'trousseau.*'";
+            eprintln!("{}", self.try_run(script).unwrap_or_else(|said| said));
+        }
+    }
+}
+
+/// A configuration that serves this cluster.
+pub fn configuration(cluster: &str) -> String {
+    format!(
+        r#"version = "v1"
+[keyring]
+cluster = "{cluster}"
+[[provider]]
+name = "hsm"
+type = "pkcs11"
+profile = "softhsm"
+tokens = ["pkcs11:token=trousseau"]
+label = "trousseau-test"
+pin-file = "credential:pin"
+"#
+    )
+}
+
+fn write(path: &Path, text: &str, mode: u32) {
+    fs::write(path, text).unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+}
