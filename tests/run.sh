@@ -72,15 +72,11 @@ ensure_go() {
 }
 go_here() { go env GOVERSION 2>/dev/null | sed 's/^go//'; }
 
-ensure_cargo_container_tests() { tests/containers/run.sh cargo test --locked --test containers; }
-
-fuzz() {
+ensure_cargo_fuzz() {
     cargo fuzz --version || cargo install --locked cargo-fuzz@0.13.2
 }
 
-build_container_tests() { tests/containers/run.sh cargo test --locked --test containers; }
-
-fuzz() {
+build_fuzz() {
     # The plugin's own versions, to which the fetch adds libFuzzer; offline, cargo-fuzz cannot move them.
     cp -- Cargo.lock fuzz/Cargo.lock
     cargo fetch --manifest-path fuzz/Cargo.toml
