@@ -15,14 +15,12 @@ use crate::config::Config;
 use crate::service::client::{Client, ClientError};
 
 pub(super) const EXAMPLES: &str = "It sends real requests over one connection, as an API server does. CPU is what the \
-plugin's whole
-process used for each operation, its token's library included; with --config, the token's own cost is
-measured beside it, in this process. Compare figures of one run only: a shared
-machine changes its speed.
+plugin's whole process used for each operation, its token's library included; with --config, the token's own cost is \
+measured beside it, in this process. Compare figures of one run only: a shared machine changes its speed.
 
 Examples:
   trousseau bench
-  trousseau bench --in-flight 1,16,64 --seconds 5 --config /etc/trousseau/trousseau.toml
+  trousseau bench --in-flight 1,16,64 --time 5s --config /etc/trousseau/trousseau.toml
   trousseau bench --output json";
 
 #[derive(Args)]

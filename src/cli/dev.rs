@@ -19,7 +19,7 @@ use crate::config::Config;
 use crate::provider::pkcs11::setup;
 
 pub(super) const EXAMPLES: &str = "All files lie in one directory; run it again and it goes on with what is there. \
-SoftHSM keeps its
+SoftHSM keeps its \
 keys in files: this is for development, not for secrets that matter.
 
 Examples:

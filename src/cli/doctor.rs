@@ -18,8 +18,7 @@ use crate::service::client::Client;
 
 pub(super) const EXAMPLES: &str =
     "It logs in to every token once, and tries what `serve` would. It changes nothing, and \
-can run beside
-the serving plugin. Exit code 1: at least one finding is a failure.
+can run beside the serving plugin. Exit code 1: at least one finding is a failure.
 
 Examples:
   trousseau doctor

@@ -31,7 +31,7 @@ pub(super) enum KeyVerb {
     List(ListArgs),
 }
 
-const GENERATE_EXAMPLES: &str = "Every plugin that uses the token sees the new KEK within 30 seconds, unwraps with it
+const GENERATE_EXAMPLES: &str = "Every plugin that uses the token sees the new KEK within 30 seconds, unwraps with it \
 from then on, and makes it active at its instant. The first KEK of a keyring is active at once.
 
 Back up the token before a KEK wraps anything that you cannot lose.

@@ -41,6 +41,9 @@ fn a_bad_configuration_is_refused_with_its_place_and_a_remedy() {
         let said: Vec<&str> = said.iter().map(|words| if *words == "line" { line.as_str() } else { words }).collect();
         assert_refused(&host, to, &said);
     }
+    let long = host.configuration().replace("kms.sock", &"k".repeat(100));
+    host.write_secret("trousseau.toml", &long);
+    assert_refused(&host, "a long path", &["listen.socket", "at most 104 bytes"]);
     let unknown = host.configuration().replace(host.token.family.profile(), "no-such-hsm");
     host.write_secret("trousseau.toml", &unknown);
     assert_refused(&host, "profile", &["profile `no-such-hsm` is unknown", "softhsm"]);

@@ -91,6 +91,42 @@ fn an_inherited_socket_is_served_and_left_behind() {
 }
 
 #[test]
+fn of_several_inherited_sockets_its_own_is_served() {
+    let host = host();
+    let configuration = host.write_configuration();
+    let (own, other) = (host.path("kms.sock"), host.path("other.sock"));
+    let (first, second) = (UnixListener::bind(&other).unwrap(), UnixListener::bind(&own).unwrap());
+    let inherit = format!(
+        "export LISTEN_FDS=2 LISTEN_PID=$$; exec 3<&0 4<&1 0</dev/null 1>/dev/null; exec {} serve --config {}",
+        env!("CARGO_BIN_EXE_trousseau"),
+        configuration.display()
+    );
+    let mut command = host.shell(&inherit);
+    command.stdin(Stdio::from(OwnedFd::from(first))).stdout(Stdio::from(OwnedFd::from(second)));
+    let mut plugin = host.start(command);
+    plugin.wait_until("it is healthy", |plugin| plugin.status().is_ok());
+    plugin.round_trip();
+}
+
+#[test]
+fn a_place_that_takes_no_socket_is_named() {
+    let host = host();
+    std::os::unix::fs::symlink(host.path("nowhere"), host.path("link.sock")).unwrap();
+    for (place, words) in [
+        ("/proc/kms.sock", "/proc/kms.sock"),
+        ("/no/such/directory/kms.sock", "make the directory"),
+        (host.path("link.sock").to_str().unwrap(), "not a socket"),
+    ] {
+        let configuration = host.configuration().replace(host.path("kms.sock").to_str().unwrap(), place);
+        host.write_secret("trousseau.toml", &configuration);
+        let file = host.path("trousseau.toml");
+        let done = host.command(&["serve", "--config", file.to_str().unwrap()]).output().unwrap();
+        let said = String::from_utf8_lossy(&done.stderr);
+        assert!(!done.status.success() && said.contains(words), "{place}: {said}");
+    }
+}
+
+#[test]
 fn a_directory_that_others_can_change_is_no_place_for_the_socket() {
     let host = host();
     host.set_mode("", 0o777);
@@ -128,6 +164,11 @@ fn sighup_takes_a_good_configuration_and_keeps_the_old_one_otherwise() {
         plugin.decrypt(&sealed, &key_id).unwrap();
         plugin.round_trip();
     }
+    // What needs a restart is said, and the rest is taken.
+    host.write_secret("trousseau.toml", &good.replace("kms.sock", "elsewhere.sock"));
+    plugin.reload();
+    plugin.wait_until("it says so", |plugin| plugin.log().contains("only allow-uids changes without a restart"));
+    plugin.round_trip();
     // A new cluster name makes a new key_id: it shows which configuration serves.
     host.cluster = "renamed".into();
     host.write_configuration();

@@ -54,6 +54,20 @@ fn a_full_queue_answers_at_once_and_the_rest_when_its_time_is_up() {
 }
 
 #[test]
+fn a_peer_that_goes_away_in_the_middle_of_its_call_frees_its_place() {
+    let host = host_with_one_session();
+    let plugin = host.serve_healthy();
+    plugin.round_trip();
+    let Some(held) = hold_up(&host) else { return };
+    // Each crowd would fill the queue by itself, if those before it had not left it.
+    for _ in 0..3 {
+        plugin.encrypt_and_leave(QUEUE - 4);
+    }
+    drop(held);
+    plugin.round_trip();
+}
+
+#[test]
 fn sigterm_answers_what_was_accepted() {
     let host = host_with_one_session();
     let plugin = host.serve_healthy();

@@ -237,6 +237,14 @@ impl Plugin {
         self.runtime.block_on(futures_util::future::join_all(encrypts))
     }
 
+    /// Sends so many Encrypts at one moment, and hangs up half a second later; none is refused in that time.
+    pub fn encrypt_and_leave(&self, count: usize) {
+        let encrypts = (0..count).map(|_| encrypt_once(&self.socket));
+        let all = futures_util::future::join_all(encrypts);
+        let answers = self.runtime.block_on(async { tokio::time::timeout(Duration::from_millis(500), all).await });
+        assert!(answers.is_err(), "all were answered: {answers:?}");
+    }
+
     /// Sends so many Encrypts, asks the plugin to end while they wait, and then does `release`.
     pub fn stop_while_encrypting(
         mut self,
