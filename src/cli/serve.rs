@@ -20,7 +20,7 @@ pub(super) const EXAMPLES: &str =
     "The socket is served before the token is reached: an HSM that is late does not hold \
 up a boot.
 
-SIGTERM answers what was accepted and ends. SIGHUP reads the configuration again: the old one stays until the new one
+SIGTERM answers what was accepted and ends. SIGHUP reads the configuration again: the old one stays until the new one \
 works, and if it does not, the log says why.
 
 Examples:
