@@ -100,6 +100,8 @@ fn percent_encode(text: &str) -> String {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -110,6 +112,24 @@ mod tests {
         let spaced: TokenUri = "pkcs11:token=a%20b;serial=0a1b".parse().unwrap();
         assert!(spaced.matches("a b", "0a1b", "any", "any"));
         assert!(!spaced.matches("a b", "0a1c", "any", "any"));
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_a_token_is_called_its_uri_is_read_as_it_was_written(
+            label in "\\PC{0,32}",
+            serial in proptest::option::of("\\PC{0,16}"),
+        ) {
+            let uri = TokenUri { token: Some(label.clone()), serial: serial.clone(), ..TokenUri::default() };
+            prop_assert_eq!(&uri.to_string().parse::<TokenUri>().unwrap(), &uri);
+            prop_assert!(uri.matches(&label, serial.as_deref().unwrap_or("any"), "any", "any"));
+            prop_assert!(!uri.matches(&(label + "x"), serial.as_deref().unwrap_or("any"), "any", "any"));
+        }
+
+        #[test]
+        fn no_text_makes_the_reader_panic(text in "(pkcs11:)?\\PC{0,64}") {
+            let _anything = text.parse::<TokenUri>();
+        }
     }
 
     #[test]

@@ -256,8 +256,8 @@ impl Plugin {
             (0..count).map(|_| tokio::spawn(encrypt_once_owned(self.socket.clone()))).collect()
         };
         let answers = self.runtime.block_on(async {
-            // All have been sent when the plugin has logged nothing new, and 100 ms are ample on a local socket.
-            tokio::time::sleep(Duration::from_millis(500)).await;
+            // Nothing tells when all have arrived. They wait for three seconds at most.
+            tokio::time::sleep(Duration::from_millis(1000)).await;
             self.terminate();
             tokio::time::sleep(Duration::from_millis(200)).await;
             release();
