@@ -137,8 +137,10 @@ impl Token {
                     refused_pin = (!again).then_some(refused);
                 }
             }
-            let _closed = woken.recv_timeout(retry);
-            retry = (retry * 2).min(LAST_RETRY);
+            if !self.pool.is_closed() {
+                let _closed = woken.recv_timeout(retry);
+                retry = (retry * 2).min(LAST_RETRY);
+            }
         }
     }
 }
