@@ -112,19 +112,20 @@ impl Address {
         let mut unread = String::new();
         for slot in slots {
             match library.get_token_info(slot) {
-                Ok(info) => tokens.push((slot, info)),
+                Ok(info) if info.token_initialized() => tokens.push((slot, info)),
+                Ok(_) => (),
                 Err(error) => unread = format!("; slot {}: {}", slot.id(), CallError::from(error)),
             }
         }
         let meant = |info: &TokenInfo| {
             self.uri.matches(info.label(), info.serial_number(), info.manufacturer_id(), info.model())
         };
-        let matching: Vec<_> = tokens.iter().filter(|(_, info)| info.token_initialized() && meant(info)).collect();
+        let matching: Vec<_> = tokens.iter().filter(|(_, info)| meant(info)).collect();
         match matching.as_slice() {
             [(slot, info)] => Ok((*slot, info.clone())),
             [] => {
-                let labels = tokens.iter().map(|(_, info)| info.label()).filter(|label| !label.is_empty());
-                let there = labels.collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>().join(", ");
+                let labels: BTreeSet<&str> = tokens.iter().map(|(_, info)| info.label()).collect();
+                let there = labels.into_iter().collect::<Vec<_>>().join(", ");
                 Err(format!(
                     "no token of {} matches it; there: {}{unread}: insert it, or correct `tokens`",
                     self.module.display(),
