@@ -11,6 +11,7 @@ use hyper_util::rt::TokioIo;
 use tonic::transport::Endpoint;
 use tonic::{Code, Request};
 use tonic_prost::ProstCodec;
+use trousseau::service::client::Client;
 
 use crate::plugin::Host;
 
@@ -105,6 +106,68 @@ fn garbage_on_it_leaves_the_service_well() {
         assert!(plugin.status().is_ok(), "{case}");
     }
     plugin.round_trip();
+}
+
+#[test]
+fn a_flood_of_header_frames_leaves_the_service_well() {
+    let host = Host::new();
+    host.generate("0s");
+    let plugin = host.serve_healthy();
+    let mut stream = UnixStream::connect(&plugin.socket).unwrap();
+    stream.set_write_timeout(Some(Duration::from_secs(5))).unwrap();
+    let continuation = [&[0, 4, 0, 9, 0, 0, 0, 0, 1][..], &[0; 1024]].concat();
+    stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").unwrap();
+    stream.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).unwrap(); // SETTINGS
+    stream.write_all(&[0, 0, 0, 1, 0, 0, 0, 0, 1]).unwrap(); // HEADERS that do not end
+    let sent = (0..100_000).take_while(|_| stream.write_all(&continuation).is_ok()).count();
+    assert!(sent < 100_000, "nobody stopped it");
+    plugin.round_trip();
+}
+
+#[test]
+fn ten_thousand_streams_and_a_trickle_of_bytes_leave_the_service_well() {
+    let host = Host::new();
+    host.generate("0s");
+    let plugin = host.serve_healthy();
+    let socket = plugin.socket.clone();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (streams, trickled) = runtime.block_on(async {
+        let stream = tokio::net::UnixStream::connect(socket).await.unwrap();
+        let (mut client, connection) = h2::client::handshake(stream).await.unwrap();
+        tokio::spawn(connection);
+        let request = || {
+            let uri = "http://localhost/v2.KeyManagementService/Encrypt";
+            let request = http::Request::post(uri).header("content-type", "application/grpc").header("te", "trailers");
+            request.body(()).unwrap()
+        };
+        // One that sends its message a byte at a time, and never all of it.
+        client = client.ready().await.unwrap();
+        let (_answer, mut body) = client.send_request(request(), false).unwrap();
+        let mut trickled = 0;
+        for byte in [0, 0, 0x3f, 0xff, 0xff].into_iter().chain(std::iter::repeat_n(7, 50_000)) {
+            trickled += usize::from(body.send_data(vec![byte].into(), false).is_ok());
+            tokio::task::yield_now().await;
+        }
+        // And all the others, as many as are taken.
+        let mut open = Vec::new();
+        let crowd = async {
+            for _ in 0..10_000 {
+                client = client.clone().ready().await?;
+                open.push(client.send_request(request(), false)?);
+            }
+            Ok::<_, h2::Error>(())
+        };
+        let _limited_or_refused = tokio::time::timeout(Duration::from_secs(3), crowd).await;
+        plugin_is_well_meanwhile(&plugin.socket).await;
+        (open.len(), trickled)
+    });
+    assert!(streams > 10 && trickled > 10_000, "{streams} streams, {trickled} bytes");
+    plugin.round_trip();
+}
+
+async fn plugin_is_well_meanwhile(socket: &std::path::Path) {
+    let mut client = Client::connect(socket, Duration::from_secs(5)).await.unwrap();
+    client.status().await.unwrap();
 }
 
 /// The code that v1beta1's Version is answered with.
