@@ -30,6 +30,9 @@ pub(super) struct BenchArgs {
     /// A configuration with the same token: what the token itself costs is measured as well.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// The plugin's process, where systemd made the socket; `systemctl show -P MainPID trousseau` tells it.
+    #[arg(long)]
+    pid: Option<u32>,
     /// Requests under way at a time.
     #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "1,16,64", value_parser = clap::value_parser!(u16).range(1..=1000))]
     in_flight: Vec<u16>,
@@ -87,7 +90,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<(), Failure> {
 
 async fn measure(args: &BenchArgs) -> Result<Report, Failure> {
     let mut client = Client::connect(&args.socket.socket, Duration::from_secs(10)).await?;
-    let server = client.server_pid();
+    let server = args.pid.or_else(|| client.server_pid());
     let (ciphertext, key_id) = client.encrypt(vec![7; 32]).await?;
     let mut requests = Vec::new();
     for call in [Call::Encrypt, Call::Decrypt] {
