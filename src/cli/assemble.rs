@@ -20,12 +20,22 @@ pub(super) fn provider(config: &ProviderConfig, state: &Arc<State>) -> Result<Pk
     Pkcs11::new(config, state).map_err(no_thread)
 }
 
+/// Every provider, in the order of the configuration, and the state that they share.
+pub(super) fn providers(config: &Config) -> Result<(Vec<Pkcs11>, Arc<State>), Failure> {
+    let state = state(config)?;
+    let providers = config.providers.iter().map(|config| provider(config, &state)).collect::<Result<_, _>>()?;
+    Ok((providers, state))
+}
+
+/// The keyring over the [`providers`] of the same configuration.
+pub(super) fn keyring_of(config: &Config, providers: Vec<Pkcs11>, state: Arc<State>) -> Keyring {
+    let boxed = |provider| Box::new(provider) as Box<dyn Provider>;
+    let seals = config.providers.iter().map(|config| config.seal);
+    Keyring::new(&config.keyring, providers.into_iter().map(boxed).zip(seals).collect(), state)
+}
+
 /// The keyring over all providers, their tokens being connected to.
 pub(super) fn keyring(config: &Config) -> Result<Keyring, Failure> {
-    let state = state(config)?;
-    let mut providers: Vec<(Box<dyn Provider>, bool)> = Vec::new();
-    for config in &config.providers {
-        providers.push((Box::new(provider(config, &state)?), config.seal));
-    }
-    Ok(Keyring::new(&config.keyring, providers, state))
+    let (providers, state) = providers(config)?;
+    Ok(keyring_of(config, providers, state))
 }

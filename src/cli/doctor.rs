@@ -12,8 +12,10 @@ use serde::Serialize;
 
 use super::output::{Failure, Format, print, print_json, table};
 use super::{ConfigArgs, OutputArgs, assemble};
-use crate::config::{Config, Listen, ProviderConfig};
+use crate::config::{Config, Listen};
 use crate::keyring::{KekState, Keyring};
+use crate::provider::Provider;
+use crate::provider::pkcs11::Pkcs11;
 use crate::service::client::Client;
 
 pub(super) const EXAMPLES: &str =
@@ -98,25 +100,26 @@ async fn examine(args: &DoctorArgs, findings: &mut Findings) {
         Err(error) => return findings.failed("configuration", &error.into()),
     };
     findings.good("configuration", format!("{file} and the files that it names are good"));
-    for provider in &config.providers {
-        examine_tokens(&config, provider, findings).await;
+    match assemble::providers(&config) {
+        Ok((providers, state)) => {
+            for provider in &providers {
+                examine_tokens(provider, findings).await;
+            }
+            examine_keys(&assemble::keyring_of(&config, providers, state), findings).await;
+        }
+        Err(failure) => findings.failed("state", &failure),
     }
-    examine_keys(&config, findings).await;
     examine_socket(&config.listen, findings).await;
     examine_api_servers(&config.listen, findings);
     examine_unit(findings);
 }
 
 /// The module, the slot, the login, and what the token says of itself.
-async fn examine_tokens(config: &Config, provider: &ProviderConfig, findings: &mut Findings) {
-    let pkcs11 = match assemble::state(config).and_then(|state| assemble::provider(provider, &state)) {
-        Ok(pkcs11) => pkcs11,
-        Err(failure) => return findings.failed("state", &failure),
-    };
+async fn examine_tokens(pkcs11: &Pkcs11, findings: &mut Findings) {
     let deadline = Instant::now() + TIMEOUT;
     let Ok(diagnoses) = tokio::time::timeout(TIMEOUT, pkcs11.diagnose(deadline)).await else {
         let remedy = "see what the vendor's tools say of it";
-        return findings.failure("token", format!("provider {}: a token does not answer", provider.name), remedy);
+        return findings.failure("token", format!("provider {}: a token does not answer", pkcs11.name()), remedy);
     };
     for diagnosis in diagnoses {
         match diagnosis {
@@ -134,11 +137,7 @@ async fn examine_tokens(config: &Config, provider: &ProviderConfig, findings: &m
     }
 }
 
-async fn examine_keys(config: &Config, findings: &mut Findings) {
-    let keyring = match assemble::keyring(config) {
-        Ok(keyring) => keyring,
-        Err(failure) => return findings.failed("KEK", &failure),
-    };
+async fn examine_keys(keyring: &Keyring, findings: &mut Findings) {
     let looked = async {
         keyring.settled().await;
         keyring.find_keks().await;
@@ -146,7 +145,7 @@ async fn examine_keys(config: &Config, findings: &mut Findings) {
     if tokio::time::timeout(TIMEOUT, looked).await.is_err() {
         return findings.failure("KEK", "the tokens do not answer", "see what their vendor's tools say");
     }
-    report_keys(&keyring, findings);
+    report_keys(keyring, findings);
 }
 
 fn report_keys(keyring: &Keyring, findings: &mut Findings) {
