@@ -1,6 +1,7 @@
 //! What the handlers of both versions of the service share: deadlines, codes, the log, and the count of requests
 //! under way.
 
+use std::fmt::{self, Write};
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -141,11 +142,19 @@ pub(super) fn log(
     began: Instant,
     outcome: Result<usize, &KeyringError>,
 ) {
-    let uid: String = uid.chars().filter(|letter| letter.is_ascii_graphic()).take(64).collect();
     let micros = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
     match outcome {
-        Ok(sent) => tracing::debug!(call, uid, received, sent, micros, "done"),
-        Err(error) => tracing::warn!(call, uid, received, micros, %error, "failed"),
+        Ok(sent) => tracing::debug!(call, uid = %Plain(uid), received, sent, micros, "done"),
+        Err(error) => tracing::warn!(call, uid = %Plain(uid), received, micros, %error, "failed"),
+    }
+}
+
+/// A client's text as the log may show it: nothing but visible letters, and not too many. Made only if it is logged.
+struct Plain<'a>(&'a str);
+
+impl fmt::Display for Plain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.chars().filter(|letter| letter.is_ascii_graphic()).take(64).try_for_each(|letter| f.write_char(letter))
     }
 }
 
