@@ -24,8 +24,9 @@
 //!
 //! # Threads
 //!
-//! One thread runs everything asynchronous. Each token has a supervisor thread, and a thread for each session: a C
-//! call blocks and cannot be cancelled, so it must not happen where others wait.
+//! One thread at a time runs everything asynchronous ([`runtime`]). Each token has a supervisor thread, and a thread for
+//! each session: a C call blocks and cannot be cancelled, so it must not happen where others wait. Only while a token
+//! answers sooner than a thread is woken does the async thread call it itself, and another stands by to take its place.
 
 pub mod cli;
 pub mod config;
@@ -34,6 +35,7 @@ pub mod health;
 pub mod identity;
 pub mod keyring;
 pub mod provider;
+pub mod runtime;
 pub mod secret;
 pub mod service;
 pub mod state;

@@ -7,6 +7,7 @@ use crate::config::{Config, ProviderConfig};
 use crate::keyring::Keyring;
 use crate::provider::Provider;
 use crate::provider::pkcs11::Pkcs11;
+use crate::runtime::Leader;
 use crate::state::State;
 
 /// The state directory of this host.
@@ -15,15 +16,15 @@ pub(super) fn state(config: &Config) -> Result<Arc<State>, Failure> {
 }
 
 /// A provider, its tokens being connected to.
-pub(super) fn provider(config: &ProviderConfig, state: &Arc<State>) -> Result<Pkcs11, Failure> {
+pub(super) fn provider(config: &ProviderConfig, state: &Arc<State>, leader: &Leader) -> Result<Pkcs11, Failure> {
     let no_thread = |error| Failure::failed(format!("provider {}: {error}", config.name), "raise the limit on threads");
-    Pkcs11::new(config, state).map_err(no_thread)
+    Pkcs11::new(config, state, leader).map_err(no_thread)
 }
 
 /// Every provider, in the order of the configuration, and the state that they share.
-pub(super) fn providers(config: &Config) -> Result<(Vec<Pkcs11>, Arc<State>), Failure> {
+pub(super) fn providers(config: &Config, leader: &Leader) -> Result<(Vec<Pkcs11>, Arc<State>), Failure> {
     let state = state(config)?;
-    let providers = config.providers.iter().map(|config| provider(config, &state)).collect::<Result<_, _>>()?;
+    let providers = config.providers.iter().map(|config| provider(config, &state, leader)).collect::<Result<_, _>>()?;
     Ok((providers, state))
 }
 
@@ -35,7 +36,7 @@ pub(super) fn keyring_of(config: &Config, providers: Vec<Pkcs11>, state: Arc<Sta
 }
 
 /// The keyring over all providers, their tokens being connected to.
-pub(super) fn keyring(config: &Config) -> Result<Keyring, Failure> {
-    let (providers, state) = providers(config)?;
+pub(super) fn keyring(config: &Config, leader: &Leader) -> Result<Keyring, Failure> {
+    let (providers, state) = providers(config, leader)?;
     Ok(keyring_of(config, providers, state))
 }

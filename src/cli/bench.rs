@@ -12,6 +12,7 @@ use serde::Serialize;
 use super::output::{Failure, Format, print, print_json, table};
 use super::{OutputArgs, SocketArgs, assemble, duration};
 use crate::config::Config;
+use crate::runtime::Leader;
 use crate::service::client::{Client, ClientError};
 
 pub(super) const EXAMPLES: &str = "It sends real requests over one connection, as an API server does. CPU is what the \
@@ -157,7 +158,7 @@ async fn measure_token(file: &Path) -> Result<Vec<TokenCost>, Failure> {
     let config = Config::load(file)?;
     let state = assemble::state(&config)?;
     let Some(provider) = config.providers.iter().find(|provider| provider.seal) else { return Ok(Vec::new()) };
-    let pkcs11 = assemble::provider(provider, &state)?;
+    let pkcs11 = assemble::provider(provider, &state, &Leader::default())?;
     pkcs11.reach_every_token().await?;
     let mut costs = Vec::new();
     for sessions in BTreeSet::from([1, provider.sessions]) {

@@ -56,7 +56,7 @@ pub(super) fn run(args: &DevArgs) -> Result<(), Failure> {
         .map_err(|what| Failure::failed(what, format!("remove {} and try again", dir.display())))?;
     key::ensure_first(&loaded, provider)?;
     let welcome = welcome(&dir, &loaded);
-    serve::serve(&config, loaded, || super::output::print(&welcome))
+    serve::serve(&config, loaded, move || super::output::print(&welcome))
 }
 
 fn welcome(dir: &Path, config: &Config) -> String {

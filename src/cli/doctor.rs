@@ -16,6 +16,7 @@ use crate::config::{Config, Listen};
 use crate::keyring::{KekState, Keyring};
 use crate::provider::Provider;
 use crate::provider::pkcs11::Pkcs11;
+use crate::runtime::Leader;
 use crate::service::client::Client;
 
 pub(super) const EXAMPLES: &str =
@@ -100,7 +101,7 @@ async fn examine(args: &DoctorArgs, findings: &mut Findings) {
         Err(error) => return findings.failed("configuration", &error.into()),
     };
     findings.good("configuration", format!("{file} and the files that it names are good"));
-    match assemble::providers(&config) {
+    match assemble::providers(&config, &Leader::default()) {
         Ok((providers, state)) => {
             for provider in &providers {
                 examine_tokens(provider, findings).await;

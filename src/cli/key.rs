@@ -14,6 +14,7 @@ use crate::identity::Identity;
 use crate::keyring::KekDescription;
 use crate::provider::Refused;
 use crate::provider::pkcs11::{Generated, LONGEST_WAIT, Pkcs11};
+use crate::runtime::Leader;
 
 /// How long the tokens may take.
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -166,7 +167,7 @@ pub(super) fn ensure_first(config: &Config, provider: &ProviderConfig) -> Result
 /// The provider with every token connected, the activation instant of its newest KEK, and by when all must be done.
 async fn reach(config: &Config, provider: &ProviderConfig) -> Result<(Pkcs11, Option<Timestamp>, Instant), Failure> {
     let deadline = Instant::now() + TIMEOUT;
-    let pkcs11 = assemble::provider(provider, &assemble::state(config)?)?;
+    let pkcs11 = assemble::provider(provider, &assemble::state(config)?, &Leader::default())?;
     pkcs11.reach_every_token().await?;
     let newest = pkcs11.newest(deadline).await?;
     Ok((pkcs11, newest, deadline))
@@ -215,7 +216,7 @@ struct Listing {
 
 async fn list(args: &ListArgs) -> Result<(), Failure> {
     let config = Config::load(&args.config.config)?;
-    let keyring = assemble::keyring(&config)?;
+    let keyring = assemble::keyring(&config, &Leader::default())?;
     in_time(async {
         keyring.settled().await;
         keyring.find_keks().await;

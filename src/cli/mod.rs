@@ -153,12 +153,13 @@ fn protect_process() -> Result<(), Failure> {
         .map_err(|error| Failure::failed(format!("core dumps cannot be switched off: {error}"), "run it on Linux"))
 }
 
-/// The runtime of every verb: one thread, since the tokens' sessions have threads of their own.
+/// The runtime of every verb but `serve`: one thread, since the tokens' sessions have threads of their own.
 fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| Failure::failed(format!("no runtime: {error}"), "raise the limit on open files"))
+    tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(no_runtime)
+}
+
+fn no_runtime(error: std::io::Error) -> Failure {
+    Failure::failed(format!("no runtime: {error}"), "raise the limits on open files and threads")
 }
 
 #[cfg(test)]

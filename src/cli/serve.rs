@@ -12,6 +12,7 @@ use super::assemble;
 use super::output::Failure;
 use crate::config::{Config, Listen};
 use crate::keyring::Keyring;
+use crate::runtime::{self, Leader};
 use crate::service::listener::Listener;
 use crate::service::requests::Requests;
 use crate::{service, systemd};
@@ -38,31 +39,43 @@ pub(super) fn run(file: &Path) -> Result<(), Failure> {
 }
 
 /// Serves, and calls `ready` once the socket is served.
-pub(super) fn serve(file: &Path, config: Config, ready: impl FnOnce() -> Result<(), Failure>) -> Result<(), Failure> {
+pub(super) fn serve(
+    file: &Path,
+    config: Config,
+    ready: impl FnOnce() -> Result<(), Failure> + Send + 'static,
+) -> Result<(), Failure> {
     allow_many_connections();
-    super::runtime()?.block_on(async {
-        let keyring = Arc::new(assemble::keyring(&config)?);
-        let listener = Listener::open(&config.listen)?;
-        let socket = config.listen.socket.display();
-        let (version, cluster) = (env!("CARGO_PKG_VERSION"), &config.keyring.cluster);
-        tracing::info!(version, %socket, v1beta1 = config.listen.v1beta1, cluster, "serving");
-        ready()?;
-        let v1beta1 = config.listen.v1beta1;
-        let requests = Arc::new(Requests::new(keyring));
-        let daemon = Daemon { file: file.to_owned(), listen: config.listen, listener, requests };
-        let terminated = terminated()?;
-        let mut hangup = on(SignalKind::hangup())?;
-        systemd::ready();
-        tokio::select! {
-            ended = service::serve(&daemon.listener, &daemon.requests, v1beta1, terminated) => {
-                ended.map_err(|error| Failure::failed(format!("the service ended: {error}"), ""))
-            }
-            () = daemon.requests.keep_looking() => Ok(()),
-            () = daemon.reload_at(&mut hangup) => Ok(()),
-            () = daemon.keep_systemd_informed() => Ok(()),
-            () = feed_watchdog() => Ok(()),
+    let file = file.to_owned();
+    runtime::run(|leader| serve_with(leader, file, config, ready)).map_err(super::no_runtime)?
+}
+
+async fn serve_with(
+    leader: Leader,
+    file: PathBuf,
+    config: Config,
+    ready: impl FnOnce() -> Result<(), Failure> + Send,
+) -> Result<(), Failure> {
+    let keyring = Arc::new(assemble::keyring(&config, &leader)?);
+    let listener = Listener::open(&config.listen)?;
+    let socket = config.listen.socket.display();
+    let (version, cluster) = (env!("CARGO_PKG_VERSION"), &config.keyring.cluster);
+    tracing::info!(version, %socket, v1beta1 = config.listen.v1beta1, cluster, "serving");
+    ready()?;
+    let v1beta1 = config.listen.v1beta1;
+    let requests = Arc::new(Requests::new(keyring));
+    let daemon = Daemon { file, listen: config.listen, listener, requests, leader };
+    let terminated = terminated()?;
+    let mut hangup = on(SignalKind::hangup())?;
+    systemd::ready();
+    tokio::select! {
+        ended = service::serve(&daemon.listener, &daemon.requests, v1beta1, terminated) => {
+            ended.map_err(|error| Failure::failed(format!("the service ended: {error}"), ""))
         }
-    })
+        () = daemon.requests.keep_looking() => Ok(()),
+        () = daemon.reload_at(&mut hangup) => Ok(()),
+        () = daemon.keep_systemd_informed() => Ok(()),
+        () = feed_watchdog() => Ok(()),
+    }
 }
 
 struct Daemon {
@@ -70,6 +83,7 @@ struct Daemon {
     listen: Listen,
     listener: Listener,
     requests: Arc<Requests>,
+    leader: Leader,
 }
 
 impl Daemon {
@@ -88,7 +102,7 @@ impl Daemon {
     /// Exchanges the keyring, once the new one is as well as the old one.
     async fn reload(&self) -> Result<(), Failure> {
         let config = Config::load(&self.file)?;
-        let keyring = Arc::new(assemble::keyring(&config)?);
+        let keyring = Arc::new(assemble::keyring(&config, &self.leader)?);
         let becomes_well = async {
             tokio::select! {
                 () = keyring.keep_looking() => (),

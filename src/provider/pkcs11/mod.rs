@@ -39,6 +39,7 @@ use super::{Answer, Kek, KekError, Provider, Rank, Refused, Sighting};
 use crate::config::{Mode, ProviderConfig, TokenUri};
 use crate::envelope::WrapAlgorithm;
 use crate::identity::Identity;
+use crate::runtime::Leader;
 use crate::secret::Dek;
 use crate::state::State;
 use crate::sync::{lock, read, write};
@@ -86,9 +87,9 @@ impl Pkcs11 {
     ///
     /// # Errors
     /// The operating system gives no thread.
-    pub fn new(config: &ProviderConfig, state: &Arc<State>) -> std::io::Result<Self> {
+    pub fn new(config: &ProviderConfig, state: &Arc<State>, leader: &Leader) -> std::io::Result<Self> {
         let changed = Arc::new(Notify::new());
-        let start = |uri: &TokenUri| Token::start(uri.clone(), config, state, Arc::clone(&changed));
+        let start = |uri: &TokenUri| Token::start(uri.clone(), config, state, leader, Arc::clone(&changed));
         let tokens = config.tokens.iter().map(start).collect::<Result<_, _>>()?;
         let (name, modes) = (config.name.clone(), config.profile.modes.clone());
         Ok(Self { name, modes, tokens, state: Arc::clone(state), changed, keks: Mutex::default() })

@@ -1,10 +1,12 @@
 //! The session pool: worker threads that own a session each, and the way from an async caller to them and back.
 //!
 //! A C call blocks and cannot be cancelled. So it runs on a thread of its own kind, its caller waits no longer than
-//! its deadline, and a caller that goes away takes its place in the queue along.
+//! its deadline, and a caller that goes away takes its place in the queue along. While the token is so quick that a
+//! worker would take longer to wake, the thread that leads the runtime makes the calls, in a session of its own.
 
-use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
@@ -14,176 +16,255 @@ use super::lane::Lane;
 use super::link::Link;
 use super::queue::{Next, Queue, Ticket};
 use crate::provider::KekError;
+use crate::runtime::{Deliver, Errand, Leader};
 use crate::state::State;
+use crate::sync::lock;
 
 /// Places in the queue for each session: a request at the end waits as long as this many calls.
 const QUEUE_PER_SESSION: usize = 64;
+/// What a quick job takes on average, at most. To have a worker do it costs some 50 µs of CPU.
+const QUICK: Duration = Duration::from_micros(100);
 
-/// The queue of one token's workers.
+/// The queue of one token's workers, and what these need.
 pub(super) struct Pool {
     queue: Queue<Box<dyn Job>>,
+    link: Arc<Link>,
+    state: Arc<State>,
+    leader: Leader,
+    /// The leader's own session, while no call is made in it.
+    leaders: Mutex<Seat>,
+    pace: Pace,
 }
 
 /// Something to be done with a session.
-trait Job: Send {
+trait Job: Deliver {
     /// Whether somebody still wants the answer.
     fn is_wanted(&self) -> bool;
 
-    /// Does it. On success the answer is sent; after a failure it can be tried again, or refused.
+    /// Does it. On success the answer is kept; after a failure it can be tried again, or refused.
     fn attempt(&mut self, lane: &mut Lane) -> Result<(), CallError>;
 
-    /// Sends a failure.
+    /// Keeps a failure as the answer.
     fn refuse(&mut self, error: KekError);
 }
 
 struct Call<T, W> {
     work: W,
     deadline: Instant,
-    answer: Option<oneshot::Sender<Result<T, KekError>>>,
+    answer: Option<Result<T, KekError>>,
+    caller: oneshot::Sender<Result<T, KekError>>,
 }
 
 impl<T: Send, W: FnMut(&mut Lane) -> Result<T, CallError> + Send> Job for Call<T, W> {
     fn is_wanted(&self) -> bool {
-        Instant::now() < self.deadline && self.answer.as_ref().is_some_and(|answer| !answer.is_closed())
+        Instant::now() < self.deadline && !self.caller.is_closed()
     }
 
     fn attempt(&mut self, lane: &mut Lane) -> Result<(), CallError> {
-        let done = (self.work)(lane)?;
-        self.send(Ok(done));
+        self.answer = Some(Ok((self.work)(lane)?));
         Ok(())
     }
 
     fn refuse(&mut self, error: KekError) {
-        self.send(Err(error));
+        self.answer = Some(Err(error));
     }
 }
 
-impl<T, W> Call<T, W> {
-    fn send(&mut self, answer: Result<T, KekError>) {
-        if let Some(sender) = self.answer.take() {
-            let _caller_gone = sender.send(answer);
+impl<T: Send, W: Send> Deliver for Call<T, W> {
+    fn deliver(self: Box<Self>) {
+        if let Some(answer) = self.answer {
+            let _caller_gone = self.caller.send(answer);
         }
+    }
+}
+
+/// A worker's session, and the round of the queue in which it was opened.
+#[derive(Default)]
+struct Seat {
+    round: u64,
+    lane: Option<Lane>,
+}
+
+/// How long a job takes on average, of late; in nanoseconds.
+struct Pace(AtomicU64);
+
+impl Pace {
+    const UNKNOWN: u64 = 1_000_000;
+
+    fn note(&self, took: Duration) {
+        let took = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
+        let average = self.0.load(Ordering::Relaxed);
+        self.0.store(average - average / 8 + took / 8, Ordering::Relaxed);
+    }
+
+    fn is_quick(&self) -> bool {
+        u128::from(self.0.load(Ordering::Relaxed)) < QUICK.as_nanos()
+    }
+
+    fn forget(&self) {
+        self.0.store(Self::UNKNOWN, Ordering::Relaxed);
     }
 }
 
 impl Pool {
-    pub(super) fn new(sessions: usize) -> Self {
-        Self { queue: Queue::new(sessions * QUEUE_PER_SESSION) }
+    pub(super) fn new(sessions: usize, link: Arc<Link>, state: Arc<State>, leader: Leader) -> Self {
+        let pace = Pace(AtomicU64::new(Pace::UNKNOWN));
+        Self { queue: Queue::new(sessions * QUEUE_PER_SESSION), link, state, leader, leaders: Mutex::default(), pace }
     }
 
     /// Has a worker do `work`, twice at most, and returns its answer before the deadline.
-    pub(super) async fn run<T, W>(&self, link: &Link, deadline: Instant, work: W) -> Result<T, KekError>
+    pub(super) async fn run<T, W>(self: &Arc<Self>, deadline: Instant, work: W) -> Result<T, KekError>
     where
         T: Send + 'static,
         W: FnMut(&mut Lane) -> Result<T, CallError> + Send + 'static,
     {
-        link.check()?;
-        let (answer, answered) = oneshot::channel();
-        let job = Box::new(Call { work, deadline, answer: Some(answer) });
-        let ticket = self.queue.push(job).map_err(|_| KekError::Busy(link.name.clone()))?;
+        self.link.check()?;
+        let (caller, answered) = oneshot::channel();
+        let job = Box::new(Call { work, deadline, answer: None, caller });
+        let ticket = self.queue.push(job).map_err(|_| KekError::Busy(self.link.name.clone()))?;
         let _place = Place { queue: &self.queue, ticket };
+        if !(self.pace.is_quick() && self.leader.send(Arc::clone(self) as Arc<dyn Errand>)) {
+            self.queue.wake();
+        }
         match tokio::time::timeout_at(deadline.into(), answered).await {
             Ok(Ok(answer)) => answer,
-            Ok(Err(_)) | Err(_) => Err(KekError::Deadline(link.name.clone())),
+            Ok(Err(_)) | Err(_) => Err(KekError::Deadline(self.link.name.clone())),
         }
     }
 
     /// What a worker thread does until the pool is closed.
-    pub(super) fn work(&self, link: &Link, state: &Arc<State>) {
-        let mut lane = None;
-        let mut round = 0;
+    pub(super) fn work(&self) {
+        let mut seat = Seat::default();
         loop {
-            match self.queue.next(round) {
-                Next::Job(mut job) => self.serve(&mut *job, &mut lane, link, state),
-                Next::Round(begun) => {
-                    round = begun;
-                    lane = None;
+            match self.queue.next(seat.round) {
+                Next::Job(mut job) => {
+                    self.serve(&mut *job, &mut seat.lane);
+                    job.deliver();
                 }
+                Next::Round(round) => seat = Seat { round, lane: None },
                 Next::Closed => break,
             }
         }
     }
 
     /// Does one job: each class of failure has its one treatment here.
-    fn serve(&self, job: &mut dyn Job, lane: &mut Option<Lane>, link: &Link, state: &Arc<State>) {
+    fn serve(&self, job: &mut dyn Job, lane: &mut Option<Lane>) {
         if !job.is_wanted() {
             return;
         }
         let mut again = true;
         loop {
-            let Err(error) = self.attempt(job, lane, link, state) else { return };
+            let Err(error) = self.attempt(job, lane) else { return };
             let mended = match error.class {
                 Class::Session => {
                     *lane = None;
                     true
                 }
-                Class::Login if again => self.log_in_again(lane, link),
+                Class::Login if again => self.log_in_again(lane),
                 Class::Login => false,
                 Class::Token | Class::Doubtful => {
                     if let Some(gone) = lane.take() {
-                        self.is_lost(link, &gone.connected, &error);
+                        self.is_lost(&gone.connected, &error);
                     }
                     false
                 }
                 Class::BadInput | Class::Pin | Class::Refused => false,
             };
             if !(mended && again) {
-                return job.refuse(error.to_kek_error(&link.name));
+                return job.refuse(error.to_kek_error(&self.link.name));
             }
             again = false;
         }
     }
 
     /// Logs in again. If that fails the connection is given up: the supervisor knows how to treat a PIN.
-    fn log_in_again(&self, lane: &mut Option<Lane>, link: &Link) -> bool {
+    fn log_in_again(&self, lane: &mut Option<Lane>) -> bool {
         let Some(connected) = lane.as_ref().map(|lane| Arc::clone(&lane.connected)) else { return false };
         let login = connected.log_in_again();
         if let Err(error) = &login {
             *lane = None;
-            self.is_lost(link, &connected, error);
+            self.is_lost(&connected, error);
         }
         login.is_ok()
     }
 
-    fn attempt(
-        &self,
-        job: &mut dyn Job,
-        lane: &mut Option<Lane>,
-        link: &Link,
-        state: &Arc<State>,
-    ) -> Result<(), CallError> {
+    fn attempt(&self, job: &mut dyn Job, lane: &mut Option<Lane>) -> Result<(), CallError> {
         let lane = match lane {
             Some(lane) => lane,
-            None => lane.insert(self.open(link, state)?),
+            None => lane.insert(self.open()?),
         };
-        job.attempt(lane)
+        let began = Instant::now();
+        let outcome = job.attempt(lane);
+        self.pace.note(began.elapsed());
+        outcome
     }
 
-    fn open(&self, link: &Link, state: &Arc<State>) -> Result<Lane, CallError> {
+    fn open(&self) -> Result<Lane, CallError> {
         let lost = || CallError::new(Class::Session, "the token was lost while the request waited");
-        let connected = link.connected().ok_or_else(lost)?;
-        Lane::open(Arc::clone(&connected), Arc::clone(state)).inspect_err(|error| {
+        let connected = self.link.connected().ok_or_else(lost)?;
+        Lane::open(Arc::clone(&connected), Arc::clone(&self.state)).inspect_err(|error| {
             // Without a lane, nobody else can say that the connection is no good.
             if matches!(error.class, Class::Token | Class::Doubtful) {
-                self.is_lost(link, &connected, error);
+                self.is_lost(&connected, error);
             }
         })
     }
 
     /// Makes every worker give its session up, unless somebody else has done so.
-    fn is_lost(&self, link: &Link, connected: &Arc<Connected>, error: &CallError) {
-        if link.is_lost(connected, error) {
+    fn is_lost(&self, connected: &Arc<Connected>, error: &CallError) {
+        if self.link.is_lost(connected, error) {
             self.queue.begin_round();
+            self.empty_leaders_seat();
         }
     }
 
     /// Serves what waits, then ends the workers.
     pub(super) fn close(&self) {
         self.queue.close();
+        self.empty_leaders_seat();
     }
 
     pub(super) fn is_closed(&self) -> bool {
         self.queue.is_closed()
+    }
+
+    fn empty_leaders_seat(&self) {
+        let seat = std::mem::take(&mut *lock(&self.leaders));
+        drop(seat); // calls into the module, with nothing locked
+    }
+
+    /// Keeps the session for the leader's next call, unless every session was given up since.
+    fn keep(&self, seat: Seat) {
+        let mut leaders = lock(&self.leaders);
+        if self.queue.goes_on(seat.round) {
+            *leaders = seat;
+        }
+    }
+}
+
+impl Errand for Pool {
+    fn run(&self) -> Option<Box<dyn Deliver>> {
+        let mut seat = std::mem::take(&mut *lock(&self.leaders));
+        loop {
+            match self.queue.try_next(seat.round) {
+                Some(Next::Job(mut job)) => {
+                    self.serve(&mut *job, &mut seat.lane);
+                    self.keep(seat);
+                    return Some(job);
+                }
+                Some(Next::Round(round)) => seat = Seat { round, lane: None },
+                Some(Next::Closed) => return None,
+                None => {
+                    self.keep(seat);
+                    return None;
+                }
+            }
+        }
+    }
+
+    fn pass_on(&self) {
+        self.pace.forget();
+        self.queue.wake();
     }
 }
 

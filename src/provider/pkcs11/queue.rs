@@ -44,7 +44,8 @@ impl<J> Queue<J> {
         Self { inner: Mutex::new(inner), arrived: Condvar::new(), capacity }
     }
 
-    /// Adds a job at the end. Hands it back when the queue is full or closed.
+    /// Adds a job at the end, for a worker ([`Queue::wake`]) or for [`Queue::try_next`]. Hands it back when the queue is
+    /// full or closed.
     pub(super) fn push(&self, job: J) -> Result<Ticket, J> {
         let mut inner = self.lock();
         if inner.closed || inner.jobs.len() >= self.capacity {
@@ -53,12 +54,15 @@ impl<J> Queue<J> {
         let ticket = Ticket(inner.next_ticket);
         inner.next_ticket += 1;
         inner.jobs.push_back((ticket, job));
-        let somebody_waits = inner.idle > 0;
-        drop(inner);
+        Ok(ticket)
+    }
+
+    /// Has a worker see to what waits, if one is idle.
+    pub(super) fn wake(&self) {
+        let somebody_waits = self.lock().idle > 0;
         if somebody_waits {
             self.arrived.notify_one();
         }
-        Ok(ticket)
     }
 
     /// Takes a job back out, if no worker has begun it.
@@ -73,19 +77,24 @@ impl<J> Queue<J> {
     pub(super) fn next(&self, round: u64) -> Next<J> {
         let mut inner = self.lock();
         loop {
-            if inner.round != round {
-                return Next::Round(inner.round);
-            }
-            if let Some((_, job)) = inner.jobs.pop_front() {
-                return Next::Job(job);
-            }
-            if inner.closed {
-                return Next::Closed;
+            if let Some(next) = inner.next(round) {
+                return next;
             }
             inner.idle += 1;
             inner = self.arrived.wait(inner).unwrap_or_else(PoisonError::into_inner);
             inner.idle -= 1;
         }
+    }
+
+    /// What [`Queue::next`] would return at once.
+    pub(super) fn try_next(&self, round: u64) -> Option<Next<J>> {
+        self.lock().next(round)
+    }
+
+    /// Whether what belongs to this round is still to be kept.
+    pub(super) fn goes_on(&self, round: u64) -> bool {
+        let inner = self.lock();
+        inner.round == round && !inner.closed
     }
 
     /// Begins a new round: every worker hears of it before its next job.
@@ -107,6 +116,16 @@ impl<J> Queue<J> {
 
     fn lock(&self) -> MutexGuard<'_, Inner<J>> {
         lock(&self.inner)
+    }
+}
+
+impl<J> Inner<J> {
+    fn next(&mut self, round: u64) -> Option<Next<J>> {
+        if self.round != round {
+            return Some(Next::Round(self.round));
+        }
+        let job = self.jobs.pop_front().map(|(_, job)| Next::Job(job));
+        job.or_else(|| self.closed.then_some(Next::Closed))
     }
 }
 

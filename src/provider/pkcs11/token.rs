@@ -18,6 +18,7 @@ use super::link::Link;
 use super::pool::Pool;
 use crate::config::{ProviderConfig, TokenUri};
 use crate::provider::KekError;
+use crate::runtime::Leader;
 use crate::state::State;
 use crate::sync::lock;
 
@@ -29,9 +30,9 @@ const RELEASE_PATIENCE: Duration = Duration::from_secs(1);
 /// A token of the configuration, whether it is there or not.
 pub(super) struct Token {
     pub(super) rules: Rules,
-    pub(super) link: Link,
+    pub(super) link: Arc<Link>,
     address: Address,
-    pool: Pool,
+    pool: Arc<Pool>,
     /// Each thread holds a sender; when all are gone, so are the sessions.
     threads: Mutex<Receiver<()>>,
 }
@@ -45,9 +46,11 @@ impl Token {
         uri: TokenUri,
         provider: &ProviderConfig,
         state: &Arc<State>,
+        leader: &Leader,
         changed: Arc<Notify>,
     ) -> std::io::Result<Arc<Self>> {
         let (link, woken) = Link::new(format!("token {uri} of provider {}", provider.name), changed);
+        let link = Arc::new(link);
         let (running, threads) = mpsc::channel();
         let token = Arc::new(Self {
             rules: Rules {
@@ -55,14 +58,13 @@ impl Token {
                 modes: provider.profile.modes.clone(),
                 admitted: provider.admitted.clone(),
             },
-            link,
+            link: Arc::clone(&link),
             address: Address { module: provider.module.clone(), uri, pin: provider.pin.clone() },
-            pool: Pool::new(provider.sessions),
+            pool: Arc::new(Pool::new(provider.sessions, link, Arc::clone(state), leader.clone())),
             threads: Mutex::new(threads),
         });
         for n in 1..=provider.sessions {
-            let state = Arc::clone(state);
-            token.spawn(format!("session-{n}"), &running, move |token| token.pool.work(&token.link, &state))?;
+            token.spawn(format!("session-{n}"), &running, |token| token.pool.work())?;
         }
         token.spawn("token".into(), &running, move |token| token.supervise(&woken))?;
         Ok(token)
@@ -88,7 +90,7 @@ impl Token {
         T: Send + 'static,
         W: FnMut(&mut Lane) -> Result<T, CallError> + Send + 'static,
     {
-        self.pool.run(&self.link, deadline, work).await
+        self.pool.run(deadline, work).await
     }
 
     /// Its URI, by which people know it.
