@@ -54,6 +54,32 @@ fn a_full_queue_answers_at_once_and_the_rest_when_its_time_is_up() {
 }
 
 #[test]
+fn a_quick_token_that_stops_answering_holds_up_its_own_callers_alone() {
+    let host = host_with_one_session();
+    let plugin = host.serve_healthy();
+    for _ in 0..100 {
+        plugin.round_trip(); // by now the thread that serves the socket calls the token itself
+    }
+    let Some(held) = hold_up(&host) else { return };
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| plugin.encrypt_at_once(5));
+        let mut slowest = Duration::ZERO;
+        while !waiting.is_finished() {
+            let began = Instant::now();
+            plugin.status().unwrap();
+            slowest = slowest.max(began.elapsed());
+        }
+        assert!(slowest < Duration::from_secs(1), "a Status took {slowest:?}");
+        let answers = waiting.join().unwrap();
+        assert!(
+            answers.iter().all(|answer| answer.as_ref().is_err_and(|answer| answer.code == Code::DeadlineExceeded))
+        );
+    });
+    drop(held);
+    plugin.round_trip();
+}
+
+#[test]
 fn a_peer_that_goes_away_in_the_middle_of_its_call_frees_its_place() {
     let host = host_with_one_session();
     let plugin = host.serve_healthy();
