@@ -30,6 +30,7 @@
 
 pub mod cli;
 pub mod config;
+mod disk;
 pub mod envelope;
 pub mod health;
 pub mod identity;

@@ -19,6 +19,7 @@ use rustix::fs::{FlockOperation, OFlags};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::disk;
 use crate::identity::Identity;
 use crate::sync::lock;
 
@@ -81,7 +82,11 @@ impl StateError {
 
     fn io(path: &Path, what: &str, cause: &io::Error) -> Self {
         let is_forbidden = cause.kind() == io::ErrorKind::PermissionDenied;
-        Self { is_forbidden, ..Self::new(path, format!("{what}: {cause}")) }
+        let error = Self { is_forbidden, ..Self::new(path, format!("{what}: {cause}")) };
+        match disk::remedy(cause) {
+            Some(remedy) => Self { remedy: remedy.into(), ..error },
+            None => error,
+        }
     }
 
     fn damaged(path: &Path, cause: impl fmt::Display) -> Self {

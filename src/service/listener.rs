@@ -22,6 +22,7 @@ use tokio::net::{UnixListener, UnixStream};
 
 use super::connection::Connection;
 use crate::config::{Listen, OVERFLOW_UID};
+use crate::disk;
 use crate::sync::{read, write};
 
 /// How long accepting pauses after the operating system refused it, for example for want of file descriptors.
@@ -60,6 +61,7 @@ impl BindError {
 
     fn io(path: &Path, what: &str, cause: &io::Error, remedy: &str) -> Self {
         let is_forbidden = cause.kind() == io::ErrorKind::PermissionDenied;
+        let remedy = disk::remedy(cause).unwrap_or(remedy);
         Self { is_forbidden, ..Self::new(path, format!("{what}: {cause}"), remedy) }
     }
 

@@ -34,6 +34,10 @@ mod proto {
     }
 }
 
+/// The longest message of either version. v1beta1's longest cipher (65,535 bytes) fits, and so do a key_id, a uid and all
+/// the annotations that an API server takes (32 KiB). Of a longer one only the length is read: it is refused
+/// (OUT_OF_RANGE) before any memory is set aside for it.
+const MESSAGE_LIMIT: usize = 128 * 1024;
 /// How long the end waits for the answers to what was accepted.
 const DRAIN: Duration = Duration::from_secs(5);
 /// How long no request may be under way before all that was accepted counts as answered.

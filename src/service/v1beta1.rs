@@ -7,6 +7,7 @@ use jiff::Timestamp;
 use tonic::{Request, Response, Status};
 use zeroize::Zeroizing;
 
+use super::MESSAGE_LIMIT;
 use super::proto::v1beta1::key_management_service_server::{KeyManagementService, KeyManagementServiceServer};
 use super::proto::v1beta1::{
     DecryptRequest, DecryptResponse, EncryptRequest, EncryptResponse, VersionRequest, VersionResponse,
@@ -24,7 +25,7 @@ const VERSION: &str = "v1beta1";
 struct V1Beta1(Arc<Requests>);
 
 pub(super) fn service(requests: Arc<Requests>) -> KeyManagementServiceServer<impl KeyManagementService> {
-    KeyManagementServiceServer::new(V1Beta1(requests))
+    KeyManagementServiceServer::new(V1Beta1(requests)).max_decoding_message_size(MESSAGE_LIMIT)
 }
 
 impl V1Beta1 {

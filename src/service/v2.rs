@@ -6,6 +6,7 @@ use std::time::Instant;
 use tonic::{Request, Response, Status};
 use zeroize::Zeroizing;
 
+use super::MESSAGE_LIMIT;
 use super::connection::Announced;
 use super::proto::v2::key_management_service_server::{KeyManagementService, KeyManagementServiceServer};
 use super::proto::v2::{
@@ -24,7 +25,7 @@ const VERSION: &str = "v2";
 struct V2(Arc<Requests>);
 
 pub(super) fn service(requests: Arc<Requests>) -> KeyManagementServiceServer<impl KeyManagementService> {
-    KeyManagementServiceServer::new(V2(requests))
+    KeyManagementServiceServer::new(V2(requests)).max_decoding_message_size(MESSAGE_LIMIT)
 }
 
 impl V2 {

@@ -12,6 +12,7 @@
 
 mod command_line;
 mod daemon;
+mod disk;
 mod foreign_input;
 mod keys;
 mod load;
@@ -19,4 +20,5 @@ mod plugin;
 mod providers;
 mod socket;
 mod token;
+mod trickle;
 mod vectors;
