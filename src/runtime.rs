@@ -260,13 +260,13 @@ mod tests {
         }
 
         fn pass_on(&self) {
-            drop(self.passed_on.send(()));
+            let _nobody_waits = self.passed_on.send(());
         }
     }
 
     impl Deliver for Answer {
         fn deliver(self: Box<Self>) {
-            drop(self.0.send(self.1));
+            let _nobody_waits = self.0.send(self.1);
         }
     }
 

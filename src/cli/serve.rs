@@ -127,8 +127,9 @@ impl Daemon {
     async fn keep_systemd_informed(&self) {
         let mut told = String::new();
         loop {
-            let status = match health(&self.requests.keyring()) {
-                Ok(key_id) => format!("serving, key_id {key_id}"),
+            let keyring = self.requests.keyring();
+            let status = match health(&keyring) {
+                Ok(key_id) => [vec![format!("serving, key_id {key_id}")], keyring.gaps()].concat().join("; "),
                 Err(why) => format!("UNAVAILABLE: {why}"),
             };
             if status != told {

@@ -4,6 +4,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use super::Keyring;
+use super::member::Member;
 use crate::identity::Identity;
 use crate::provider::Refused;
 
@@ -52,6 +53,16 @@ impl KekState {
 }
 
 impl Keyring {
+    /// Tokens that are out of reach, or lack a KEK, as of the last look, while others serve.
+    #[must_use]
+    pub fn gaps(&self) -> Vec<String> {
+        let gaps = |member: &Member| {
+            let seen = member.seen();
+            [seen.partly_out.as_slice(), &seen.incomplete].concat()
+        };
+        self.members.iter().flat_map(gaps).collect()
+    }
+
     /// Every KEK as of the last look, and every key that is not used; no mark is moved.
     #[must_use]
     pub fn describe(&self, now: Timestamp) -> (Vec<KekDescription>, Vec<Refused>) {

@@ -24,6 +24,8 @@ pub(super) struct Seen {
     pub(super) outage: Option<String>,
     /// Tokens that are out of reach while others are not.
     pub(super) partly_out: Vec<String>,
+    /// Which token lacks which KEK.
+    pub(super) incomplete: Vec<String>,
 }
 
 /// The active KEK of one provider.
@@ -36,7 +38,13 @@ pub(super) struct ActiveKek {
 impl Member {
     pub(super) fn new(provider: Box<dyn Provider>, seals: bool) -> Self {
         let outage = Some(format!("provider {} is being connected to", provider.name()));
-        let seen = RwLock::new(Seen { keks: Vec::new(), refused: Vec::new(), outage, partly_out: Vec::new() });
+        let seen = RwLock::new(Seen {
+            keks: Vec::new(),
+            refused: Vec::new(),
+            outage,
+            partly_out: Vec::new(),
+            incomplete: Vec::new(),
+        });
         Self { provider, seals, seen }
     }
 
@@ -63,8 +71,11 @@ impl Member {
         for outage in sighting.out_of_reach.iter().filter(|outage| !seen.partly_out.contains(outage)) {
             tracing::warn!(provider, outage, "replica is out of reach");
         }
-        let Sighting { keks, refused, out_of_reach } = sighting;
-        *seen = Seen { keks, refused, outage: None, partly_out: out_of_reach };
+        for gap in sighting.incomplete.iter().filter(|gap| !seen.incomplete.contains(gap)) {
+            tracing::warn!(provider, gap, "replicas are not alike");
+        }
+        let Sighting { keks, refused, out_of_reach, incomplete } = sighting;
+        *seen = Seen { keks, refused, outage: None, partly_out: out_of_reach, incomplete };
     }
 
     /// Remembers that a look failed; what was seen before stays.

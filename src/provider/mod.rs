@@ -74,6 +74,8 @@ pub struct Sighting {
     pub refused: Vec<Refused>,
     /// Why tokens could not be looked at, while others could.
     pub out_of_reach: Vec<String>,
+    /// Which token lacks which KEK that another one holds.
+    pub incomplete: Vec<String>,
 }
 
 /// A key that looks like a KEK and is not one.

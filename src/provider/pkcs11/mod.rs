@@ -13,6 +13,7 @@ mod lane;
 mod link;
 mod mechanism;
 mod module;
+mod pace;
 mod pool;
 mod queue;
 pub mod setup;
@@ -25,7 +26,9 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use std::time::{Duration, Instant};
 
+use futures_util::StreamExt;
 use futures_util::future::{join_all, try_join_all};
+use futures_util::stream::FuturesUnordered;
 use jiff::Timestamp;
 use tokio::sync::Notify;
 
@@ -212,8 +215,16 @@ impl Pkcs11 {
             return Err(error);
         }
         let out_of_reach = out_of_reach.iter().map(ToString::to_string).collect();
+        let mut incomplete = Vec::new();
+        for (kek, _, holders) in found.values() {
+            let lacks = |token: &&Arc<Token>| {
+                token.link.check().is_ok() && !holders.iter().any(|holder| Arc::ptr_eq(holder, token))
+            };
+            let gap = |token: &Arc<Token>| format!("{} lacks KEK {}: clone it there", token.link.name, kek.identity);
+            incomplete.extend(self.tokens.iter().filter(lacks).map(gap));
+        }
         let keks = found.into_values().map(|(name, rank, holders)| self.known(name, rank, holders)).collect();
-        Ok(Sighting { keks, refused, out_of_reach })
+        Ok(Sighting { keks, refused, out_of_reach, incomplete })
     }
 
     /// The KEK of this name, with the tokens that now hold it.
@@ -278,21 +289,41 @@ impl Pkcs11Kek {
         read(&self.holders).clone()
     }
 
-    /// Has the first token do `work` that is not out of reach.
+    /// Has a token do `work`: the first that is well. When that does not answer in the time that it should, or cannot,
+    /// the next one is asked as well, and whichever answers first has answered.
     async fn first_of<T, W>(&self, deadline: Instant, work: W) -> Result<T, KekError>
     where
         T: Send + 'static,
         W: Fn(&mut lane::Lane, &KekSpec) -> Result<T, error::CallError> + Clone + Send + 'static,
     {
+        let mut holders = self.holders();
+        holders.sort_by_key(|token| token.is_sick());
         let mut last = KekError::Unavailable(format!("no token holds KEK {}", self.spec.identity));
-        for token in self.holders() {
+        let mut asked = FuturesUnordered::new();
+        let mut holders = holders.iter().peekable();
+        while let Some(token) = holders.next() {
             let (work, spec) = (work.clone(), Arc::clone(&self.spec));
-            match token.run(deadline, move |lane| work(lane, &spec)).await {
-                Err(error @ (KekError::Unavailable(_) | KekError::Refused(_) | KekError::Busy(_))) => last = error,
-                answer => return answer,
+            asked.push(token.call(deadline, move |lane| work(lane, &spec)));
+            let patience = holders.peek().map(|_| token.patience());
+            while let Some(answer) = in_time(patience, asked.next()).await {
+                match answer {
+                    Err(error @ (KekError::Unavailable(_) | KekError::Refused(_) | KekError::Busy(_))) => last = error,
+                    answer => return answer,
+                }
+                if patience.is_some() {
+                    break; // the next one, at once
+                }
             }
         }
         Err(last)
+    }
+}
+
+/// What comes within this time, if there is a limit.
+async fn in_time<T>(limit: Option<Duration>, answer: impl Future<Output = Option<T>>) -> Option<T> {
+    match limit {
+        Some(limit) => tokio::time::timeout(limit, answer).await.ok().flatten(),
+        None => answer.await,
     }
 }
 

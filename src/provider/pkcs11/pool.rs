@@ -4,9 +4,8 @@
 //! its deadline, and a caller that goes away takes its place in the queue along. While the token is so quick that a
 //! worker would take longer to wake, the thread that leads the runtime makes the calls, in a session of its own.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::sync::oneshot;
 
@@ -14,6 +13,7 @@ use super::connection::Connected;
 use super::error::{CallError, Class};
 use super::lane::Lane;
 use super::link::Link;
+use super::pace::Pace;
 use super::queue::{Next, Queue, Ticket};
 use crate::provider::KekError;
 use crate::runtime::{Deliver, Errand, Leader};
@@ -22,8 +22,6 @@ use crate::sync::lock;
 
 /// Places in the queue for each session: a request at the end waits as long as this many calls.
 const QUEUE_PER_SESSION: usize = 64;
-/// What a quick job takes on average, at most. To have a worker do it costs some 50 µs of CPU.
-const QUICK: Duration = Duration::from_micros(100);
 
 /// The queue of one token's workers, and what these need.
 pub(super) struct Pool {
@@ -33,13 +31,20 @@ pub(super) struct Pool {
     leader: Leader,
     /// The leader's own session, while no call is made in it.
     leaders: Mutex<Seat>,
-    pace: Pace,
+    pub(super) pace: Pace,
+    sessions: u32,
 }
 
 /// Something to be done with a session.
 trait Job: Deliver {
+    /// When nobody will want the answer any more.
+    fn deadline(&self) -> Instant;
+
     /// Whether somebody still wants the answer.
     fn is_wanted(&self) -> bool;
+
+    /// Whether it is what most jobs are, one call for a request.
+    fn is_typical(&self) -> bool;
 
     /// Does it. On success the answer is kept; after a failure it can be tried again, or refused.
     fn attempt(&mut self, lane: &mut Lane) -> Result<(), CallError>;
@@ -51,13 +56,22 @@ trait Job: Deliver {
 struct Call<T, W> {
     work: W,
     deadline: Instant,
+    is_typical: bool,
     answer: Option<Result<T, KekError>>,
     caller: oneshot::Sender<Result<T, KekError>>,
 }
 
 impl<T: Send, W: FnMut(&mut Lane) -> Result<T, CallError> + Send> Job for Call<T, W> {
+    fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
     fn is_wanted(&self) -> bool {
         Instant::now() < self.deadline && !self.caller.is_closed()
+    }
+
+    fn is_typical(&self) -> bool {
+        self.is_typical
     }
 
     fn attempt(&mut self, lane: &mut Lane) -> Result<(), CallError> {
@@ -85,44 +99,35 @@ struct Seat {
     lane: Option<Lane>,
 }
 
-/// How long a job takes on average, of late; in nanoseconds.
-struct Pace(AtomicU64);
-
-impl Pace {
-    const UNKNOWN: u64 = 1_000_000;
-
-    fn note(&self, took: Duration) {
-        let took = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
-        let average = self.0.load(Ordering::Relaxed);
-        self.0.store(average - average / 8 + took / 8, Ordering::Relaxed);
-    }
-
-    fn is_quick(&self) -> bool {
-        u128::from(self.0.load(Ordering::Relaxed)) < QUICK.as_nanos()
-    }
-
-    fn forget(&self) {
-        self.0.store(Self::UNKNOWN, Ordering::Relaxed);
-    }
-}
-
 impl Pool {
     pub(super) fn new(sessions: usize, link: Arc<Link>, state: Arc<State>, leader: Leader) -> Self {
-        let pace = Pace(AtomicU64::new(Pace::UNKNOWN));
-        Self { queue: Queue::new(sessions * QUEUE_PER_SESSION), link, state, leader, leaders: Mutex::default(), pace }
+        Self {
+            queue: Queue::new(sessions * QUEUE_PER_SESSION),
+            link,
+            state,
+            leader,
+            leaders: Mutex::default(),
+            pace: Pace::new(),
+            sessions: u32::try_from(sessions).unwrap_or(u32::MAX).max(1),
+        }
     }
 
-    /// Has a worker do `work`, twice at most, and returns its answer before the deadline.
-    pub(super) async fn run<T, W>(self: &Arc<Self>, deadline: Instant, work: W) -> Result<T, KekError>
+    /// Has a worker do `work`, twice at most, and returns its answer before the deadline. `is_typical`: it is one call
+    /// for a request.
+    pub(super) async fn run<T, W>(self: &Arc<Self>, deadline: Instant, is_typical: bool, work: W) -> Result<T, KekError>
     where
         T: Send + 'static,
         W: FnMut(&mut Lane) -> Result<T, CallError> + Send + 'static,
     {
         self.link.check()?;
+        let busy = || KekError::Busy(self.link.name.clone());
         let (caller, answered) = oneshot::channel();
-        let job = Box::new(Call { work, deadline, answer: None, caller });
-        let ticket = self.queue.push(job).map_err(|_| KekError::Busy(self.link.name.clone()))?;
+        let job = Box::new(Call { work, deadline, is_typical, answer: None, caller });
+        let (ticket, before) = self.queue.push(job).map_err(|_| busy())?;
         let _place = Place { queue: &self.queue, ticket };
+        if self.would_be_late(before, deadline) {
+            return Err(busy());
+        }
         if !(self.pace.is_quick() && self.leader.send(Arc::clone(self) as Arc<dyn Errand>)) {
             self.queue.wake();
         }
@@ -130,6 +135,12 @@ impl Pool {
             Ok(Ok(answer)) => answer,
             Ok(Err(_)) | Err(_) => Err(KekError::Deadline(self.link.name.clone())),
         }
+    }
+
+    /// Whether those that wait already will take until the deadline.
+    fn would_be_late(&self, before: usize, deadline: Instant) -> bool {
+        let before = u32::try_from(before).unwrap_or(u32::MAX);
+        before > 0 && Instant::now() + self.pace.average() * before / self.sessions > deadline
     }
 
     /// What a worker thread does until the pool is closed.
@@ -147,11 +158,18 @@ impl Pool {
         }
     }
 
-    /// Does one job: each class of failure has its one treatment here.
+    /// Does one job, unless nobody wants it any more.
     fn serve(&self, job: &mut dyn Job, lane: &mut Option<Lane>) {
         if !job.is_wanted() {
             return;
         }
+        let begun = self.pace.begin(job.deadline());
+        self.try_twice(job, lane);
+        self.pace.end(begun, job.is_typical());
+    }
+
+    /// Each class of failure has its one treatment here.
+    fn try_twice(&self, job: &mut dyn Job, lane: &mut Option<Lane>) {
         let mut again = true;
         loop {
             let Err(error) = self.attempt(job, lane) else { return };
@@ -193,10 +211,7 @@ impl Pool {
             Some(lane) => lane,
             None => lane.insert(self.open()?),
         };
-        let began = Instant::now();
-        let outcome = job.attempt(lane);
-        self.pace.note(began.elapsed());
-        outcome
+        job.attempt(lane)
     }
 
     fn open(&self) -> Result<Lane, CallError> {
@@ -263,7 +278,7 @@ impl Errand for Pool {
     }
 
     fn pass_on(&self) {
-        self.pace.forget();
+        self.pace.is_slow();
         self.queue.wake();
     }
 }

@@ -44,17 +44,18 @@ impl<J> Queue<J> {
         Self { inner: Mutex::new(inner), arrived: Condvar::new(), capacity }
     }
 
-    /// Adds a job at the end, for a worker ([`Queue::wake`]) or for [`Queue::try_next`]. Hands it back when the queue is
-    /// full or closed.
-    pub(super) fn push(&self, job: J) -> Result<Ticket, J> {
+    /// Adds a job at the end, for a worker ([`Queue::wake`]) or for [`Queue::try_next`], and returns how many wait
+    /// before it. Hands it back when the queue is full or closed.
+    pub(super) fn push(&self, job: J) -> Result<(Ticket, usize), J> {
         let mut inner = self.lock();
         if inner.closed || inner.jobs.len() >= self.capacity {
             return Err(job);
         }
         let ticket = Ticket(inner.next_ticket);
         inner.next_ticket += 1;
+        let before = inner.jobs.len();
         inner.jobs.push_back((ticket, job));
-        Ok(ticket)
+        Ok((ticket, before))
     }
 
     /// Has a worker see to what waits, if one is idle.
@@ -136,7 +137,9 @@ mod tests {
     #[test]
     fn jobs_come_in_order_within_the_bound_and_can_be_withdrawn() {
         let queue = Queue::new(3);
-        let tickets: Vec<_> = (1..=3).filter_map(|job| queue.push(job).ok()).collect();
+        let pushed = (1..=3).map(|job| queue.push(job));
+        let (tickets, before): (Vec<_>, Vec<_>) = pushed.filter_map(Result::ok).unzip();
+        assert_eq!(before, [0, 1, 2]);
         assert_eq!(queue.push(4), Err(4), "full");
         assert_eq!(tickets.get(1).and_then(|ticket| queue.withdraw(*ticket)), Some(2));
         assert_eq!(tickets.get(1).and_then(|ticket| queue.withdraw(*ticket)), None);

@@ -90,7 +90,26 @@ impl Token {
         T: Send + 'static,
         W: FnMut(&mut Lane) -> Result<T, CallError> + Send + 'static,
     {
-        self.pool.run(deadline, work).await
+        self.pool.run(deadline, false, work).await
+    }
+
+    /// The same for what most requests come to: one call, whose time tells what the next one will take.
+    pub(super) async fn call<T, W>(&self, deadline: Instant, work: W) -> Result<T, KekError>
+    where
+        T: Send + 'static,
+        W: FnMut(&mut Lane) -> Result<T, CallError> + Send + 'static,
+    {
+        self.pool.run(deadline, true, work).await
+    }
+
+    /// How long to wait for an answer before another token is asked.
+    pub(super) fn patience(&self) -> Duration {
+        self.pool.pace.patience()
+    }
+
+    /// Whether it is to be passed over while another token serves: it is out of reach, or nothing comes back from it.
+    pub(super) fn is_sick(&self) -> bool {
+        self.link.check().is_err() || self.pool.pace.is_hung()
     }
 
     /// Its URI, by which people know it.
