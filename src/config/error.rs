@@ -17,16 +17,14 @@ impl ConfigError {
         Self { file: file.to_owned(), line: None, what: what.into(), remedy: remedy.into() }
     }
 
-    /// From what the TOML reader found: its line, its message, and the nearest known key where one is unknown.
-    pub(super) fn from_toml(file: &Path, text: &str, error: &toml::de::Error) -> Self {
+    /// From what the TOML reader found: its line, its message, and the nearest known key where one is unknown, else the
+    /// `reference` where all of them are.
+    pub(super) fn from_toml(file: &Path, text: &str, error: &toml::de::Error, reference: &str) -> Self {
         let line = error.span().map(|span| 1 + text.bytes().take(span.start).filter(|byte| *byte == b'\n').count());
         let message = error.message().lines().next().unwrap_or_default();
         let remedy = match nearest(message) {
             Some(known) => format!("did you mean `{known}`?"),
-            None => {
-                "the reference configuration, packaging/trousseau.toml in the source, has every key with its meaning"
-                    .to_owned()
-            }
+            None => reference.to_owned(),
         };
         Self { file: file.to_owned(), line, what: message.to_owned(), remedy }
     }

@@ -3,6 +3,7 @@
 //! [`Config::load`] is what `serve` and `check` both call; it touches no token. Its parts end at the constructors that
 //! take them: no other room reads a file of the administrator's.
 
+mod codes;
 mod credential;
 mod error;
 mod file;
@@ -16,6 +17,7 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use serde::Deserialize;
 
+pub use self::codes::{Class, Code, Codes};
 pub use self::credential::{Credential, CredentialError};
 pub use self::error::ConfigError;
 pub use self::profile::{Mode, Profile, Status};
@@ -33,6 +35,10 @@ pub const DEFAULT_SOCKET: &str = "/run/trousseau/kms.sock";
 
 /// Where the small state files lie when neither the configuration nor systemd says so.
 const DEFAULT_STATE: &str = "/var/lib/trousseau";
+
+/// Where the keys of the configuration are explained.
+const REFERENCE: &str =
+    "the reference configuration, packaging/trousseau.toml in the source, has every key with its meaning";
 
 /// A whole, valid configuration.
 #[derive(Debug)]
@@ -124,7 +130,8 @@ impl Config {
             ConfigError::new(path, format!("cannot be read: {error}"), "name another file with --config FILE")
         })?;
         refuse_if_writable_by_others(path)?;
-        let file: file::File = toml::from_str(&text).map_err(|error| ConfigError::from_toml(path, &text, &error))?;
+        let file: file::File =
+            toml::from_str(&text).map_err(|error| ConfigError::from_toml(path, &text, &error, REFERENCE))?;
         let profiles = path.parent().unwrap_or(Path::new("/")).join("hsm-profiles");
         let check = Check { path, profiles };
         let keyring = check.keyring(file.keyring)?;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::ConfigError;
+use super::{Codes, ConfigError};
 use crate::envelope::WrapAlgorithm;
 
 /// How a KEK wraps a DEK inside a token.
@@ -55,7 +55,21 @@ pub struct Profile {
     pub module_paths: Vec<PathBuf>,
     /// The ways to wrap that its tokens know, the preferred first.
     pub modes: Vec<Mode>,
+    /// Return codes by which its tokens mean something else than the standard.
+    #[serde(default)]
+    pub errors: Codes,
+    /// Whether the module stands C_Initialize after C_Finalize in one process. Where it does not, it stays initialized,
+    /// and the process ends when it has lost the module's last token: its supervisor starts it anew.
+    #[serde(default = "yes")]
+    pub reinitialize: bool,
 }
+
+fn yes() -> bool {
+    true
+}
+
+/// Where the keys of a profile are explained.
+const REFERENCE: &str = "README.md, under Profiles, has every key of a profile with its meaning";
 
 /// How a profile's content came to be known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, serde::Serialize)]
@@ -94,7 +108,8 @@ impl Profile {
     }
 
     fn parse(name: &str, path: &Path, text: &str) -> Result<Self, ConfigError> {
-        let profile: Self = toml::from_str(text).map_err(|error| ConfigError::from_toml(path, text, &error))?;
+        let profile: Self =
+            toml::from_str(text).map_err(|error| ConfigError::from_toml(path, text, &error, REFERENCE))?;
         if profile.modes.is_empty() {
             return Err(ConfigError::new(path, "modes is empty", "name at least one way to wrap"));
         }

@@ -78,15 +78,36 @@ fn a_file_that_others_can_change_or_read_is_refused() {
         assert_refused(&host, &format!("{name} {mode:o}"), said);
         host.set_mode(name, 0o600);
     }
-    let profiles = host.path("hsm-profiles");
-    fs::create_dir(&profiles).unwrap();
     let name = format!("hsm-profiles/{}.toml", host.token.family.profile());
-    fs::copy(concat!(env!("CARGO_MANIFEST_DIR"), "/").to_owned() + &name, host.path(&name)).unwrap();
+    host.write_profile("");
     assert!(host.run(&["check"]).status.success());
     host.set_mode(&name, 0o666);
     assert_refused(&host, "the profile", &["hsm-profiles", "can be changed by others"]);
     fs::remove_file(&file).unwrap();
     assert_refused(&host, "no file", &["cannot be read: No such file", "--config"]);
+}
+
+#[test]
+fn a_bad_profile_is_refused_with_its_place_and_a_remedy() {
+    let host = Host::new();
+    host.write_configuration();
+    host.write_profile("reinitialize = false\n[errors]\nCKR_DEVICE_ERROR = \"fatal\"\n0x80000001 = \"bad-input\"");
+    assert!(host.run(&["check"]).status.success());
+    for (more, said) in [
+        ("reinitialise = false", &["line", "unknown field `reinitialise`", "did you mean `reinitialize`"][..]),
+        ("reinitialize = \"no\"", &["line", "invalid type"]),
+        ("errors.CKR_DEVICE_EROR = \"token\"", &["line", "`CKR_DEVICE_EROR`", "did you mean `CKR_DEVICE_ERROR`"]),
+        ("errors.DEVICE = \"token\"", &["line", "unknown return code `DEVICE`", "README.md, under Profiles"]),
+        ("errors.0x = \"token\"", &["line", "unknown return code `0x`"]),
+        ("errors.0x0 = \"token\"", &["line", "0x0 is CKR_OK"]),
+        ("errors.CKR_DEVICE_ERROR = \"tokn\"", &["line", "unknown variant `tokn`", "did you mean `token`"]),
+        ("errors = { CKR_DEVICE_ERROR = \"token\", 0x30 = \"pin\" }", &["line", "CKR_DEVICE_ERROR is there twice"]),
+    ] {
+        let text = host.write_profile(more);
+        let line = format!("{}.toml, line {}", host.token.family.profile(), text.trim_end().lines().count());
+        let said: Vec<&str> = said.iter().map(|words| if *words == "line" { line.as_str() } else { words }).collect();
+        assert_refused(&host, more, &said);
+    }
 }
 
 #[test]

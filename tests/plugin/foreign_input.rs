@@ -125,6 +125,58 @@ fn a_token_that_goes_away_is_reported_and_taken_back() {
 }
 
 #[test]
+fn a_token_that_is_lost_ends_the_process_if_its_module_must_not_be_initialized_again() {
+    if Family::chosen() == Family::Kryoptic {
+        eprintln!("skipped: kryoptic keeps its database open and does not notice that the file is away");
+        return;
+    }
+    let host = Host::new();
+    host.generate("0s");
+    host.write_profile("reinitialize = false");
+    let plugin = host.serve_healthy();
+    let (ciphertext, key_id) = plugin.round_trip();
+    fs::rename(host.token.data(), host.path("away")).unwrap();
+    let (status, log) = plugin.ends_by(&ciphertext, &key_id);
+    assert_eq!(status.code(), Some(69), "{log}");
+    assert!(log.contains("cannot be initialized again"), "{log}");
+    fs::rename(host.path("away"), host.token.data()).unwrap();
+    let plugin = host.serve_healthy();
+    plugin.round_trip();
+    assert_eq!(plugin.stop().code(), Some(0));
+}
+
+#[test]
+fn a_profile_says_what_a_code_means() {
+    let host = Host::new();
+    host.generate("0s");
+    let (mut damaged, key_id) = host.serve_healthy().round_trip();
+    damaged[40] ^= 1; // within the wrapped DEK
+    // Tokens answer it with one of these, which mean by default that the reference is asked.
+    let all = |class: &str| {
+        let answers =
+            ["CKR_GENERAL_ERROR", "CKR_DEVICE_ERROR", "CKR_ENCRYPTED_DATA_INVALID", "CKR_WRAPPED_KEY_INVALID"];
+        host.write_profile(&format!("[errors]\n{}", answers.map(|code| format!("{code} = \"{class}\"\n")).concat()));
+    };
+    for (class, code) in [
+        ("bad-input", Code::InvalidArgument),
+        ("doubtful", Code::InvalidArgument),
+        ("refused", Code::InvalidArgument),
+        ("session", Code::Unavailable),
+        ("token", Code::Unavailable),
+    ] {
+        all(class);
+        let plugin = host.serve_healthy();
+        let answer = plugin.decrypt(&damaged, &key_id).unwrap_err();
+        assert_eq!(answer.code, code, "{class}: {}", answer.message);
+        assert_eq!(plugin.log().contains("was lost"), class == "token", "{class}:\n{}", plugin.log());
+    }
+    all("fatal");
+    let (status, log) = host.serve_healthy().ends_by(&damaged, &key_id);
+    assert_eq!(status.code(), Some(69), "{log}");
+    assert!(log.contains("the process ends, to be started anew: C_"), "{log}");
+}
+
+#[test]
 fn a_ciphertext_of_another_keyring_is_unknown_and_costs_no_token_call() {
     let host = Host::new();
     host.generate("0s");

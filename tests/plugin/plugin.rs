@@ -111,6 +111,16 @@ sessions = {sessions}
         )
     }
 
+    /// Puts the token's profile beside the configuration, with `more` at its end, and returns its text.
+    pub fn write_profile(&self, more: &str) -> String {
+        let name = format!("hsm-profiles/{}.toml", self.token.family.profile());
+        let shipped = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(&name)).unwrap();
+        fs::create_dir_all(self.path("hsm-profiles")).unwrap();
+        let text = format!("{shipped}\n{more}\n");
+        self.write_secret(&name, &text);
+        text
+    }
+
     /// Writes the configuration and returns its path.
     pub fn write_configuration(&self) -> PathBuf {
         self.write_secret("trousseau.toml", &self.configuration());
@@ -304,6 +314,22 @@ impl Plugin {
     pub fn stop(mut self) -> ExitStatus {
         self.terminate();
         self.child.wait().unwrap()
+    }
+
+    /// Sends this Decrypt until the process has ended by itself, and returns its log as well.
+    pub fn ends_by(mut self, ciphertext: &[u8], key_id: &str) -> (ExitStatus, String) {
+        let began = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return (status, self.log());
+            }
+            assert!(began.elapsed() < PATIENCE, "waited in vain until it ends");
+            self.runtime.block_on(async {
+                if let Ok(mut client) = Client::connect(&self.socket, Duration::from_secs(5)).await {
+                    drop(client.decrypt(ciphertext.to_vec(), key_id.to_owned()).await);
+                }
+            });
+        }
     }
 
     /// Has it read its configuration again.

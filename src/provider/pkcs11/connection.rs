@@ -15,7 +15,7 @@ use secrecy::{ExposeSecret, SecretString};
 
 use super::error::{CallError, Class};
 use super::module::{InUse, Module};
-use crate::config::{Credential, TokenUri};
+use crate::config::{Codes, Credential, TokenUri};
 use crate::identity::Identity;
 use crate::sync::lock;
 
@@ -24,12 +24,16 @@ pub(super) struct Address {
     pub(super) module: PathBuf,
     pub(super) uri: TokenUri,
     pub(super) pin: Credential,
+    pub(super) codes: Codes,
+    /// Whether the module may be initialized again.
+    pub(super) reinitialize: bool,
 }
 
 /// A token that is present and logged in to. Its fields are dropped in their order: sessions before the library.
 pub(super) struct Connected {
     anchor: Mutex<Anchor>,
     slot: Slot,
+    pub(super) codes: Codes,
     proved: Mutex<BTreeSet<Identity>>,
     in_use: InUse,
     /// Takes a refused PIN to the supervisor, and its end that all of the above is gone.
@@ -59,9 +63,9 @@ pub(super) struct RefusedPin {
 }
 
 impl RefusedPin {
-    fn new(pin: SecretString, error: &CallError, file: &str) -> Self {
+    fn new(pin: SecretString, error: &CallError, codes: &Codes, file: &str) -> Self {
         let reason = format!("{error}: write the right PIN into {file}; this one is not tried again");
-        Self { pin, reason, may_be_right: error.class == Class::Doubtful }
+        Self { pin, reason, may_be_right: error.class(codes) == Class::Doubtful }
     }
 }
 
@@ -81,7 +85,7 @@ impl Address {
         refused: Option<&RefusedPin>,
         released: Sender<RefusedPin>,
     ) -> Result<Connected, NotConnected> {
-        let in_use = Module::acquire(&self.module)?;
+        let in_use = Module::acquire(&self.module, self.reinitialize)?;
         let (slot, info) = self.find_slot(in_use.library())?;
         let pin = self.pin.read().map_err(|error| format!("{error}: {}", error.remedy()))?;
         if let Some(refused) = refused.filter(|refused| refused.pin.expose_secret() == pin.expose_secret()) {
@@ -95,11 +99,12 @@ impl Address {
         match log_in(&anchor, &pin) {
             Ok(()) => {
                 let anchor = Mutex::new(Anchor { session: anchor, pin: Some(pin) });
-                Ok(Connected { anchor, slot, proved: Mutex::default(), in_use, released })
+                let codes = self.codes.clone();
+                Ok(Connected { anchor, slot, codes, proved: Mutex::default(), in_use, released })
             }
             // Some tokens say of a wrong PIN what they say of any failure: better a login too few than one too many.
-            Err(error) if matches!(error.class, Class::Pin | Class::Refused | Class::Doubtful) => {
-                Err(NotConnected::PinRefused(RefusedPin::new(pin, &error, &self.pin.to_string())))
+            Err(error) if matches!(error.class(&self.codes), Class::Pin | Class::Refused | Class::Doubtful) => {
+                Err(NotConnected::PinRefused(RefusedPin::new(pin, &error, &self.codes, &self.pin.to_string())))
             }
             Err(error) => Err(NotConnected::Yet(format!("login failed: {error}"))),
         }
@@ -174,7 +179,7 @@ impl Connected {
         let pin = anchor.pin.as_ref().ok_or_else(refused)?;
         let Err(error) = log_in(&anchor.session, pin) else { return Ok(()) };
         if let Some(pin) = anchor.pin.take() {
-            let _supervisor_gone = self.released.send(RefusedPin::new(pin, &error, "the PIN's file"));
+            let _supervisor_gone = self.released.send(RefusedPin::new(pin, &error, &self.codes, "the PIN's file"));
         }
         Err(error)
     }

@@ -1,51 +1,49 @@
-//! What a PKCS#11 return code means for us. [`class_of`] is the only place that decides by return code.
+//! A PKCS#11 call that failed. What its return code means is in one table, [`Codes`]; each class has one treatment,
+//! most of them in [`super::pool`].
 
-use cryptoki::error::{Error, RvError};
+use cryptoki::error::{Error, Rv, RvError};
 
+pub(super) use crate::config::Class;
+use crate::config::{Code, Codes};
 use crate::provider::KekError;
-
-/// How a failed call is treated. Each class has one treatment, given where it is named in `pool` and `token`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Class {
-    /// The ciphertext: an error to the caller, no retry, no effect on health.
-    BadInput,
-    /// Tokens say this of a damaged ciphertext and of a broken device alike. After an unwrap, the KEK's reference
-    /// tells which (`lane`); after any other call it is [`Class::Token`].
-    Doubtful,
-    /// This session, or a handle found through it: replaced, and tried once more.
-    Session,
-    /// The login is gone: logged in again, and tried once more.
-    Login,
-    /// The token, its slot or its module: its connection is given up and made anew.
-    Token,
-    /// The PIN: never tried again by itself.
-    Pin,
-    /// The token will not do this for us, however often it is asked.
-    Refused,
-}
 
 /// A PKCS#11 call that failed, or did not do what the standard says.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{what}")]
 pub(super) struct CallError {
-    pub(super) class: Class,
+    cause: Cause,
     what: String,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Cause {
+    /// The module answered so. What that means depends on the token.
+    Code(Code),
+    Known(Class),
 }
 
 impl CallError {
     /// Something that no return code told. `what` is a sentence.
     pub(super) fn new(class: Class, what: impl Into<String>) -> Self {
-        Self { class, what: what.into() }
+        Self { cause: Cause::Known(class), what: what.into() }
     }
 
     /// The same failure, its class settled by what else is known.
     pub(super) fn settled(self, class: Class) -> Self {
-        Self { class, ..self }
+        Self { cause: Cause::Known(class), ..self }
+    }
+
+    /// How it is treated, on tokens with these codes.
+    pub(super) fn class(&self, codes: &Codes) -> Class {
+        match self.cause {
+            Cause::Code(code) => codes.class_of(code),
+            Cause::Known(class) => class,
+        }
     }
 
     /// What a caller of the token `token` is told.
-    pub(super) fn to_kek_error(&self, token: &str) -> KekError {
-        match self.class {
+    pub(super) fn to_kek_error(&self, class: Class, token: &str) -> KekError {
+        match class {
             Class::BadInput => KekError::BadInput,
             Class::Refused => KekError::Refused(format!("{token}: {self}")),
             _ => KekError::Unavailable(format!("{token}: {self}")),
@@ -56,8 +54,9 @@ impl CallError {
 impl From<Error> for CallError {
     fn from(error: Error) -> Self {
         match error {
-            Error::Pkcs11(code, function) => {
-                Self::new(class_of(&code), format!("C_{function:?} answered {}", name_of(&code)))
+            Error::Pkcs11(answer, function) => {
+                let code = code_of(answer);
+                Self { cause: Cause::Code(code), what: format!("C_{function:?} answered {code}") }
             }
             // A function that the module lacks, or an answer that is not what the standard says.
             other => Self::new(Class::Refused, format!("the module cannot be used: {other}")),
@@ -71,124 +70,46 @@ impl From<getrandom::Error> for CallError {
     }
 }
 
-/// Every return code's class (PKCS#11 v3.1 section 5.1, and 2.40's).
-fn class_of(code: &RvError) -> Class {
-    use RvError as Rv;
-    match code {
-        Rv::EncryptedDataInvalid
-        | Rv::EncryptedDataLenRange
-        | Rv::WrappedKeyInvalid
-        | Rv::WrappedKeyLenRange
-        | Rv::SignatureInvalid
-        | Rv::SignatureLenRange => Class::BadInput,
-
-        Rv::GeneralError
-        | Rv::FunctionFailed
-        | Rv::DeviceError
-        | Rv::DataInvalid
-        | Rv::DataLenRange
-        | Rv::KeySizeRange
-        | Rv::ArgumentsBad
-        | Rv::UnknownErrorCode(_)
-        | Rv::VendorDefined(_) => Class::Doubtful,
-
-        Rv::SessionClosed
-        | Rv::SessionHandleInvalid
-        | Rv::SessionCount
-        | Rv::SessionReadOnly
-        | Rv::SessionExists
-        | Rv::SessionReadOnlyExists
-        | Rv::SessionParallelNotSupported
-        | Rv::OperationActive
-        | Rv::OperationNotInitialized
-        | Rv::KeyHandleInvalid
-        | Rv::ObjectHandleInvalid
-        | Rv::WrappingKeyHandleInvalid
-        | Rv::UnwrappingKeyHandleInvalid
-        | Rv::KeyChanged
-        | Rv::FunctionCanceled
-        | Rv::Cancel
-        | Rv::SavedStateInvalid => Class::Session,
-
-        Rv::UserNotLoggedIn => Class::Login,
-
-        Rv::HostMemory
-        | Rv::SlotIdInvalid
-        | Rv::DeviceMemory
-        | Rv::DeviceRemoved
-        | Rv::TokenNotPresent
-        | Rv::TokenNotRecognized
-        | Rv::CryptokiNotInitialized
-        | Rv::CryptokiAlreadyInitialized
-        | Rv::MutexBad
-        | Rv::MutexNotLocked
-        | Rv::FipsSelfTestFailed
-        | Rv::LibraryLoadFailed
-        | Rv::RandomNoRng
-        | Rv::NoEvent
-        | Rv::UserPinNotInitialized => Class::Token,
-
-        Rv::PinIncorrect | Rv::PinInvalid | Rv::PinLenRange | Rv::PinExpired | Rv::PinLocked | Rv::PinTooWeak => {
-            Class::Pin
-        }
-
-        Rv::AttributeReadOnly
-        | Rv::AttributeSensitive
-        | Rv::AttributeTypeInvalid
-        | Rv::AttributeValueInvalid
-        | Rv::ActionProhibited
-        | Rv::FunctionNotParallel
-        | Rv::FunctionNotSupported
-        | Rv::FunctionRejected
-        | Rv::CurveNotSupported
-        | Rv::KeyTypeInconsistent
-        | Rv::KeyNotNeeded
-        | Rv::KeyNeeded
-        | Rv::KeyIndigestible
-        | Rv::KeyFunctionNotPermitted
-        | Rv::KeyNotWrappable
-        | Rv::KeyUnextractable
-        | Rv::MechanismInvalid
-        | Rv::MechanismParamInvalid
-        | Rv::TemplateIncomplete
-        | Rv::TemplateInconsistent
-        | Rv::TokenWriteProtected
-        | Rv::UnwrappingKeySizeRange
-        | Rv::UnwrappingKeyTypeInconsistent
-        | Rv::UserAlreadyLoggedIn
-        | Rv::UserTypeInvalid
-        | Rv::UserAnotherAlreadyLoggedIn
-        | Rv::UserTooManyTypes
-        | Rv::WrappingKeySizeRange
-        | Rv::WrappingKeyTypeInconsistent
-        | Rv::RandomSeedNotSupported
-        | Rv::DomainParamsInvalid
-        | Rv::BufferTooSmall
-        | Rv::InformationSensitive
-        | Rv::StateUnsaveable
-        | Rv::NeedToCreateThreads
-        | Rv::CantLock
-        | Rv::NewPinMode
-        | Rv::NextOtp
-        | Rv::ExceededMaxIterations
-        | Rv::PublicKeyInvalid
-        | Rv::SessionReadWriteSoExists => Class::Refused,
+/// The number behind cryptoki's name for it.
+fn code_of(answer: RvError) -> Code {
+    match answer {
+        RvError::VendorDefined(code) | RvError::UnknownErrorCode(code) => Code(code),
+        named => {
+            Code::named().find(|code| Rv::from(code.0) == Rv::Error(named)).unwrap_or(Code(std::ffi::c_ulong::MAX))
+        } // none: the tests below go through all of them
     }
 }
 
-/// The code as the standard writes it.
-fn name_of(code: &RvError) -> String {
-    match code {
-        RvError::VendorDefined(value) | RvError::UnknownErrorCode(value) => format!("the code {value:#x}"),
-        known => {
-            let mut name = String::from("CKR");
-            for letter in format!("{known:?}").chars() {
-                if letter.is_ascii_uppercase() {
-                    name.push('_');
-                }
-                name.push(letter.to_ascii_uppercase());
-            }
-            name
+#[cfg(test)]
+#[allow(clippy::panic)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_code_of_the_standard_and_of_vendors_comes_through_cryptoki_unchanged() {
+        for code in (1..=0x300).chain(0x7fff_fff0..=0x8000_0300).chain([0xd955_4204]) {
+            let Rv::Error(answer) = Rv::from(code) else { panic!("{code:#x} is no error") };
+            assert_eq!(code_of(answer), Code(code), "{answer:?}");
         }
+    }
+
+    #[test]
+    fn every_code_that_cryptoki_names_is_in_the_table_under_that_name() {
+        for code in 1..=0x300 {
+            let Rv::Error(answer) = Rv::from(code) else { panic!("{code:#x} is no error") };
+            if !matches!(answer, RvError::UnknownErrorCode(_)) {
+                let letters = |text: &str| text.replace('_', "").to_lowercase();
+                assert_eq!(letters(&Code(code).to_string()), letters(&format!("CKR_{answer:?}")));
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_known_otherwise_does_not_depend_on_the_codes() {
+        let codes: Codes = toml::from_str("CKR_DEVICE_ERROR = \"refused\"").unwrap_or_default();
+        let error = CallError::from(Error::Pkcs11(RvError::DeviceError, cryptoki::context::Function::WrapKey));
+        assert_eq!(error.to_string(), "C_WrapKey answered CKR_DEVICE_ERROR");
+        assert_eq!([error.class(&codes), error.class(&Codes::default())], [Class::Refused, Class::Doubtful]);
+        assert_eq!(error.settled(Class::Token).class(&codes), Class::Token);
     }
 }

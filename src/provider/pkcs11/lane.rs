@@ -50,6 +50,10 @@ impl Lane {
         Ok(Self { session, handles: HashMap::new(), connected, state })
     }
 
+    fn class(&self, error: &CallError) -> Class {
+        error.class(&self.connected.codes)
+    }
+
     /// Wraps a DEK under the KEK.
     pub(super) fn wrap(&mut self, kek: &KekSpec, dek: &Dek) -> Result<Vec<u8>, CallError> {
         let handle = self.handle(kek)?;
@@ -65,10 +69,10 @@ impl Lane {
     pub(super) fn unwrap(&mut self, kek: &KekSpec, wrapped: &[u8]) -> Result<Dek, CallError> {
         let handle = self.handle(kek)?;
         let unwrap = || mechanism::unwrap(kek.mode, &self.session, handle, kek.identity, wrapped);
-        let is_doubtful = |error: &CallError| matches!(error.class, Class::Doubtful | Class::Refused);
+        let is_doubtful = |error: &CallError| matches!(self.class(error), Class::Doubtful | Class::Refused);
         match unwrap() {
             Err(first) if is_doubtful(&first) => {
-                self.still_works(kek, handle).map_err(|error| match error.class {
+                self.still_works(kek, handle).map_err(|error| match self.class(&error) {
                     Class::Doubtful | Class::BadInput => error.settled(Class::Token),
                     _ => error,
                 })?;
@@ -122,7 +126,7 @@ impl Lane {
     /// The key unwraps the KEK's reference. A key that does not, and yet works, is another one.
     fn recognise(&self, kek: &KekSpec, handle: ObjectHandle, reference: &Reference) -> Result<(), CallError> {
         match self.check_reference(kek, handle, reference) {
-            Err(error) if matches!(error.class, Class::Doubtful | Class::BadInput) => {
+            Err(error) if matches!(self.class(&error), Class::Doubtful | Class::BadInput) => {
                 self.round_trip(kek, handle)?;
                 Err(another_key())
             }
@@ -173,9 +177,9 @@ impl Lane {
             }
             match self.prove(&spec) {
                 Ok(()) => keks.push(kek.clone()),
-                Err(error) if matches!(error.class, Class::Refused | Class::BadInput | Class::Doubtful) => {
+                Err(error) if matches!(self.class(&error), Class::Refused | Class::BadInput | Class::Doubtful) => {
                     refused.push(Refused { key, identity, reason: error.to_string() });
-                    doubtful = doubtful.or((error.class == Class::Doubtful).then_some(error));
+                    doubtful = doubtful.or((self.class(&error) == Class::Doubtful).then_some(error));
                 }
                 Err(error) => return Err(error),
             }
@@ -202,7 +206,7 @@ impl Lane {
                 |id: Option<&[u8]>| format!("key {} with label {}", id.map_or("without id".into(), hex), rules.label);
             let said = match self.session.get_attributes(handle, &admission::ASKED).map_err(CallError::from) {
                 Ok(attributes) => Said(attributes),
-                Err(error) if error.class == Class::Refused => {
+                Err(error) if self.class(&error) == Class::Refused => {
                     let reason = format!("what the token says of it cannot be read: {error}");
                     refused.push(Refused { key: named(None), identity: None, reason });
                     continue;

@@ -3,7 +3,7 @@
 //! From top to bottom: this room knows tokens and their KEKs; [`token`] keeps one connected, by its supervisor
 //! thread; [`pool`] has work done by its session threads; [`link`] is what these tell each other; [`lane`] is what one
 //! session does; [`mechanism`] is how a KEK wraps; [`connection`] finds a token and logs in; [`module`] loads a library.
-//! [`admission`] decides which keys are KEKs, and [`error`] what a return code means. They are the only rooms that know
+//! [`admission`] decides which keys are KEKs, and [`error`] says what failed. They are the only rooms that know
 //! the cryptoki crate.
 
 mod admission;

@@ -3,12 +3,15 @@
 //! `C_Initialize` and `C_Finalize` belong to the library and not to a token: a second C_Initialize without C_Finalize
 //! crashes SoftHSM, and C_Finalize ends every session of every token. So whoever uses a library holds an [`InUse`]
 //! for as long as it has sessions, and when the last one is gone the library is finalized. Some libraries see a new
-//! token only after that.
+//! token only after that. Others do not stand a second C_Initialize in one process: they are never finalized.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
 
 use super::error::CallError;
 use crate::sync::lock;
@@ -17,6 +20,9 @@ use cryptoki::error::Error;
 
 /// Every library that this process has loaded; none is ever unloaded, since some leave threads behind.
 static LOADED: Mutex<BTreeMap<PathBuf, Arc<Module>>> = Mutex::new(BTreeMap::new());
+
+/// How long a process that ends may take for it.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// A loaded library.
 pub(super) struct Module {
@@ -29,17 +35,19 @@ struct InUseBy {
     users: usize,
     /// Some libraries refuse C_Finalize; then they stay initialized.
     initialized: bool,
+    /// It is never finalized.
+    stays: bool,
 }
 
 /// The right to call an initialized library. Sessions must be closed before it is dropped.
 pub(super) struct InUse(Arc<Module>);
 
 impl Module {
-    /// The library at `path`, initialized.
+    /// The library at `path`, initialized. Unless everybody says `reinitialize`, it stays so until the process ends.
     ///
     /// # Errors
     /// What failed and what to do, for people.
-    pub(super) fn acquire(path: &Path) -> Result<InUse, String> {
+    pub(super) fn acquire(path: &Path, reinitialize: bool) -> Result<InUse, String> {
         let module = Self::load(path)?;
         let mut state = lock(&module.in_use);
         if !state.initialized {
@@ -48,9 +56,17 @@ impl Module {
                 .initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK))
                 .map_err(|error| initialize_error(path, error))?;
         }
-        *state = InUseBy { users: state.users + 1, initialized: true };
+        *state = InUseBy { users: state.users + 1, initialized: true, stays: state.stays || !reinitialize };
         drop(state);
         Ok(InUse(module))
+    }
+
+    /// Whether the library at `path` has had its last user, and must not be initialized again.
+    pub(super) fn is_spent(path: &Path) -> bool {
+        Self::load(path).is_ok_and(|module| {
+            let state = lock(&module.in_use);
+            state.users == 0 && state.stays
+        })
     }
 
     fn load(path: &Path) -> Result<Arc<Self>, String> {
@@ -78,7 +94,7 @@ impl Drop for InUse {
     fn drop(&mut self) {
         let mut state = lock(&self.0.in_use);
         state.users -= 1;
-        if state.users == 0 {
+        if state.users == 0 && !state.stays {
             let finalized = self.0.library.clone().finalize();
             state.initialized = finalized.is_err();
             if let Err(error) = finalized {
@@ -86,6 +102,17 @@ impl Drop for InUse {
             }
         }
     }
+}
+
+/// Ends the process, since nothing less would make the token usable again: the supervisor starts it anew. Exit code 69.
+pub(super) fn leave(token: &str, reason: &dyn fmt::Display) -> ! {
+    tracing::error!(token, "the process ends, to be started anew: {reason}");
+    // Other threads may be inside the library, where its destructors could wait for them.
+    thread::spawn(|| {
+        thread::sleep(LEAVE_PATIENCE);
+        std::process::abort();
+    });
+    std::process::exit(69)
 }
 
 /// Whoever can change the library runs as us.

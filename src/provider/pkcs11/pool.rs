@@ -13,8 +13,10 @@ use super::connection::Connected;
 use super::error::{CallError, Class};
 use super::lane::Lane;
 use super::link::Link;
+use super::module;
 use super::pace::Pace;
 use super::queue::{Next, Queue, Ticket};
+use crate::config::Codes;
 use crate::provider::KekError;
 use crate::runtime::{Deliver, Errand, Leader};
 use crate::state::State;
@@ -33,6 +35,7 @@ pub(super) struct Pool {
     leaders: Mutex<Seat>,
     pub(super) pace: Pace,
     sessions: u32,
+    codes: Codes,
 }
 
 /// Something to be done with a session.
@@ -100,7 +103,7 @@ struct Seat {
 }
 
 impl Pool {
-    pub(super) fn new(sessions: usize, link: Arc<Link>, state: Arc<State>, leader: Leader) -> Self {
+    pub(super) fn new(sessions: usize, link: Arc<Link>, state: Arc<State>, leader: Leader, codes: Codes) -> Self {
         Self {
             queue: Queue::new(sessions * QUEUE_PER_SESSION),
             link,
@@ -108,6 +111,7 @@ impl Pool {
             leader,
             leaders: Mutex::default(),
             pace: Pace::new(),
+            codes,
             sessions: u32::try_from(sessions).unwrap_or(u32::MAX).max(1),
         }
     }
@@ -173,7 +177,8 @@ impl Pool {
         let mut again = true;
         loop {
             let Err(error) = self.attempt(job, lane) else { return };
-            let mended = match error.class {
+            let class = error.class(&self.codes);
+            let mended = match class {
                 Class::Session => {
                     *lane = None;
                     true
@@ -187,9 +192,10 @@ impl Pool {
                     false
                 }
                 Class::BadInput | Class::Pin | Class::Refused => false,
+                Class::Fatal => module::leave(&self.link.name, &error),
             };
             if !(mended && again) {
-                return job.refuse(error.to_kek_error(&self.link.name));
+                return job.refuse(error.to_kek_error(class, &self.link.name));
             }
             again = false;
         }
@@ -219,7 +225,7 @@ impl Pool {
         let connected = self.link.connected().ok_or_else(lost)?;
         Lane::open(Arc::clone(&connected), Arc::clone(&self.state)).inspect_err(|error| {
             // Without a lane, nobody else can say that the connection is no good.
-            if matches!(error.class, Class::Token | Class::Doubtful) {
+            if matches!(error.class(&self.codes), Class::Token | Class::Doubtful) {
                 self.is_lost(&connected, error);
             }
         })

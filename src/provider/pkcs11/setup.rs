@@ -13,7 +13,7 @@ use super::module::Module;
 /// # Errors
 /// What the module answered, for people. A token that has the label already is not touched.
 pub fn initialize_token(module: &Path, label: &str, so_pin: &SecretString, pin: &SecretString) -> Result<(), String> {
-    let in_use = Module::acquire(module)?;
+    let in_use = Module::acquire(module, true)?;
     let library = in_use.library();
     let made = || -> Result<(), CallError> {
         let slots = library.get_slots_with_token()?;

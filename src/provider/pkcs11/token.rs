@@ -15,6 +15,7 @@ use super::connection::{Address, NotConnected, RefusedPin};
 use super::error::CallError;
 use super::lane::Lane;
 use super::link::Link;
+use super::module::{self, Module};
 use super::pool::Pool;
 use crate::config::{ProviderConfig, TokenUri};
 use crate::provider::KekError;
@@ -59,8 +60,20 @@ impl Token {
                 admitted: provider.admitted.clone(),
             },
             link: Arc::clone(&link),
-            address: Address { module: provider.module.clone(), uri, pin: provider.pin.clone() },
-            pool: Arc::new(Pool::new(provider.sessions, link, Arc::clone(state), leader.clone())),
+            address: Address {
+                module: provider.module.clone(),
+                uri,
+                pin: provider.pin.clone(),
+                codes: provider.profile.errors.clone(),
+                reinitialize: provider.profile.reinitialize,
+            },
+            pool: Arc::new(Pool::new(
+                provider.sessions,
+                link,
+                Arc::clone(state),
+                leader.clone(),
+                provider.profile.errors.clone(),
+            )),
             threads: Mutex::new(threads),
         });
         for n in 1..=provider.sessions {
@@ -143,6 +156,9 @@ impl Token {
                     let patience = Instant::now() + RELEASE_PATIENCE;
                     while let Ok(refused) = released.recv_timeout(patience.saturating_duration_since(Instant::now())) {
                         refused_pin = Some(refused);
+                    }
+                    if !self.pool.is_closed() && Module::is_spent(&self.address.module) {
+                        module::leave(&self.link.name, &"its module cannot be initialized again in one process");
                     }
                     if since.elapsed() >= LAST_RETRY {
                         retry = FIRST_RETRY;
