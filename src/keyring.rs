@@ -7,6 +7,7 @@
 pub mod activation;
 mod description;
 mod errors;
+mod flights;
 mod member;
 
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use tokio::sync::watch;
 
 pub use self::description::{KekDescription, KekState};
 pub use self::errors::KeyringError;
+use self::flights::Flights;
 use self::member::{ActiveKek, Member};
 use crate::config::{KeyringConfig, SealUnder};
 use crate::envelope::{self, Envelope, Recipient, WrapAlgorithm};
@@ -45,6 +47,7 @@ pub struct Keyring {
     members: Vec<Member>,
     state: Arc<State>,
     health: Health,
+    decrypts: Flights<Sealed, Result<Plaintext, KeyringError>>,
     /// Held while a look is under way, so that there is one at a time.
     looks: tokio::sync::Mutex<Looks>,
     /// Whether the first look has ended.
@@ -66,6 +69,13 @@ pub struct ActiveSet {
     keks: Vec<ActiveKek>,
 }
 
+/// What a Decrypt is asked for.
+#[derive(PartialEq, Eq, Hash)]
+struct Sealed {
+    ciphertext: Vec<u8>,
+    key_id: Option<String>,
+}
+
 impl Keyring {
     /// A keyring over these providers, each with whether it seals, in the order in which Decrypt takes them.
     #[must_use]
@@ -76,6 +86,7 @@ impl Keyring {
             members: providers.into_iter().map(|(provider, seals)| Member::new(provider, seals)).collect(),
             state,
             health: Health::default(),
+            decrypts: Flights::new(),
             looks: tokio::sync::Mutex::default(),
             has_looked: watch::Sender::new(false),
         }
@@ -278,11 +289,28 @@ impl Keyring {
         Ok(Recipient { identity: active.identity, algorithm: kek.algorithm(), wrapped: wrapped? })
     }
 
-    /// Opens an envelope. `key_id` is what the request says of it; KMS v1beta1 says nothing.
+    /// Opens an envelope, with one token call for all who ask for the same at a time. `key_id` is what the request
+    /// says of it; KMS v1beta1 says nothing.
     ///
     /// # Errors
     /// See [`KeyringError`]. What can be refused without a token is refused before one is asked.
     pub async fn decrypt(
+        self: &Arc<Self>,
+        ciphertext: &[u8],
+        key_id: Option<&str>,
+        deadline: Instant,
+    ) -> Result<Plaintext, KeyringError> {
+        let keyring = Arc::clone(self);
+        let sealed = Sealed { ciphertext: ciphertext.to_vec(), key_id: key_id.map(str::to_owned) };
+        let is_late = |answer: &_| matches!(answer, Err(KeyringError::Deadline(_)));
+        let open = move |sealed: Arc<Sealed>, deadline| {
+            let keyring = Arc::clone(&keyring);
+            async move { keyring.open(&sealed.ciphertext, sealed.key_id.as_deref(), deadline).await }
+        };
+        self.decrypts.join(sealed, deadline, is_late, open).await
+    }
+
+    async fn open(
         &self,
         ciphertext: &[u8],
         key_id: Option<&str>,

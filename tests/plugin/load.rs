@@ -94,6 +94,22 @@ fn a_peer_that_goes_away_in_the_middle_of_its_call_frees_its_place() {
 }
 
 #[test]
+fn identical_decrypts_share_one_call_whoever_of_them_leaves() {
+    let host = host_with_one_session();
+    let plugin = host.serve_healthy_and_talkative();
+    let (ciphertext, key_id) = plugin.round_trip();
+    let Some(held) = hold_up(&host) else { return };
+    // More than the queue has room for, if each of them took a place.
+    let answers = plugin.decrypt_together(QUEUE + 40, &ciphertext, &key_id, || drop(held));
+    assert_eq!(answers.len(), (QUEUE + 40) / 2);
+    for answer in answers {
+        assert_eq!(answer.unwrap(), b"thirty-two bytes of a fresh seed");
+    }
+    assert_eq!(plugin.log().matches("its answer is shared").count(), QUEUE + 39, "one call and no second");
+    plugin.round_trip();
+}
+
+#[test]
 fn sigterm_answers_what_was_accepted() {
     let host = host_with_one_session();
     let plugin = host.serve_healthy();

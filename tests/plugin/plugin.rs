@@ -172,6 +172,15 @@ sessions = {sessions}
         self.start(command)
     }
 
+    /// Starts `serve` with a log that says more, and waits until it is healthy.
+    pub fn serve_healthy_and_talkative(&self) -> Plugin {
+        let mut command = self.command(&["serve", "--config"]);
+        command.arg(self.write_configuration()).env("TROUSSEAU_LOG", "trousseau=debug").stdin(Stdio::null());
+        let mut plugin = self.start(command);
+        plugin.wait_until("it is healthy", |plugin| plugin.status().is_ok());
+        plugin
+    }
+
     /// A command of the shell's in the token's environment.
     pub fn shell(&self, script: &str) -> Command {
         let mut command = Command::new("sh");
@@ -275,6 +284,35 @@ impl Plugin {
         });
         let status = self.child.wait().unwrap();
         (answers.into_iter().map(Result::unwrap).collect(), status)
+    }
+
+    /// Sends so many identical Decrypts, each on a connection of its own. Once all share one call, the first half hangs
+    /// up, `release` is done, and the other half's answers are returned. The plugin must log what is shared.
+    pub fn decrypt_together(
+        &self,
+        count: usize,
+        ciphertext: &[u8],
+        key_id: &str,
+        release: impl FnOnce(),
+    ) -> Vec<Result<Vec<u8>, Answer>> {
+        self.runtime.block_on(async {
+            let decrypt = || {
+                let (socket, ciphertext, key_id) = (self.socket.clone(), ciphertext.to_vec(), key_id.to_owned());
+                tokio::spawn(async move {
+                    let mut client = Client::connect(&socket, Duration::from_secs(10)).await.map_err(answer)?;
+                    client.decrypt(ciphertext, key_id).await.map_err(answer)
+                })
+            };
+            let mut decrypts: Vec<_> = (0..count).map(|_| decrypt()).collect();
+            let began = Instant::now();
+            while self.log().matches("its answer is shared").count() < count - 1 {
+                assert!(began.elapsed() < PATIENCE, "waited in vain until all share one call");
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            decrypts.drain(..count / 2).for_each(|decrypt| decrypt.abort());
+            release();
+            futures_util::future::join_all(decrypts).await.into_iter().map(Result::unwrap).collect()
+        })
     }
 
     fn call<T>(&self, call: impl AsyncFnOnce(&mut Client) -> Result<T, ClientError>) -> Result<T, Answer> {
