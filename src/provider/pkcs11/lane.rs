@@ -63,20 +63,22 @@ impl Lane {
     /// Unwraps a DEK that the KEK is said to have wrapped.
     ///
     /// Many tokens answer a damaged ciphertext and a broken device with one code; others call the input a parameter or
-    /// a template that they do not take. So after such an answer the KEK
-    /// unwraps its reference: if it cannot, the token is broken. If it can, the input is tried once more, and only
-    /// then is it bad. Three calls at most.
+    /// a template that they do not take. So unless the answer is clear, the KEK unwraps its reference: if it cannot,
+    /// the answer was no lie. If it can, the input is tried once more, and only then is it bad. Three calls at most;
+    /// no stored value can make more of itself.
     pub(super) fn unwrap(&mut self, kek: &KekSpec, wrapped: &[u8]) -> Result<Dek, CallError> {
         let handle = self.handle(kek)?;
         let unwrap = || mechanism::unwrap(kek.mode, &self.session, handle, kek.identity, wrapped);
-        let is_doubtful = |error: &CallError| matches!(self.class(error), Class::Doubtful | Class::Refused);
+        let is_clear = |error: &CallError| {
+            matches!(self.class(error), Class::BadInput | Class::Session | Class::Login | Class::Pin)
+        };
         match unwrap() {
-            Err(first) if is_doubtful(&first) => {
+            Err(first) if !is_clear(&first) => {
                 self.still_works(kek, handle).map_err(|error| match self.class(&error) {
                     Class::Doubtful | Class::BadInput => error.settled(Class::Token),
                     _ => error,
                 })?;
-                unwrap().map_err(|again| if is_doubtful(&again) { again.settled(Class::BadInput) } else { again })
+                unwrap().map_err(|again| if is_clear(&again) { again } else { again.settled(Class::BadInput) })
             }
             settled => settled,
         }
