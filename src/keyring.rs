@@ -225,7 +225,9 @@ impl Keyring {
     /// Why they would not.
     pub fn health(&self, set: &ActiveSet) -> Result<(), KeyringError> {
         let fault = |active: &ActiveKek| match &active.kek {
-            Ok(_) => self.health.fault_of(active.identity),
+            Ok(kek) => {
+                kek.check().err().map(|outage| outage.to_string()).or_else(|| self.health.fault_of(active.identity))
+            }
             Err(outage) => Some(outage.clone()),
         };
         let faults: Vec<String> = set.keks.iter().filter_map(fault).collect();

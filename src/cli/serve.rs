@@ -12,6 +12,7 @@ use super::assemble;
 use super::output::Failure;
 use crate::config::{Config, Listen};
 use crate::keyring::Keyring;
+use crate::provider::pkcs11;
 use crate::runtime::{self, Leader};
 use crate::service::listener::Listener;
 use crate::service::requests::Requests;
@@ -65,16 +66,26 @@ async fn serve_with(
     let requests = Arc::new(Requests::new(keyring));
     let daemon = Daemon { file, listen: config.listen, listener, requests, leader };
     let terminated = terminated()?;
+    let mut lost = None;
+    let shutdown = async {
+        tokio::select! { () = terminated => (), reason = daemon.is_hopeless() => lost = Some(reason) }
+        systemd::stopping();
+    };
     let mut hangup = on(SignalKind::hangup())?;
     systemd::ready();
-    tokio::select! {
-        ended = service::serve(&daemon.listener, &daemon.requests, v1beta1, terminated) => {
+    let ended = tokio::select! {
+        ended = service::serve(&daemon.listener, &daemon.requests, v1beta1, shutdown) => {
             ended.map_err(|error| Failure::failed(format!("the service ended: {error}"), ""))
         }
         () = daemon.requests.keep_looking() => Ok(()),
         () = daemon.reload_at(&mut hangup) => Ok(()),
         () = daemon.keep_systemd_informed() => Ok(()),
         () = feed_watchdog() => Ok(()),
+    };
+    drop(daemon); // and its socket
+    match lost {
+        Some(reason) => pkcs11::leave(&reason),
+        None => ended,
     }
 }
 
@@ -121,6 +132,17 @@ impl Daemon {
             tracing::warn!("listen: only allow-uids changes without a restart");
         }
         Ok(())
+    }
+
+    /// Returns the reason once nothing can be encrypted, and only a new process could change that.
+    async fn is_hopeless(&self) -> String {
+        loop {
+            let keyring = self.requests.keyring();
+            match (health(&keyring), keyring.hopeless()) {
+                (Err(_), Some(reason)) => return reason,
+                _ => tokio::time::sleep(STATUS_EVERY).await,
+            }
+        }
     }
 
     /// Tells systemd how we are. Never returns.
@@ -174,7 +196,6 @@ fn terminated() -> Result<impl Future<Output = ()>, Failure> {
     Ok(async move {
         tokio::select! { _ = terminate.recv() => (), _ = interrupt.recv() => () }
         tracing::info!("stopping: answering what was accepted");
-        systemd::stopping();
     })
 }
 

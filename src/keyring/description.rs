@@ -53,6 +53,12 @@ impl KekState {
 }
 
 impl Keyring {
+    /// Why only a new process could reach a provider again, if that is so.
+    #[must_use]
+    pub fn hopeless(&self) -> Option<String> {
+        self.members.iter().find_map(|member| member.provider.hopeless())
+    }
+
     /// Tokens that are out of reach, or lack a KEK, as of the last look, while others serve.
     #[must_use]
     pub fn gaps(&self) -> Vec<String> {

@@ -43,6 +43,12 @@ pub trait Kek: Send + Sync {
     /// The tokens that hold it, or whatever else its provider consists of.
     fn held_by(&self) -> Vec<String>;
 
+    /// Whether it can be used, as far as is known without asking its provider.
+    ///
+    /// # Errors
+    /// Why not.
+    fn check(&self) -> Result<(), KekError>;
+
     /// Wraps a DEK. The answer has [`WrapAlgorithm::wrapped_len`] bytes.
     fn wrap_dek(&self, dek: Arc<Dek>, deadline: Instant) -> Answer<'_, Vec<u8>>;
 
@@ -60,6 +66,9 @@ pub trait Provider: Send + Sync {
 
     /// Looks for KEKs. Each one found has proved that it wraps, or unwraps what it once wrapped.
     fn look(&self, deadline: Instant) -> Answer<'_, Sighting>;
+
+    /// Why only a new process could reach the provider again, if that is so.
+    fn hopeless(&self) -> Option<String>;
 
     /// Returns when the provider has come back, or changed so much, that a [`Provider::look`] is due at once.
     fn changed(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;

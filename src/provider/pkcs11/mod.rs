@@ -35,6 +35,7 @@ use tokio::sync::Notify;
 pub use self::admission::LONGEST_WAIT;
 use self::admission::{Admitted, KekSpec};
 pub use self::lane::Cost;
+pub use self::module::leave;
 use self::lane::Inventory;
 use self::token::Token;
 use self::wraps::WrapCounter;
@@ -271,6 +272,10 @@ impl Provider for Pkcs11 {
         Box::pin(self.look_at_every_token(deadline))
     }
 
+    fn hopeless(&self) -> Option<String> {
+        self.tokens.iter().find_map(|token| token.hopeless())
+    }
+
     fn changed(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
         Box::pin(self.changed.notified())
     }
@@ -346,6 +351,17 @@ impl Kek for Pkcs11Kek {
 
     fn held_by(&self) -> Vec<String> {
         self.holders().iter().map(|token| token.uri().to_string()).collect()
+    }
+
+    fn check(&self) -> Result<(), KekError> {
+        let mut last = Ok(());
+        for token in self.holders() {
+            last = token.check();
+            if last.is_ok() {
+                break;
+            }
+        }
+        last
     }
 
     fn wrap_dek(&self, dek: Arc<Dek>, deadline: Instant) -> Answer<'_, Vec<u8>> {

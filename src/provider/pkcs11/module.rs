@@ -105,8 +105,8 @@ impl Drop for InUse {
 }
 
 /// Ends the process, since nothing less would make the token usable again: the supervisor starts it anew. Exit code 69.
-pub(super) fn leave(token: &str, reason: &dyn fmt::Display) -> ! {
-    tracing::error!(token, "the process ends, to be started anew: {reason}");
+pub fn leave(reason: &dyn fmt::Display) -> ! {
+    tracing::error!("the process ends, to be started anew: {reason}");
     // Other threads may be inside the library, where its destructors could wait for them.
     thread::spawn(|| {
         thread::sleep(LEAVE_PATIENCE);

@@ -97,10 +97,11 @@ impl Pace {
         self.inner().patience()
     }
 
-    /// Whether nothing has come back for longer than that, while something should.
-    pub(super) fn is_hung(&self) -> bool {
+    /// For how long nothing has come back, if that is longer than it should be.
+    pub(super) fn hung_for(&self) -> Option<Duration> {
         let inner = self.inner();
-        !inner.under_way.is_empty() && inner.moved.elapsed() > inner.patience()
+        let still = inner.moved.elapsed();
+        (!inner.under_way.is_empty() && still > inner.patience()).then_some(still)
     }
 
     /// Jobs under way for which nobody waits any more.
@@ -128,16 +129,16 @@ mod tests {
     #[test]
     fn a_token_is_hung_while_nothing_comes_back_and_stuck_once_nobody_waits() {
         let pace = Pace::new();
-        assert!(!pace.is_hung() && !pace.is_quick());
+        assert!(pace.hung_for().is_none() && !pace.is_quick());
         let soon = Instant::now() + Duration::from_secs(60);
         let call = pace.begin(soon);
-        assert!(!pace.is_hung(), "it has only just begun");
+        assert!(pace.hung_for().is_none(), "it has only just begun");
         lock(&pace.0).moved -= LEAST_PATIENCE * 2;
-        assert!(pace.is_hung() && pace.stuck() == 0);
+        assert!(pace.hung_for().is_some() && pace.stuck() == 0);
         let other = pace.begin(Instant::now() - Duration::from_millis(1));
-        assert!(pace.is_hung() && pace.stuck() == 1, "another one proves nothing before it comes back");
+        assert!(pace.hung_for().is_some() && pace.stuck() == 1, "another one proves nothing before it comes back");
         pace.end(other, true);
-        assert!(!pace.is_hung() && pace.stuck() == 0);
+        assert!(pace.hung_for().is_none() && pace.stuck() == 0);
         pace.end(call, true);
     }
 

@@ -4,6 +4,7 @@
 //! its deadline, and a caller that goes away takes its place in the queue along. While the token is so quick that a
 //! worker would take longer to wake, the thread that leads the runtime makes the calls, in a session of its own.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -34,7 +35,9 @@ pub(super) struct Pool {
     /// The leader's own session, while no call is made in it.
     leaders: Mutex<Seat>,
     pub(super) pace: Pace,
-    sessions: u32,
+    sessions: usize,
+    /// Worker threads, those whose call does not return among them.
+    workers: AtomicUsize,
     codes: Codes,
 }
 
@@ -112,7 +115,8 @@ impl Pool {
             leaders: Mutex::default(),
             pace: Pace::new(),
             codes,
-            sessions: u32::try_from(sessions).unwrap_or(u32::MAX).max(1),
+            sessions,
+            workers: AtomicUsize::new(0),
         }
     }
 
@@ -143,18 +147,54 @@ impl Pool {
 
     /// Whether those that wait already will take until the deadline.
     fn would_be_late(&self, before: usize, deadline: Instant) -> bool {
-        let before = u32::try_from(before).unwrap_or(u32::MAX);
-        before > 0 && Instant::now() + self.pace.average() * before / self.sessions > deadline
+        let calls = u32::try_from(before.div_ceil(self.sessions.max(1))).unwrap_or(u32::MAX);
+        calls > 0 && Instant::now() + self.pace.average().saturating_mul(calls) > deadline
     }
 
-    /// What a worker thread does until the pool is closed.
+    /// Workers that are to be started, so that as many are at work as there should be. With twice as many sessions as
+    /// are configured there is an end to that.
+    pub(super) fn missing_workers(&self) -> usize {
+        let workers = self.workers.load(Ordering::Relaxed);
+        let wanted = (self.sessions + self.pace.stuck()).min(2 * self.sessions);
+        wanted.saturating_sub(workers)
+    }
+
+    /// Whether no worker is left whose call returns, and none may be added.
+    pub(super) fn is_hopeless(&self) -> bool {
+        self.pace.stuck() >= 2 * self.sessions
+    }
+
+    /// Answers what waits, when no worker will.
+    pub(super) fn refuse_all(&self) {
+        while let Some(Next::Job(mut job)) = self.queue.try_next(self.queue.round()) {
+            if let Err(error) = self.link.check() {
+                job.refuse(error);
+            }
+            job.deliver();
+        }
+    }
+
+    /// A worker thread is about to be started.
+    pub(super) fn worker_comes(&self) {
+        self.workers.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// What a worker thread does until the pool is closed, or others do its work.
     pub(super) fn work(&self) {
-        let mut seat = Seat::default();
+        self.serve_in(Seat::default());
+        self.workers.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    fn serve_in(&self, mut seat: Seat) {
         loop {
             match self.queue.next(seat.round) {
                 Next::Job(mut job) => {
                     self.serve(&mut *job, &mut seat.lane);
                     job.deliver();
+                    // It may have been stuck and replaced.
+                    if self.workers.load(Ordering::Relaxed) > self.sessions + self.pace.stuck() {
+                        break;
+                    }
                 }
                 Next::Round(round) => seat = Seat { round, lane: None },
                 Next::Closed => break,
@@ -192,7 +232,7 @@ impl Pool {
                     false
                 }
                 Class::BadInput | Class::Pin | Class::Refused => false,
-                Class::Fatal => module::leave(&self.link.name, &error),
+                Class::Fatal => module::leave(&format_args!("{}: {error}", self.link.name)),
             };
             if !(mended && again) {
                 return job.refuse(error.to_kek_error(class, &self.link.name));

@@ -92,6 +92,11 @@ impl<J> Queue<J> {
         self.lock().next(round)
     }
 
+    /// The round that goes on.
+    pub(super) fn round(&self) -> u64 {
+        self.lock().round
+    }
+
     /// Whether what belongs to this round is still to be kept.
     pub(super) fn goes_on(&self, round: u64) -> bool {
         let inner = self.lock();

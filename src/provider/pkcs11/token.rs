@@ -25,6 +25,8 @@ use crate::sync::lock;
 
 const FIRST_RETRY: Duration = Duration::from_millis(250);
 const LAST_RETRY: Duration = Duration::from_secs(5);
+/// A token from which nothing comes back for so long counts as out of reach.
+const SILENCE: Duration = Duration::from_secs(1);
 /// How long a lost connection's sessions may take to be closed.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -122,7 +124,22 @@ impl Token {
 
     /// Whether it is to be passed over while another token serves: it is out of reach, or nothing comes back from it.
     pub(super) fn is_sick(&self) -> bool {
-        self.link.check().is_err() || self.pool.pace.is_hung()
+        self.link.check().is_err() || self.pool.pace.hung_for().is_some()
+    }
+
+    /// Whether it can be used, as far as is known without asking it.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(super) fn check(&self) -> Result<(), KekError> {
+        self.link.check()?;
+        match self.pool.pace.hung_for() {
+            Some(still) if still >= SILENCE => {
+                let what = format!("{}: no call has come back for {} s", self.link.name, still.as_secs());
+                Err(KekError::Unavailable(what))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Its URI, by which people know it.
@@ -158,7 +175,7 @@ impl Token {
                         refused_pin = Some(refused);
                     }
                     if !self.pool.is_closed() && Module::is_spent(&self.address.module) {
-                        module::leave(&self.link.name, &"its module cannot be initialized again in one process");
+                        module::leave(&format_args!("{}: its module cannot be initialized again in one process", self.link.name));
                     }
                     if since.elapsed() >= LAST_RETRY {
                         retry = FIRST_RETRY;
