@@ -1,10 +1,13 @@
-//! The few small files that one host remembers between runs: references, the activation mark, wrap counters.
+//! The few small files that one host remembers between runs: references, the activation mark, wrap counters, and what
+//! became of a PIN ([`pins`]).
 //!
 //! Each is JSON, written aside, synced and renamed, so that a power loss leaves the old one or the new one. Other
 //! processes of this host (`key generate` beside `serve`) use the same directory: a KEK has files of its own, and what
 //! is read, changed and written happens under a lock; marks are written by `serve` alone. A file that is damaged is
 //! never taken for one that is missing. When the disk takes nothing, what was learned is kept in memory and the service
 //! goes on; the log says so.
+
+mod pins;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -19,6 +22,7 @@ use rustix::fs::{FlockOperation, OFlags};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+pub use self::pins::{PinRecord, RefusedPin};
 use crate::disk;
 use crate::identity::Identity;
 use crate::sync::lock;
@@ -60,6 +64,7 @@ struct Remembered {
     references: HashMap<Identity, Reference>,
     /// `None`: not read yet, or damaged when last tried.
     marks: Option<Vec<Mark>>,
+    unwritten_pins: HashMap<String, pins::Unwritten>,
 }
 
 /// The state directory, or a file in it, cannot be used.

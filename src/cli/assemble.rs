@@ -15,6 +15,22 @@ pub(super) fn state(config: &Config) -> Result<Arc<State>, Failure> {
     Ok(Arc::new(State::open(&config.keyring.state)?))
 }
 
+/// The provider of this name, or the only one.
+pub(super) fn choose_provider<'c>(config: &'c Config, name: Option<&str>) -> Result<&'c ProviderConfig, Failure> {
+    let names: Vec<&str> = config.providers.iter().map(|provider| provider.name.as_str()).collect();
+    let there = format!("the configuration has: {}", names.join(", "));
+    match (name, config.providers.as_slice()) {
+        (None, [only]) => Ok(only),
+        (None, _) => {
+            Err(Failure::failed("several providers: which one is meant?", format!("--provider NAME; {there}")))
+        }
+        (Some(name), providers) => providers
+            .iter()
+            .find(|provider| provider.name == name)
+            .ok_or_else(|| Failure::failed(format!("no provider is named {name}"), there)),
+    }
+}
+
 /// A provider, its tokens being connected to.
 pub(super) fn provider(config: &ProviderConfig, state: &Arc<State>, leader: &Leader) -> Result<Pkcs11, Failure> {
     let no_thread = |error| Failure::failed(format!("provider {}: {error}", config.name), "raise the limit on threads");

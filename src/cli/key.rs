@@ -94,7 +94,7 @@ struct GeneratedSummary {
 
 async fn generate(args: &GenerateArgs) -> Result<(), Failure> {
     let config = Config::load(&args.config.config)?;
-    let provider = choose_provider(&config, args.provider.as_deref())?;
+    let provider = assemble::choose_provider(&config, args.provider.as_deref())?;
     let generated = in_time(make_kek(&config, provider, args)).await?;
     let summary = GeneratedSummary {
         identity: generated.identity,
@@ -124,21 +124,6 @@ async fn in_time<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T,
     let late =
         |_| Failure::unavailable("the tokens did not answer within a minute", "see what their vendor's tools say");
     tokio::time::timeout(TIMEOUT, work).await.unwrap_or_else(|elapsed| Err(late(elapsed)))
-}
-
-fn choose_provider<'c>(config: &'c Config, name: Option<&str>) -> Result<&'c ProviderConfig, Failure> {
-    let names: Vec<&str> = config.providers.iter().map(|provider| provider.name.as_str()).collect();
-    let there = format!("the configuration has: {}", names.join(", "));
-    match (name, config.providers.as_slice()) {
-        (None, [only]) => Ok(only),
-        (None, _) => {
-            Err(Failure::failed("several providers: which one is meant?", format!("--provider NAME; {there}")))
-        }
-        (Some(name), providers) => providers
-            .iter()
-            .find(|provider| provider.name == name)
-            .ok_or_else(|| Failure::failed(format!("no provider is named {name}"), there)),
-    }
 }
 
 /// Makes a KEK on a provider whose every token is within reach.

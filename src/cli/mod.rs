@@ -8,6 +8,7 @@ mod doctor;
 mod encryption_config;
 mod key;
 mod output;
+mod pin;
 mod probe;
 mod serve;
 mod status;
@@ -53,6 +54,9 @@ enum Verb {
     /// Make and list key-encryption keys.
     #[command(subcommand)]
     Key(key::KeyVerb),
+    /// Have a PIN tried again that a token has refused.
+    #[command(subcommand)]
+    Pin(pin::PinVerb),
     /// Show what a serving plugin says of itself.
     #[command(after_help = status::EXAMPLES)]
     Status(status::StatusArgs),
@@ -127,6 +131,7 @@ fn run(verb: Verb) -> Result<(), Failure> {
             crate::telemetry::init("off"); // what goes wrong is told at the end
             key::run(verb)
         }
+        Verb::Pin(verb) => pin::run(&verb),
         Verb::Status(args) => status::run(&args),
         Verb::Probe(args) => probe::run(&args),
         Verb::Bench(args) => bench::run(&args),

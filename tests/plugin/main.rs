@@ -16,6 +16,7 @@ mod disk;
 mod foreign_input;
 mod keys;
 mod load;
+mod pin;
 mod plugin;
 mod providers;
 mod socket;

@@ -8,9 +8,11 @@ use std::process::Command;
 use std::{env, fs};
 
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
+use cryptoki::error::{Error, RvError};
 use cryptoki::mechanism::{Mechanism, MechanismType};
 use cryptoki::object::{Attribute, KeyType, ObjectClass};
 use cryptoki::session::UserType;
+use cryptoki::slot::Slot;
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 
@@ -90,9 +92,13 @@ struct Errand {
     keys: Vec<(String, Key)>,
     /// Ids of keys to be removed from the first token.
     remove: Vec<Vec<u8>>,
+    /// Wrong PINs to be tried on the first token, until it is locked.
+    wrong_pins: usize,
 }
 
 const ERRAND: &str = "TROUSSEAU_TEST_ERRAND";
+/// What the child prints before their number.
+const WRONG_PINS_TRIED: &str = "wrong PINs tried: ";
 
 impl Token {
     /// An initialized token labelled `trousseau`, in `directory`.
@@ -141,6 +147,15 @@ impl Token {
         self.run(&Errand { remove: vec![id.to_vec()], ..self.errand() });
     }
 
+    /// Tries so many wrong PINs, and returns how many it were when the token said that it is locked: all, if it never
+    /// did.
+    pub fn try_wrong_pins(&self, count: usize) -> usize {
+        let said = self.run(&Errand { wrong_pins: count, ..self.errand() });
+        let tried =
+            said.lines().find_map(|line| line.strip_prefix(WRONG_PINS_TRIED)).unwrap_or_else(|| panic!("{said}"));
+        tried.parse().unwrap()
+    }
+
     /// Whether the profile's first mode with AES-KW is C_WrapKey.
     pub fn kw_wraps_objects(&self) -> bool {
         self.family == Family::SoftHsm
@@ -155,10 +170,11 @@ impl Token {
     }
 
     fn errand(&self) -> Errand {
-        Errand { module: self.family.module(), tokens: vec![], keys: vec![], remove: vec![] }
+        Errand { module: self.family.module(), tokens: vec![], keys: vec![], remove: vec![], wrong_pins: 0 }
     }
 
-    fn run(&self, errand: &Errand) {
+    /// Has the child do it; returns what it printed.
+    fn run(&self, errand: &Errand) -> String {
         let done = Command::new(env::current_exe().unwrap())
             .args(["--exact", "token::child", "--ignored", "--nocapture"])
             .env(self.variable.0, &self.variable.1)
@@ -167,6 +183,7 @@ impl Token {
             .unwrap();
         let log = String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
         assert!(done.status.success(), "the token's child failed:\n{log}");
+        log
     }
 }
 
@@ -194,15 +211,31 @@ fn child() {
             session.destroy_object(key).unwrap();
         }
     }
+    if errand.wrong_pins > 0 {
+        eprintln!("\n{WRONG_PINS_TRIED}{}", try_wrong_pins(&library, errand.wrong_pins));
+    }
     library.finalize().unwrap();
 }
 
+fn try_wrong_pins(library: &Pkcs11, count: usize) -> usize {
+    let session = library.open_rw_session(slot(library, "trousseau")).unwrap();
+    let is_locked = |_: &usize| match session.login(UserType::User, Some(&SecretString::from("no-such-pin"))) {
+        Err(Error::Pkcs11(RvError::PinIncorrect, _)) => false,
+        Err(Error::Pkcs11(RvError::PinLocked, _)) => true,
+        other => panic!("{other:?}"),
+    };
+    (1..=count).find(is_locked).unwrap_or(count)
+}
+
 fn session(library: &Pkcs11, token: &str) -> cryptoki::session::Session {
-    let named = |slot: &_| library.get_token_info(*slot).unwrap().label() == token;
-    let slot = library.get_slots_with_token().unwrap().into_iter().find(named).unwrap();
-    let session = library.open_rw_session(slot).unwrap();
+    let session = library.open_rw_session(slot(library, token)).unwrap();
     session.login(UserType::User, Some(&SecretString::from(PIN))).unwrap();
     session
+}
+
+fn slot(library: &Pkcs11, token: &str) -> Slot {
+    let named = |slot: &_| library.get_token_info(*slot).unwrap().label() == token;
+    library.get_slots_with_token().unwrap().into_iter().find(named).unwrap()
 }
 
 fn make_key(session: &cryptoki::session::Session, key: &Key) {

@@ -5,28 +5,31 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::mpsc::Sender;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use cryptoki::context::Pkcs11;
-use cryptoki::error::{Error, RvError};
-use cryptoki::session::{Session, UserType};
+use cryptoki::session::Session;
 use cryptoki::slot::{Slot, TokenInfo};
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 
-use super::error::{CallError, Class};
+use super::error::CallError;
+use super::login::{Latch, Retry};
 use super::module::{InUse, Module};
-use crate::config::{Codes, Credential, TokenUri};
+use crate::config::{Codes, Credential, ProviderConfig, TokenUri};
 use crate::identity::Identity;
+use crate::state::State;
 use crate::sync::lock;
 
 /// Where a token is, and what opens it.
 pub(super) struct Address {
     pub(super) module: PathBuf,
     pub(super) uri: TokenUri,
-    pub(super) pin: Credential,
-    pub(super) codes: Codes,
+    pin: Credential,
+    codes: Codes,
     /// Whether the module may be initialized again.
-    pub(super) reinitialize: bool,
+    reinitialize: bool,
+    /// Holds the latch.
+    state: Arc<State>,
 }
 
 /// A token that is present and logged in to. Its fields are dropped in their order: sessions before the library.
@@ -34,80 +37,60 @@ pub(super) struct Connected {
     anchor: Mutex<Anchor>,
     slot: Slot,
     pub(super) codes: Codes,
+    latch: Latch,
     proved: Mutex<BTreeSet<Identity>>,
     in_use: InUse,
-    /// Takes a refused PIN to the supervisor, and its end that all of the above is gone.
-    released: Sender<RefusedPin>,
+    /// Its end tells the supervisor that all of the above is gone.
+    _released: Sender<()>,
 }
 
-/// The session that keeps the login, and the PIN to log in again with, until that is refused.
+/// The session that keeps the login, and the PIN to log in again with.
 struct Anchor {
     session: Session,
-    pin: Option<SecretString>,
-}
-
-/// Why there is no connection, and what to do.
-pub(super) enum NotConnected {
-    /// Worth another attempt.
-    Yet(String),
-    /// The token refused this PIN: another attempt would use up its tries.
-    PinRefused(RefusedPin),
-}
-
-/// A PIN that is not tried again.
-pub(super) struct RefusedPin {
     pin: SecretString,
-    pub(super) reason: String,
-    /// The token did not say that it was the PIN that was wrong.
-    pub(super) may_be_right: bool,
-}
-
-impl RefusedPin {
-    fn new(pin: SecretString, error: &CallError, codes: &Codes, file: &str) -> Self {
-        let reason = format!("{error}: write the right PIN into {file}; this one is not tried again");
-        Self { pin, reason, may_be_right: error.class(codes) == Class::Doubtful }
-    }
-}
-
-impl From<String> for NotConnected {
-    fn from(reason: String) -> Self {
-        Self::Yet(reason)
-    }
 }
 
 impl Address {
-    /// Connects, but not with a PIN that was `refused`. `released` is dropped when the connection is.
+    pub(super) fn new(uri: TokenUri, provider: &ProviderConfig, state: &Arc<State>) -> Self {
+        Self {
+            module: provider.module.clone(),
+            uri,
+            pin: provider.pin.clone(),
+            codes: provider.profile.errors.clone(),
+            reinitialize: provider.profile.reinitialize,
+            state: Arc::clone(state),
+        }
+    }
+
+    /// Connects. `released` is dropped when the connection is.
     ///
     /// # Errors
-    /// [`NotConnected`]
-    pub(super) fn connect(
-        &self,
-        refused: Option<&RefusedPin>,
-        released: Sender<RefusedPin>,
-    ) -> Result<Connected, NotConnected> {
+    /// Why there is no connection, and what to do.
+    pub(super) fn connect(&self, released: Sender<()>) -> Result<Connected, String> {
         let in_use = Module::acquire(&self.module, self.reinitialize)?;
         let (slot, info) = self.find_slot(in_use.library())?;
         let pin = self.pin.read().map_err(|error| format!("{error}: {}", error.remedy()))?;
-        if let Some(refused) = refused.filter(|refused| refused.pin.expose_secret() == pin.expose_secret()) {
-            return Err(NotConnected::Yet(refused.reason.clone()));
-        }
-        if info.user_pin_locked() {
-            return Err(NotConnected::Yet("the user PIN is locked: unlock it with the vendor's tools".into()));
-        }
         let opened = in_use.library().open_rw_session(slot).map_err(CallError::from);
-        let anchor = opened.map_err(|error| format!("no session can be opened: {error}"))?;
-        match log_in(&anchor, &pin) {
-            Ok(()) => {
-                let anchor = Mutex::new(Anchor { session: anchor, pin: Some(pin) });
-                let codes = self.codes.clone();
-                Ok(Connected { anchor, slot, codes, proved: Mutex::default(), in_use, released })
-            }
-            // Some tokens say of a wrong PIN what they say of any failure: better a login too few than one too many.
-            Err(error) if matches!(error.class(&self.codes), Class::Pin | Class::Refused | Class::Doubtful) => {
-                Err(NotConnected::PinRefused(RefusedPin::new(pin, &error, &self.codes, &self.pin.to_string())))
-            }
-            Err(error) => Err(NotConnected::Yet(format!("login failed: {error}"))),
-        }
+        let session = opened.map_err(|error| format!("no session can be opened: {error}"))?;
+        let latch = self.latch(&info);
+        latch.log_in(in_use.library(), slot, &session, &pin).map_err(|error| format!("login failed: {error}"))?;
+        let anchor = Mutex::new(Anchor { session, pin });
+        let codes = self.codes.clone();
+        Ok(Connected { anchor, slot, codes, latch, proved: Mutex::default(), in_use, _released: released })
+    }
+
+    /// `pin retry`: looks for the token, without a login, and allows one that the latch would refuse.
+    ///
+    /// # Errors
+    /// The token is not there, or the state directory cannot be used.
+    pub(super) fn allow_retry(&self, final_try_ok: bool) -> Result<Retry, String> {
+        let in_use = Module::acquire(&self.module, self.reinitialize)?;
+        let (_, info) = self.find_slot(in_use.library())?;
+        self.latch(&info).allow_retry(&info, final_try_ok).map_err(|error| error.to_string())
+    }
+
+    fn latch(&self, info: &TokenInfo) -> Latch {
+        Latch::new(&self.state, &self.module, info, self.pin.to_string(), self.codes.clone())
     }
 
     /// The one slot whose token the URI means.
@@ -172,23 +155,9 @@ impl Connected {
         lock(&self.proved)
     }
 
-    /// Logs in again after the token forgot the login; once only, if it then refuses the PIN.
+    /// Logs in again after the token forgot the login; a PIN that it then refuses is latched for all.
     pub(super) fn log_in_again(&self) -> Result<(), CallError> {
-        let mut anchor = lock(&self.anchor);
-        let refused = || CallError::new(Class::Pin, "the token forgot the login, and refuses the PIN");
-        let pin = anchor.pin.as_ref().ok_or_else(refused)?;
-        let Err(error) = log_in(&anchor.session, pin) else { return Ok(()) };
-        if let Some(pin) = anchor.pin.take() {
-            let _supervisor_gone = self.released.send(RefusedPin::new(pin, &error, &self.codes, "the PIN's file"));
-        }
-        Err(error)
-    }
-}
-
-/// A login belongs to the process: another session may have made it.
-fn log_in(session: &Session, pin: &SecretString) -> Result<(), CallError> {
-    match session.login(UserType::User, Some(pin)) {
-        Ok(()) | Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => Ok(()),
-        Err(error) => Err(error.into()),
+        let anchor = lock(&self.anchor);
+        self.latch.log_in(self.in_use.library(), self.slot, &anchor.session, &anchor.pin)
     }
 }

@@ -2,8 +2,9 @@
 //!
 //! From top to bottom: this room knows tokens and their KEKs; [`token`] keeps one connected, by its supervisor
 //! thread; [`pool`] has work done by its session threads; [`link`] is what these tell each other; [`lane`] is what one
-//! session does; [`mechanism`] is how a KEK wraps; [`connection`] finds a token and logs in; [`module`] loads a library.
-//! [`admission`] decides which keys are KEKs, and [`error`] says what failed. They are the only rooms that know
+//! session does; [`mechanism`] is how a KEK wraps; [`connection`] finds a token, and [`login`] logs in to it unless its
+//! PIN was refused; [`module`] loads a library. [`pace`] knows how long calls take, [`admission`] decides which keys are
+//! KEKs, and [`error`] says what failed. They are the only rooms that know
 //! the cryptoki crate.
 
 mod admission;
@@ -11,6 +12,7 @@ mod connection;
 mod error;
 mod lane;
 mod link;
+mod login;
 mod mechanism;
 mod module;
 mod pace;
@@ -34,9 +36,11 @@ use tokio::sync::Notify;
 
 pub use self::admission::LONGEST_WAIT;
 use self::admission::{Admitted, KekSpec};
+use self::connection::Address;
 pub use self::lane::Cost;
-pub use self::module::leave;
 use self::lane::Inventory;
+pub use self::login::Retry;
+pub use self::module::leave;
 use self::token::Token;
 use self::wraps::WrapCounter;
 use super::{Answer, Kek, KekError, Provider, Rank, Refused, Sighting};
@@ -75,6 +79,20 @@ pub struct Generated {
     pub mode: Mode,
     /// The tokens that hold it.
     pub held_by: Vec<String>,
+}
+
+/// Allows one more try of the PIN for each token of a provider, if it is held back: the token as people know it, and
+/// what was done, or why nothing could be. No token is logged in to.
+pub fn allow_pin_retry(
+    provider: &ProviderConfig,
+    state: &Arc<State>,
+    final_try_ok: bool,
+) -> Vec<(String, Result<Retry, String>)> {
+    let allow = |uri: &TokenUri| {
+        let done = Address::new(uri.clone(), provider, state).allow_retry(final_try_ok);
+        (format!("token {uri} of provider {}", provider.name), done)
+    };
+    provider.tokens.iter().map(allow).collect()
 }
 
 /// A token that can be used, and what may soon be wrong with it.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 use super::admission::Rules;
-use super::connection::{Address, NotConnected, RefusedPin};
+use super::connection::Address;
 use super::error::CallError;
 use super::lane::Lane;
 use super::link::Link;
@@ -62,13 +62,7 @@ impl Token {
                 admitted: provider.admitted.clone(),
             },
             link: Arc::clone(&link),
-            address: Address {
-                module: provider.module.clone(),
-                uri,
-                pin: provider.pin.clone(),
-                codes: provider.profile.errors.clone(),
-                reinitialize: provider.profile.reinitialize,
-            },
+            address: Address::new(uri, provider, state),
             pool: Arc::new(Pool::new(
                 provider.sessions,
                 link,
@@ -159,37 +153,24 @@ impl Token {
     /// Keeps the token connected until the pool is closed.
     fn supervise(&self, woken: &Receiver<()>) {
         let mut retry = FIRST_RETRY;
-        let mut refused_pin: Option<RefusedPin> = None;
-        let mut doubted = false;
         while !self.pool.is_closed() {
             let (release, released) = mpsc::channel();
-            match self.address.connect(refused_pin.as_ref(), release) {
+            match self.address.connect(release) {
                 Ok(connected) => {
                     let since = Instant::now();
-                    (refused_pin, doubted) = (None, false);
                     self.link.is_up(connected);
                     let _lost_or_closed = woken.recv();
                     // Only when its last session is closed can the library be initialized anew.
-                    let patience = Instant::now() + RELEASE_PATIENCE;
-                    while let Ok(refused) = released.recv_timeout(patience.saturating_duration_since(Instant::now())) {
-                        refused_pin = Some(refused);
-                    }
+                    let _released = released.recv_timeout(RELEASE_PATIENCE);
                     if !self.pool.is_closed() && Module::is_spent(&self.address.module) {
-                        module::leave(&format_args!("{}: its module cannot be initialized again in one process", self.link.name));
+                        let what = "its module cannot be initialized again in one process";
+                        module::leave(&format_args!("{}: {what}", self.link.name));
                     }
                     if since.elapsed() >= LAST_RETRY {
                         retry = FIRST_RETRY;
                     }
                 }
-                Err(NotConnected::Yet(reason)) => self.link.is_down(&format!("is not usable: {reason}")),
-                Err(NotConnected::PinRefused(refused)) => {
-                    self.link.is_down(&format!("is not usable: {}", refused.reason));
-                    // One more try, where the token blamed something else: SoftHSM fails so while another process
-                    // of this host logs in.
-                    let again = refused.may_be_right && !doubted;
-                    doubted = refused.may_be_right;
-                    refused_pin = (!again).then_some(refused);
-                }
+                Err(reason) => self.link.is_down(&format!("is not usable: {reason}")),
             }
             if !self.pool.is_closed() {
                 let _closed = woken.recv_timeout(retry);

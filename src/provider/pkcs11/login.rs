@@ -1,0 +1,255 @@
+//! The login, and the latch before it: a wrong PIN costs one try of the token's few, however often we are started.
+//!
+//! That a PIN is about to be tried is on the disk before C_Login, and goes from there when the PIN has worked; so a
+//! crash in between counts as a refusal. What stays there is not tried again: until the PIN's file says something
+//! else, or a person says `trousseau pin retry`.
+
+use std::io::{self, ErrorKind};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use cryptoki::context::Pkcs11;
+use cryptoki::error::{Error, RvError};
+use cryptoki::session::{Session, UserType};
+use cryptoki::slot::{Slot, TokenInfo};
+use jiff::Timestamp;
+use secrecy::{ExposeSecret, SecretString};
+use sha2::{Digest, Sha256};
+
+use super::error::{CallError, Class};
+use crate::config::Codes;
+use crate::state::{PinRecord, RefusedPin, State, StateError};
+
+/// PBKDF2-HMAC-SHA256: some 15 ms on a processor with SHA instructions, 50 ms on another, before each login, on the
+/// supervisor's thread. PINs are short, and who has this file can try them all; what guards it is its mode, 0600.
+const ROUNDS: u32 = 100_000;
+/// How long another login of this host may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The latch of one token.
+pub(super) struct Latch {
+    state: Arc<State>,
+    /// Its files' name.
+    name: String,
+    /// The token, for people.
+    token: String,
+    /// Where its PIN comes from, for people.
+    pin_file: String,
+    codes: Codes,
+}
+
+/// What `pin retry` did.
+#[derive(Debug)]
+pub enum Retry {
+    /// No PIN is held back.
+    NothingHeldBack,
+    /// One more login will be tried. What had happened to the PINs that were held back:
+    Allowed(Vec<String>),
+    /// Nothing: a wrong PIN would lock the token.
+    FinalTry,
+}
+
+impl Latch {
+    /// The latch is named after the module and the token as it calls itself: whoever renames a provider, or writes its
+    /// URI differently, means the same token, and tokens of two modules may have one name.
+    pub(super) fn new(state: &Arc<State>, module: &Path, info: &TokenInfo, pin_file: String, codes: Codes) -> Self {
+        let token = format!("{} {} {}", info.label(), info.manufacturer_id(), info.serial_number());
+        let mut hash = Sha256::new_with_prefix("trousseau pin latch v1");
+        let parts = [info.label(), info.manufacturer_id(), info.model(), info.serial_number()];
+        for part in [module.as_os_str().as_encoded_bytes()].into_iter().chain(parts.map(str::as_bytes)) {
+            hash.update([0]);
+            hash.update(part);
+        }
+        let name = format!("pin-{}", base16ct::lower::encode_string(hash.finalize().split_at(16).0));
+        Self { state: Arc::clone(state), name, token, pin_file, codes }
+    }
+
+    /// Logs in, unless that would use up one of the token's tries for nothing.
+    ///
+    /// If the disk does not take the latch, only a PIN is tried that has worked on this host, and only while the token
+    /// counts no wrong one: a full disk must not keep a host from booting, nor a crash loop lock the token.
+    ///
+    /// # Errors
+    /// What the token answered, or why it was not asked; and what to do.
+    pub(super) fn log_in(
+        &self,
+        library: &Pkcs11,
+        slot: Slot,
+        session: &Session,
+        pin: &SecretString,
+    ) -> Result<(), CallError> {
+        // Held while the token is asked: a latch is then nobody else's login under way.
+        let lock = self.state.lock_login(&self.name, PATIENCE);
+        if lock.as_ref().is_err_and(|error| error.kind() == ErrorKind::WouldBlock) {
+            return Err(CallError::new(Class::Token, "another process of this host does not end its login to it"));
+        }
+        let record = self.record()?;
+        let hash = hash(&record, pin);
+        let info = library.get_token_info(slot)?;
+        self.refuse(&record, &hash, &info)?;
+        let trying = RefusedPin { hash: hash.clone(), at: now(), answer: None, again: false };
+        let latched = lock.and_then(|lock| {
+            self.state.write_pin_record(&self.name, &with(&record, trying.clone()))?;
+            Ok(Some(lock))
+        });
+        let _lock = latched.or_else(|error| self.refuse_unlatched(&record, &hash, &info, &error).map(|()| None))?;
+        let (record, outcome) = self.outcome(record, trying, session.login(UserType::User, Some(pin)));
+        self.state.keep_pin_record(&self.name, &record);
+        outcome
+    }
+
+    /// What the record says after the token's answer, and what the caller hears.
+    fn outcome(
+        &self,
+        before: PinRecord,
+        mut tried: RefusedPin,
+        answer: Result<(), Error>,
+    ) -> (PinRecord, Result<(), CallError>) {
+        let error = match answer {
+            Ok(()) => {
+                let worked = PinRecord { worked: Some(tried.hash), refused: Vec::new(), retry: false, ..before };
+                return (worked, Ok(()));
+            }
+            // Another session of this process has logged in: the token did not look at the PIN.
+            Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => return (before, Ok(())),
+            Err(error) => CallError::from(error),
+        };
+        // The token went away: that says nothing of the PIN.
+        if matches!(error.class(&self.codes), Class::Token | Class::Session) {
+            return (before, Err(error));
+        }
+        // One more try, where the token blamed something else: SoftHSM fails so while another program of this host
+        // logs in. Some say it of a wrong PIN as well: better a login too few than one too many.
+        tried.again =
+            error.class(&self.codes) == Class::Doubtful && !before.refused.iter().any(|known| known.hash == tried.hash);
+        tried.answer = Some(error.to_string());
+        let reason = self.reason(&tried);
+        (with(&before, tried), Err(CallError::new(Class::Pin, reason)))
+    }
+
+    /// Allows one more try.
+    ///
+    /// # Errors
+    /// The record cannot be read or written.
+    pub(super) fn allow_retry(&self, info: &TokenInfo, final_try_ok: bool) -> Result<Retry, CallError> {
+        let lock = self.state.lock_login(&self.name, PATIENCE);
+        let _lock = lock.map_err(|error| not_written(&error))?;
+        let record = self.record()?;
+        if record.refused.is_empty() && !counts_wrong_pins(info) {
+            return Ok(Retry::NothingHeldBack);
+        }
+        if info.user_pin_final_try() && !final_try_ok {
+            return Ok(Retry::FinalTry);
+        }
+        let refused = record.refused.iter().map(told).collect();
+        let allowed = PinRecord { refused: Vec::new(), retry: true, ..record };
+        self.state.write_pin_record(&self.name, &allowed).map_err(|error| not_written(&error))?;
+        Ok(Retry::Allowed(refused))
+    }
+
+    fn record(&self) -> Result<PinRecord, CallError> {
+        let damaged = |error: StateError| CallError::new(Class::Token, format!("{error}: {}", error.remedy()));
+        if let Some(record) = self.state.pin_record(&self.name).map_err(damaged)? {
+            return Ok(record);
+        }
+        let mut salt = [0; 16];
+        getrandom::fill(&mut salt)?;
+        Ok(PinRecord {
+            token: self.token.clone(),
+            salt: base16ct::lower::encode_string(&salt),
+            rounds: ROUNDS,
+            worked: None,
+            refused: Vec::new(),
+            retry: false,
+        })
+    }
+
+    /// Refuses a PIN that is not to be tried.
+    fn refuse(&self, record: &PinRecord, hash: &str, info: &TokenInfo) -> Result<(), CallError> {
+        let refused = |what: String| Err(CallError::new(Class::Pin, what));
+        if info.user_pin_locked() {
+            return refused("the user PIN is locked: unlock it with the vendor's tools".into());
+        }
+        if let Some(known) = record.refused.iter().find(|known| known.hash == hash && !known.again) {
+            return refused(self.reason(known));
+        }
+        // A count that our own refused PIN explains does not speak against the next one, until the last try.
+        let explained = record.refused.iter().any(|known| known.answer.is_some()) && !info.user_pin_final_try();
+        let may_be_wrong = record.worked.as_deref() != Some(hash) && !record.retry && !explained;
+        if counts_wrong_pins(info) && may_be_wrong {
+            return refused(format!(
+                "the token has seen a wrong PIN since its last login, and the PIN in {} has never worked on this host: \
+                 it is not tried, unless you say `trousseau pin retry`",
+                self.pin_file
+            ));
+        }
+        Ok(())
+    }
+
+    /// Refuses a PIN whose try the disk would not remember.
+    fn refuse_unlatched(
+        &self,
+        record: &PinRecord,
+        hash: &str,
+        info: &TokenInfo,
+        error: &io::Error,
+    ) -> Result<(), CallError> {
+        if record.worked.as_deref() == Some(hash) && !counts_wrong_pins(info) {
+            tracing::warn!(token = self.token, %error, "the login is not noted on disk; the PIN has worked before");
+            return Ok(());
+        }
+        Err(not_written(error))
+    }
+
+    /// Why a PIN is not tried again. The same words from the refusal on, so that the log has them once.
+    fn reason(&self, refused: &RefusedPin) -> String {
+        let (told, file) = (told(refused), &self.pin_file);
+        if refused.again {
+            return format!("{told}: it is tried once more");
+        }
+        format!(
+            "{told}: write the right PIN into {file}; this one is not tried again, unless you say `trousseau pin retry`"
+        )
+    }
+}
+
+/// Whether the token has seen a wrong PIN since its last login, as far as it tells.
+fn counts_wrong_pins(info: &TokenInfo) -> bool {
+    info.user_pin_count_low() || info.user_pin_final_try()
+}
+
+fn not_written(error: &io::Error) -> CallError {
+    let what = format!(
+        "the state directory does not take a note ({error}), and without one no PIN is tried that may be wrong: make \
+         room on the disk, or make it writable"
+    );
+    CallError::new(Class::Token, what)
+}
+
+fn told(refused: &RefusedPin) -> String {
+    let at = refused.at;
+    match &refused.answer {
+        Some(answer) => format!("{answer} at {at}"),
+        None => format!("the process that tried the PIN at {at} ended before it knew whether it is the right one"),
+    }
+}
+
+/// The record while a PIN is being tried, and when it was refused.
+fn with(record: &PinRecord, refused: RefusedPin) -> PinRecord {
+    let mut record = PinRecord { retry: false, ..record.clone() };
+    record.refused.retain(|known| known.hash != refused.hash);
+    record.refused.push(refused);
+    record
+}
+
+fn hash(record: &PinRecord, pin: &SecretString) -> String {
+    let mut hash = [0; 32];
+    pbkdf2::pbkdf2_hmac::<Sha256>(pin.expose_secret().as_bytes(), record.salt.as_bytes(), record.rounds, &mut hash);
+    base16ct::lower::encode_string(&hash)
+}
+
+fn now() -> Timestamp {
+    let now = Timestamp::now();
+    Timestamp::from_second(now.as_second()).unwrap_or(now)
+}
