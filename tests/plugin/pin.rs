@@ -6,7 +6,7 @@ use std::process::{Command, Output, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::plugin::{Host, Plugin};
 use crate::token::{Family, PIN};
@@ -136,6 +136,27 @@ fn a_crash_while_the_token_is_asked_counts_as_a_refusal() {
 }
 
 #[test]
+fn of_a_pin_that_has_worked_here_one_crash_is_forgiven() {
+    let host = Host::new();
+    host.generate("0s");
+    let crash = |again: bool| {
+        let mut left_behind = record(&host);
+        let hash = left_behind["worked"].clone();
+        left_behind["refused"] =
+            json!([{ "hash": hash, "at": "2026-01-01T00:00:00Z", "answer": null, "again": again }]);
+        fs::write(record_file(&host), left_behind.to_string()).unwrap();
+    };
+    crash(true);
+    host.serve_healthy().round_trip();
+    assert_eq!(record(&host)["refused"], json!([]));
+    crash(false);
+    wait_until_status_says(&mut host.serve(), "ended before it knew");
+    crash(true);
+    host.token.try_wrong_pins(until_low());
+    wait_until_status_says(&mut host.serve(), "ended before it knew");
+}
+
+#[test]
 fn three_hosts_with_one_wrong_pin_do_not_lock_the_token() {
     let first = host_with_wrong_pin();
     wait_until_status_says(&mut first.serve(), "not tried again");
@@ -234,7 +255,7 @@ fn without_a_note_on_disk_only_a_pin_is_tried_that_has_worked_here() {
     let mut plugin = host.serve();
     wait_until_status_says(&mut plugin, "the state directory does not take a note");
     drop(plugin);
-    assert_eq!(record(&host)["refused"], serde_json::json!([]), "it was not tried");
+    assert_eq!(record(&host)["refused"], json!([]), "it was not tried");
 
     host.write_secret("pin", PIN);
     host.token.try_wrong_pins(until_low());

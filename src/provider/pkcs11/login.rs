@@ -1,8 +1,9 @@
 //! The login, and the latch before it: a wrong PIN costs one try of the token's few, however often we are started.
 //!
 //! That a PIN is about to be tried is on the disk before C_Login, and goes from there when the PIN has worked; so a
-//! crash in between counts as a refusal. What stays there is not tried again: until the PIN's file says something
-//! else, or a person says `trousseau pin retry`.
+//! crash in between counts as a refusal, except the first one of a PIN that has worked on this host while the token
+//! counts no wrong one. What stays there is not tried again: until the PIN's file says something else, or a person says
+//! `trousseau pin retry`.
 
 use std::io::{self, ErrorKind};
 use std::path::Path;
@@ -88,7 +89,9 @@ impl Latch {
         let hash = hash(&record, pin);
         let info = library.get_token_info(slot)?;
         self.refuse(&record, &hash, &info)?;
-        let trying = RefusedPin { hash: hash.clone(), at: now(), answer: None, again: false };
+        // Whoever restarts us while a token that is out of reach lets C_Login hang does not hold back a good PIN.
+        let again = record.worked.as_ref() == Some(&hash) && is_new(&record, &hash);
+        let trying = RefusedPin { hash: hash.clone(), at: now(), answer: None, again };
         let latched = lock.and_then(|lock| {
             self.state.write_pin_record(&self.name, &with(&record, trying.clone()))?;
             Ok(Some(lock))
@@ -121,10 +124,9 @@ impl Latch {
         }
         // One more try, where the token blamed something else: SoftHSM fails so while another program of this host
         // logs in. Some say it of a wrong PIN as well: better a login too few than one too many.
-        tried.again =
-            error.class(&self.codes) == Class::Doubtful && !before.refused.iter().any(|known| known.hash == tried.hash);
+        tried.again = error.class(&self.codes) == Class::Doubtful && is_new(&before, &tried.hash);
         tried.answer = Some(error.to_string());
-        let reason = self.reason(&tried);
+        let reason = self.reason(&tried, tried.again);
         (with(&before, tried), Err(CallError::new(Class::Pin, reason)))
     }
 
@@ -171,8 +173,9 @@ impl Latch {
         if info.user_pin_locked() {
             return refused("the user PIN is locked: unlock it with the vendor's tools".into());
         }
-        if let Some(known) = record.refused.iter().find(|known| known.hash == hash && !known.again) {
-            return refused(self.reason(known));
+        let speaks_against = |known: &RefusedPin| !known.again || known.answer.is_none() && counts_wrong_pins(info);
+        if let Some(known) = record.refused.iter().find(|known| known.hash == hash && speaks_against(known)) {
+            return refused(self.reason(known, false));
         }
         // A count that our own refused PIN explains does not speak against the next one, until the last try.
         let explained = record.refused.iter().any(|known| known.answer.is_some()) && !info.user_pin_final_try();
@@ -203,9 +206,9 @@ impl Latch {
     }
 
     /// Why a PIN is not tried again. The same words from the refusal on, so that the log has them once.
-    fn reason(&self, refused: &RefusedPin) -> String {
+    fn reason(&self, refused: &RefusedPin, again: bool) -> String {
         let (told, file) = (told(refused), &self.pin_file);
-        if refused.again {
+        if again {
             return format!("{told}: it is tried once more");
         }
         format!(
@@ -235,6 +238,11 @@ fn told(refused: &RefusedPin) -> String {
     }
 }
 
+/// Whether a PIN has not been tried since one worked.
+fn is_new(record: &PinRecord, hash: &str) -> bool {
+    !record.refused.iter().any(|known| known.hash == hash)
+}
+
 /// The record while a PIN is being tried, and when it was refused.
 fn with(record: &PinRecord, refused: RefusedPin) -> PinRecord {
     let mut record = PinRecord { retry: false, ..record.clone() };
@@ -252,4 +260,64 @@ fn hash(record: &PinRecord, pin: &SecretString) -> String {
 fn now() -> Timestamp {
     let now = Timestamp::now();
     Timestamp::from_second(now.as_second()).unwrap_or(now)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::indexing_slicing)]
+mod tests {
+    use cryptoki::context::Function;
+
+    use super::*;
+
+    fn record(refused: &[RefusedPin]) -> PinRecord {
+        PinRecord {
+            token: "t".into(),
+            salt: "00".into(),
+            rounds: 1,
+            worked: None,
+            refused: refused.to_vec(),
+            retry: true,
+        }
+    }
+
+    #[test]
+    fn every_answer_leaves_the_record_that_it_should() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = Arc::new(State::open(directory.path()).unwrap());
+        let latch = Latch { state, name: "pin-0".into(), token: "t".into(), pin_file: "/pin".into() };
+        let other = RefusedPin { hash: "bb".into(), at: now(), answer: Some("no".into()), again: false };
+        let tried = RefusedPin { hash: "aa".into(), answer: None, again: true, ..other.clone() };
+        let settle = |known: &[RefusedPin], answer: Result<(), RvError>| {
+            let answer = answer.map_err(|code| Error::Pkcs11(code, Function::Login));
+            latch.outcome(record(known), tried.clone(), answer)
+        };
+        let (after, outcome) = settle(&[other.clone(), tried.clone()], Ok(()));
+        assert!(outcome.is_ok() && after.refused.is_empty() && !after.retry && after.worked.as_deref() == Some("aa"));
+        for code in [RvError::UserAlreadyLoggedIn, RvError::DeviceRemoved, RvError::TokenNotPresent] {
+            let known = [other.clone()];
+            assert_eq!(settle(&known, Err(code)).0, record(&known), "it says nothing of the PIN");
+        }
+        for (code, known, again) in [
+            (RvError::PinIncorrect, vec![], false),
+            (RvError::PinLocked, vec![other.clone()], false),
+            (RvError::FunctionNotSupported, vec![], false),
+            (RvError::GeneralError, vec![other.clone()], true),
+            (RvError::GeneralError, vec![tried.clone()], false),
+        ] {
+            let (after, outcome) = settle(&known, Err(code));
+            let last = after.refused.last().unwrap();
+            assert_eq!((last.hash.as_str(), last.again, after.retry), ("aa", again, false), "{code:?}");
+            assert_eq!(after.refused.len(), 1 + known.iter().filter(|known| known.hash == "bb").count());
+            let reason = outcome.unwrap_err().to_string();
+            assert_eq!(reason.contains("tried once more"), again, "{reason}");
+            assert_eq!(reason.contains("trousseau pin retry"), !again, "{reason}");
+        }
+    }
+
+    #[test]
+    fn a_hash_is_of_this_pin_in_this_file() {
+        let hashes = [("1234", "00"), ("1235", "00"), ("1234", "01")]
+            .map(|(pin, salt)| hash(&PinRecord { salt: salt.into(), ..record(&[]) }, &SecretString::from(pin)));
+        assert!(hashes.iter().all(|hash| hash.len() == 64) && hashes[0] != hashes[1] && hashes[0] != hashes[2]);
+    }
 }
