@@ -32,14 +32,22 @@ pub struct PinRecord {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct RefusedPin {
-    /// Its hash.
-    pub hash: String,
+    /// Its hash. `None`: the process ended before it knew that too, and any PIN may be the one.
+    pub hash: Option<String>,
     /// When it was tried.
     pub at: Timestamp,
     /// What the token said. `None`: the process ended before it knew.
     pub answer: Option<String>,
     /// Whether one more try is due, since the token did not blame the PIN.
     pub again: bool,
+}
+
+impl RefusedPin {
+    /// Whether the PIN with this hash may be the one.
+    #[must_use]
+    pub fn may_be(&self, hash: Option<&str>) -> bool {
+        self.hash.is_none() || self.hash.as_deref() == hash
+    }
 }
 
 /// A record that the disk did not take, and what the disk says in its place.

@@ -5,9 +5,11 @@
 //! counts no wrong one. What stays there is not tried again: until the PIN's file says something else, or a person says
 //! `trousseau pin retry`.
 
+use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use cryptoki::context::Pkcs11;
@@ -21,9 +23,10 @@ use sha2::{Digest, Sha256};
 use super::error::{CallError, Class};
 use crate::config::Codes;
 use crate::state::{PinRecord, RefusedPin, State, StateError};
+use crate::sync;
 
-/// PBKDF2-HMAC-SHA256: some 15 ms on a processor with SHA instructions, 50 ms on another, before each login, on the
-/// supervisor's thread. PINs are short, and who has this file can try them all; what guards it is its mode, 0600.
+/// PBKDF2-HMAC-SHA256: some 15 ms on a processor with SHA instructions, 50 ms on another. PINs are short, and who has
+/// this file can try them all; what guards it is its mode, 0600.
 const ROUNDS: u32 = 100_000;
 /// How long another login of this host may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -38,6 +41,8 @@ pub(super) struct Latch {
     /// Where its PIN comes from, for people.
     pin_file: String,
     codes: Codes,
+    /// Opens the latch after a login.
+    settling: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// What `pin retry` did.
@@ -63,7 +68,7 @@ impl Latch {
             hash.update(part);
         }
         let name = format!("pin-{}", base16ct::lower::encode_string(hash.finalize().split_at(16).0));
-        Self { state: Arc::clone(state), name, token, pin_file, codes }
+        Self { state: Arc::clone(state), name, token, pin_file, codes, settling: Mutex::default() }
     }
 
     /// Logs in, unless that would use up one of the token's tries for nothing.
@@ -86,20 +91,46 @@ impl Latch {
             return Err(CallError::new(Class::Token, "another process of this host does not end its login to it"));
         }
         let record = self.record()?;
-        let hash = hash(&record, pin);
         let info = library.get_token_info(slot)?;
-        self.refuse(&record, &hash, &info)?;
+        // The slow hash must not hold up the start of a host that is well: there, whatever the PIN is, it may be tried.
+        let any_may_be_tried = record.worked.is_some() && record.refused.is_empty() && !counts_wrong_pins(&info);
+        let hash = (!any_may_be_tried).then(|| hash_of(&record, pin));
+        self.refuse(&record, hash.as_deref(), &info)?;
         // Whoever restarts us while a token that is out of reach lets C_Login hang does not hold back a good PIN.
-        let again = record.worked.as_ref() == Some(&hash) && is_new(&record, &hash);
-        let trying = RefusedPin { hash: hash.clone(), at: now(), answer: None, again };
+        let again = is_new(&record, hash.as_deref()) && (hash.is_none() || record.worked == hash);
+        let tried = RefusedPin { hash, at: now(), answer: None, again };
         let latched = lock.and_then(|lock| {
-            self.state.write_pin_record(&self.name, &with(&record, trying.clone()))?;
+            self.state.write_pin_record(&self.name, &with(&record, tried.clone()))?;
             Ok(Some(lock))
         });
-        let _lock = latched.or_else(|error| self.refuse_unlatched(&record, &hash, &info, &error).map(|()| None))?;
-        let (record, outcome) = self.outcome(record, trying, session.login(UserType::User, Some(pin)));
+        let lock = latched.or_else(|error| self.refuse_unlatched(&record, pin, &info, &error).map(|()| None))?;
+        let answer = session.login(UserType::User, Some(pin));
+        if answer.is_ok() && tried.hash.is_none() {
+            self.settle_later(record, pin.clone(), lock);
+            return Ok(());
+        }
+        let hash = tried.hash.clone().unwrap_or_else(|| hash_of(&record, pin));
+        let (record, outcome) = self.outcome(record, tried, hash, answer);
         self.state.keep_pin_record(&self.name, &record);
         outcome
+    }
+
+    /// Opens the latch while the token is in use already.
+    fn settle_later(&self, record: PinRecord, pin: SecretString, lock: Option<File>) {
+        let record = PinRecord { retry: false, ..record };
+        let (state, name, before) = (Arc::clone(&self.state), self.name.clone(), record.clone());
+        let settle = move || {
+            state.keep_pin_record(&name, &record); // at once, since until then a crash counts against the PIN
+            let hash = hash_of(&record, &pin);
+            if record.worked.as_ref() != Some(&hash) {
+                state.keep_pin_record(&name, &with_worked(record, hash));
+            }
+            drop(lock);
+        };
+        match thread::Builder::new().name("pin".into()).spawn(settle) {
+            Ok(settling) => *sync::lock(&self.settling) = Some(settling),
+            Err(_) => self.state.keep_pin_record(&self.name, &before),
+        }
     }
 
     /// What the record says after the token's answer, and what the caller hears.
@@ -107,13 +138,11 @@ impl Latch {
         &self,
         before: PinRecord,
         mut tried: RefusedPin,
+        hash: String,
         answer: Result<(), Error>,
     ) -> (PinRecord, Result<(), CallError>) {
         let error = match answer {
-            Ok(()) => {
-                let worked = PinRecord { worked: Some(tried.hash), refused: Vec::new(), retry: false, ..before };
-                return (worked, Ok(()));
-            }
+            Ok(()) => return (with_worked(before, hash), Ok(())),
             // Another session of this process has logged in: the token did not look at the PIN.
             Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => return (before, Ok(())),
             Err(error) => CallError::from(error),
@@ -124,7 +153,8 @@ impl Latch {
         }
         // One more try, where the token blamed something else: SoftHSM fails so while another program of this host
         // logs in. Some say it of a wrong PIN as well: better a login too few than one too many.
-        tried.again = error.class(&self.codes) == Class::Doubtful && is_new(&before, &tried.hash);
+        tried.again = error.class(&self.codes) == Class::Doubtful && is_new(&before, Some(&hash));
+        tried.hash = Some(hash);
         tried.answer = Some(error.to_string());
         let reason = self.reason(&tried, tried.again);
         (with(&before, tried), Err(CallError::new(Class::Pin, reason)))
@@ -168,18 +198,22 @@ impl Latch {
     }
 
     /// Refuses a PIN that is not to be tried.
-    fn refuse(&self, record: &PinRecord, hash: &str, info: &TokenInfo) -> Result<(), CallError> {
+    fn refuse(&self, record: &PinRecord, hash: Option<&str>, info: &TokenInfo) -> Result<(), CallError> {
         let refused = |what: String| Err(CallError::new(Class::Pin, what));
         if info.user_pin_locked() {
             return refused("the user PIN is locked: unlock it with the vendor's tools".into());
         }
-        let speaks_against = |known: &RefusedPin| !known.again || known.answer.is_none() && counts_wrong_pins(info);
-        if let Some(known) = record.refused.iter().find(|known| known.hash == hash && speaks_against(known)) {
+        let has_worked = record.worked.as_deref() == hash;
+        let is_forgiven = |known: &RefusedPin| match known.answer {
+            Some(_) => known.again,
+            None => known.again && has_worked && !counts_wrong_pins(info),
+        };
+        if let Some(known) = record.refused.iter().find(|known| known.may_be(hash) && !is_forgiven(known)) {
             return refused(self.reason(known, false));
         }
         // A count that our own refused PIN explains does not speak against the next one, until the last try.
         let explained = record.refused.iter().any(|known| known.answer.is_some()) && !info.user_pin_final_try();
-        let may_be_wrong = record.worked.as_deref() != Some(hash) && !record.retry && !explained;
+        let may_be_wrong = !has_worked && !record.retry && !explained;
         if counts_wrong_pins(info) && may_be_wrong {
             return refused(format!(
                 "the token has seen a wrong PIN since its last login, and the PIN in {} has never worked on this host: \
@@ -194,11 +228,11 @@ impl Latch {
     fn refuse_unlatched(
         &self,
         record: &PinRecord,
-        hash: &str,
+        pin: &SecretString,
         info: &TokenInfo,
         error: &io::Error,
     ) -> Result<(), CallError> {
-        if record.worked.as_deref() == Some(hash) && !counts_wrong_pins(info) {
+        if !counts_wrong_pins(info) && record.worked.as_ref() == Some(&hash_of(record, pin)) {
             tracing::warn!(token = self.token, %error, "the login is not noted on disk; the PIN has worked before");
             return Ok(());
         }
@@ -214,6 +248,15 @@ impl Latch {
         format!(
             "{told}: write the right PIN into {file}; this one is not tried again, unless you say `trousseau pin retry`"
         )
+    }
+}
+
+impl Drop for Latch {
+    fn drop(&mut self) {
+        // The process must not end before that is done: it would look like a crash.
+        if let Some(settling) = sync::lock(&self.settling).take() {
+            let _panicked = settling.join();
+        }
     }
 }
 
@@ -239,19 +282,23 @@ fn told(refused: &RefusedPin) -> String {
 }
 
 /// Whether a PIN has not been tried since one worked.
-fn is_new(record: &PinRecord, hash: &str) -> bool {
-    !record.refused.iter().any(|known| known.hash == hash)
+fn is_new(record: &PinRecord, hash: Option<&str>) -> bool {
+    !record.refused.iter().any(|known| known.may_be(hash))
 }
 
 /// The record while a PIN is being tried, and when it was refused.
 fn with(record: &PinRecord, refused: RefusedPin) -> PinRecord {
     let mut record = PinRecord { retry: false, ..record.clone() };
-    record.refused.retain(|known| known.hash != refused.hash);
+    record.refused.retain(|known| !known.may_be(refused.hash.as_deref()));
     record.refused.push(refused);
     record
 }
 
-fn hash(record: &PinRecord, pin: &SecretString) -> String {
+fn with_worked(record: PinRecord, hash: String) -> PinRecord {
+    PinRecord { worked: Some(hash), refused: Vec::new(), retry: false, ..record }
+}
+
+fn hash_of(record: &PinRecord, pin: &SecretString) -> String {
     let mut hash = [0; 32];
     pbkdf2::pbkdf2_hmac::<Sha256>(pin.expose_secret().as_bytes(), record.salt.as_bytes(), record.rounds, &mut hash);
     base16ct::lower::encode_string(&hash)
@@ -284,12 +331,18 @@ mod tests {
     fn every_answer_leaves_the_record_that_it_should() {
         let directory = tempfile::tempdir().unwrap();
         let state = Arc::new(State::open(directory.path()).unwrap());
-        let latch = Latch { state, name: "pin-0".into(), token: "t".into(), pin_file: "/pin".into() };
-        let other = RefusedPin { hash: "bb".into(), at: now(), answer: Some("no".into()), again: false };
-        let tried = RefusedPin { hash: "aa".into(), answer: None, again: true, ..other.clone() };
+        let latch = Latch {
+            state,
+            name: "pin-0".into(),
+            token: "t".into(),
+            pin_file: "/pin".into(),
+            settling: Mutex::default(),
+        };
+        let other = RefusedPin { hash: Some("bb".into()), at: now(), answer: Some("no".into()), again: false };
+        let tried = RefusedPin { hash: Some("aa".into()), answer: None, again: true, ..other.clone() };
         let settle = |known: &[RefusedPin], answer: Result<(), RvError>| {
             let answer = answer.map_err(|code| Error::Pkcs11(code, Function::Login));
-            latch.outcome(record(known), tried.clone(), answer)
+            latch.outcome(record(known), tried.clone(), "aa".into(), answer)
         };
         let (after, outcome) = settle(&[other.clone(), tried.clone()], Ok(()));
         assert!(outcome.is_ok() && after.refused.is_empty() && !after.retry && after.worked.as_deref() == Some("aa"));
@@ -306,8 +359,8 @@ mod tests {
         ] {
             let (after, outcome) = settle(&known, Err(code));
             let last = after.refused.last().unwrap();
-            assert_eq!((last.hash.as_str(), last.again, after.retry), ("aa", again, false), "{code:?}");
-            assert_eq!(after.refused.len(), 1 + known.iter().filter(|known| known.hash == "bb").count());
+            assert_eq!((last.hash.as_deref(), last.again, after.retry), (Some("aa"), again, false), "{code:?}");
+            assert_eq!(after.refused.len(), 1 + known.iter().filter(|known| **known == other).count());
             let reason = outcome.unwrap_err().to_string();
             assert_eq!(reason.contains("tried once more"), again, "{reason}");
             assert_eq!(reason.contains("trousseau pin retry"), !again, "{reason}");
@@ -317,7 +370,7 @@ mod tests {
     #[test]
     fn a_hash_is_of_this_pin_in_this_file() {
         let hashes = [("1234", "00"), ("1235", "00"), ("1234", "01")]
-            .map(|(pin, salt)| hash(&PinRecord { salt: salt.into(), ..record(&[]) }, &SecretString::from(pin)));
+            .map(|(pin, salt)| hash_of(&PinRecord { salt: salt.into(), ..record(&[]) }, &SecretString::from(pin)));
         assert!(hashes.iter().all(|hash| hash.len() == 64) && hashes[0] != hashes[1] && hashes[0] != hashes[2]);
     }
 }
