@@ -90,6 +90,7 @@ warm_up() {
     {
         cargo test --locked --no-run
         tests/tokens/kryoptic/build.sh
+        tests/tokens/fault/build.sh
         ensure_cargo_fuzz && build_fuzz
     } &
     lanes+=($!)
@@ -115,6 +116,8 @@ if $long; then
 fi
 
 rust_tests() {
+    TROUSSEAU_FAULT_LIB=$(tests/tokens/fault/build.sh)
+    export TROUSSEAU_FAULT_LIB
     cargo test --locked --no-fail-fast
     # Soaks are ignored tests with "soak" in their names.
     if $long; then cargo test --locked --no-fail-fast -- --ignored soak; fi
@@ -125,6 +128,8 @@ kryoptic_tests() {
     export TROUSSEAU_KRYOPTIC_MODULE TROUSSEAU_TEST_TOKEN=kryoptic
     rust_tests
 }
+
+fault_module_tests() { cargo test --locked --manifest-path tests/tokens/fault/Cargo.toml; }
 
 container_tests() { tests/containers/run.sh cargo test --locked --test containers; }
 
@@ -157,6 +162,7 @@ step "finding Rust $(rust_wanted) or newer, else installing Debian's" ensure_rus
 step "finding Go, else installing $go_version" ensure_go
 step "building" warm_up
 
+part "the module that makes faults" fault_module_tests
 part "Rust, SoftHSM token" rust_tests
 part "Rust, kryoptic token" kryoptic_tests
 part "the units, in containers" container_tests

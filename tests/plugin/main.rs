@@ -13,6 +13,7 @@
 mod command_line;
 mod daemon;
 mod disk;
+mod faults;
 mod foreign_input;
 mod keys;
 mod load;

@@ -22,16 +22,23 @@ pub enum Place {
     Session(CK_SESSION_HANDLE),
 }
 
-pub struct Call {
+pub struct Call<'a> {
     pub function: &'static str,
     pub place: Place,
-    /// Where the output will be, and its length.
-    pub output: Option<(*mut CK_BYTE, *mut CK_ULONG)>,
+    pub output: Option<Output<'a>>,
+}
+
+/// Where the bytes will be that a call gives.
+pub struct Output<'a> {
+    pub bytes: *mut CK_BYTE,
+    pub length: *mut CK_ULONG,
+    /// Makes the real call with another place for them.
+    pub elsewhere: &'a dyn Fn(*mut CK_BYTE, *mut CK_ULONG),
 }
 
 /// A call, and what is known when it comes.
 pub struct Context<'a> {
-    call: &'a Call,
+    call: &'a Call<'a>,
     pub rules: &'a Rules,
     /// The label of the token that it is about.
     pub token: Option<Arc<str>>,
@@ -81,7 +88,10 @@ fn before(context: &Context) -> Option<CK_RV> {
             && let Some(drawn) = rule.fires()
         {
             match rule.action {
-                Action::Return(code) => return Some(code),
+                Action::Return(code) => {
+                    end_operation(context.call, code);
+                    return Some(code);
+                }
                 Action::Delay(from, to) => thread::sleep(from + (to - from).mul_f64(drawn as f64 / u64::MAX as f64)),
                 Action::Hang => while_it_is_there(rule),
                 Action::Crash => process::abort(),
@@ -91,6 +101,18 @@ fn before(context: &Context) -> Option<CK_RV> {
         }
     }
     None
+}
+
+/// A call that gives bytes ends the operation that an earlier one began, unless it only asks for more room (PKCS#11
+/// v3.1 section 5.2): so it is made, and what it gives is thrown away.
+fn end_operation(call: &Call, code: CK_RV) {
+    if let Some(output) = &call.output
+        && code != CKR_BUFFER_TOO_SMALL
+    {
+        let mut thrown_away = [0; 4096];
+        let mut length = thrown_away.len() as CK_ULONG;
+        (output.elsewhere)(thrown_away.as_mut_ptr(), &mut length);
+    }
 }
 
 fn while_it_is_there(rule: &Rule) {
@@ -110,12 +132,12 @@ fn lose_sessions(token: Option<&str>) {
 
 /// A length query has no output, and is no call to this rule.
 fn flip(context: &Context) {
-    let Some((output, length)) = context.call.output else { return };
-    if output.is_null() || length.is_null() {
+    let Some(Output { bytes, length, .. }) = context.call.output else { return };
+    if bytes.is_null() || length.is_null() {
         return;
     }
     // SAFETY: the real module has just written so many bytes there.
-    let output = unsafe { std::slice::from_raw_parts_mut(output, *length as usize) };
+    let output = unsafe { std::slice::from_raw_parts_mut(bytes, *length as usize) };
     for rule in context.about().filter(|rule| rule.action == Action::Flip) {
         if !output.is_empty()
             && let Some(drawn) = rule.fires()

@@ -49,11 +49,12 @@ pub fn list() -> &'static CK_FUNCTION_LIST {
     unsafe { &*real.0 }
 }
 
-/// The label of the token in a slot.
+/// The label of the token in a slot, if it has one.
 pub fn label(slot: CK_SLOT_ID) -> Option<String> {
     let mut info = CK_TOKEN_INFO::default();
     let code = forward!(C_GetTokenInfo(slot, &mut info));
-    (code == CKR_OK).then(|| String::from_utf8_lossy(&info.label).trim_end_matches([' ', '\0']).to_owned())
+    let label = String::from_utf8_lossy(&info.label).trim_end_matches([' ', '\0']).to_owned();
+    (code == CKR_OK && !label.is_empty()).then_some(label)
 }
 
 /// The slots with a token.

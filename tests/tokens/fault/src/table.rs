@@ -4,7 +4,7 @@ use std::os::raw::c_void;
 
 use cryptoki_sys::*;
 
-use crate::faults::{Call, Place, intercept};
+use crate::faults::{Call, Output, Place, intercept};
 use crate::special::*;
 
 type Bytes = *mut CK_BYTE;
@@ -28,22 +28,22 @@ pub(crate) use forward;
 
 /// A function that is forwarded with its arguments.
 macro_rules! forwarded {
-    ($name:ident($($argument:ident: $type:ty),*) on $place:expr, output $output:expr) => {
+    ($name:ident($($argument:ident: $type:ty),*) on $place:expr) => {
         unsafe extern "C" fn $name($($argument: $type),*) -> CK_RV {
-            let call = Call { function: stringify!($name), place: $place, output: $output };
+            let call = Call { function: stringify!($name), place: $place, output: None };
             intercept(&call, |_| forward!($name($($argument),*)))
         }
     };
 }
 
-forwarded!(C_Initialize(arguments: *mut c_void) on Place::Module, output None);
-forwarded!(C_GetInfo(info: *mut CK_INFO) on Place::Module, output None);
-forwarded!(C_WaitForSlotEvent(flags: CK_FLAGS, slot: *mut CK_SLOT_ID, reserved: *mut c_void) on Place::Module, output None);
+forwarded!(C_Initialize(arguments: *mut c_void) on Place::Module);
+forwarded!(C_GetInfo(info: *mut CK_INFO) on Place::Module);
+forwarded!(C_WaitForSlotEvent(flags: CK_FLAGS, slot: *mut CK_SLOT_ID, reserved: *mut c_void) on Place::Module);
 
 /// The same, with a slot as the first argument.
 macro_rules! of_slots {
     ($($name:ident($($argument:ident: $type:ty),*);)*) => {
-        $(forwarded!($name(slot: CK_SLOT_ID $(, $argument: $type)*) on Place::Slot(slot), output None);)*
+        $(forwarded!($name(slot: CK_SLOT_ID $(, $argument: $type)*) on Place::Slot(slot));)*
     };
 }
 
@@ -57,7 +57,7 @@ of_slots! {
 /// The same, with a session as the first argument.
 macro_rules! of_sessions {
     ($($name:ident($($argument:ident: $type:ty),*);)*) => {
-        $(forwarded!($name(session: CK_SESSION_HANDLE $(, $argument: $type)*) on Place::Session(session), output None);)*
+        $(forwarded!($name(session: CK_SESSION_HANDLE $(, $argument: $type)*) on Place::Session(session));)*
     };
 }
 
@@ -104,10 +104,18 @@ of_sessions! {
 /// The same, with an output and its length as the last arguments: a rule can flip a bit there.
 macro_rules! with_output {
     ($($name:ident($($argument:ident: $type:ty),*);)*) => {
-        $(forwarded!(
-            $name(session: CK_SESSION_HANDLE $(, $argument: $type)*, output: Bytes, its_length: Counted)
-            on Place::Session(session), output Some((output, its_length))
-        );)*
+        $(
+            unsafe extern "C" fn $name(
+                session: CK_SESSION_HANDLE $(, $argument: $type)*, bytes: Bytes, length_of_bytes: Counted
+            ) -> CK_RV {
+                let elsewhere = |bytes: Bytes, length: Counted| {
+                    forward!($name(session $(, $argument)*, bytes, length));
+                };
+                let output = Output { bytes, length: length_of_bytes, elsewhere: &elsewhere };
+                let call = Call { function: stringify!($name), place: Place::Session(session), output: Some(output) };
+                intercept(&call, |_| forward!($name(session $(, $argument)*, bytes, length_of_bytes)))
+            }
+        )*
         pub const WITH_OUTPUT: &[&str] = &[$(stringify!($name)),*];
     };
 }

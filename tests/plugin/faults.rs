@@ -1,0 +1,231 @@
+//! A token that fails: the plugin over a module that makes faults (`tests/tokens/fault`), named by
+//! `TROUSSEAU_FAULT_LIB`.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+use std::{env, fs, thread};
+
+use tonic::Code;
+
+use crate::plugin::{Answer, Host, Plugin, admit};
+use crate::token::Key;
+
+/// A token that was away and is there again is in use after so long.
+const HEALED_WITHIN: Duration = Duration::from_secs(2);
+
+/// The module between the plugin and a host's token, and its rules.
+struct Faults<'a> {
+    host: &'a Host,
+    library: &'a Path,
+}
+
+/// The module that makes faults. `None`: it is not named; this says so.
+fn library() -> Option<PathBuf> {
+    const LACKS: &str = "TROUSSEAU_FAULT_LIB: what tests/tokens/fault/build.sh prints";
+    let named = env::var_os("TROUSSEAU_FAULT_LIB").map(PathBuf::from);
+    if named.is_none() {
+        assert!(env::var_os("TROUSSEAU_TEST_REQUIRE").is_none(), "{LACKS}");
+        eprintln!("skipped: it lacks {LACKS}");
+    }
+    named
+}
+
+impl Faults<'_> {
+    /// From now on these are the rules.
+    fn set(&self, rules: &str) {
+        fs::write(self.host.path("rules.new"), rules).unwrap();
+        fs::rename(self.host.path("rules.new"), self.host.path("rules")).unwrap();
+    }
+
+    /// Starts `serve` over the module and waits until it is healthy.
+    fn serve_healthy(&self) -> Plugin {
+        let real = self.host.token.family.module();
+        let between = |module: &Path| format!("module = \"{}\"", module.display());
+        let configuration = self.host.configuration().replace(&between(&real), &between(self.library));
+        self.host.write_secret("trousseau.toml", &configuration);
+        let mut command = self.host.command(&["serve", "--config"]);
+        command.arg(self.host.path("trousseau.toml")).stdin(Stdio::null());
+        command.env("TROUSSEAU_FAULT_MODULE", real).env("TROUSSEAU_FAULT_RULES", self.host.path("rules"));
+        let mut plugin = self.host.start(command);
+        plugin.wait_until("it is healthy", |plugin| plugin.status().is_ok());
+        plugin
+    }
+}
+
+/// What a request sees while the rules are on.
+#[derive(Clone, Copy)]
+enum Sees {
+    Nothing,
+    Error(Code),
+}
+use Sees::{Error, Nothing};
+
+struct Scenario {
+    name: &'static str,
+    mode: &'static str,
+    /// `{}` is what the request does with the token: `Encrypt` or `Decrypt`, `Wrap` or `Unwrap`.
+    rules: &'static str,
+    encrypt: Sees,
+    decrypt: Sees,
+}
+
+const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "a session is lost",
+        mode: "gcm",
+        rules: "C_{}Init return CKR_SESSION_HANDLE_INVALID times 1",
+        encrypt: Nothing,
+        decrypt: Nothing,
+    },
+    Scenario {
+        name: "all sessions are lost, and the login with them",
+        mode: "gcm",
+        rules: "C_{}Init lose-sessions times 1",
+        encrypt: Error(Code::Unavailable),
+        decrypt: Error(Code::Unavailable),
+    },
+    Scenario {
+        name: "the login is lost",
+        mode: "gcm",
+        rules: "C_{}Init return CKR_USER_NOT_LOGGED_IN times 1",
+        encrypt: Nothing,
+        decrypt: Nothing,
+    },
+    Scenario {
+        name: "a login takes its time",
+        mode: "gcm",
+        rules: "C_Login delay 800ms
+                C_{}Init return CKR_USER_NOT_LOGGED_IN times 1",
+        encrypt: Nothing,
+        decrypt: Nothing,
+    },
+    Scenario {
+        name: "the token is removed",
+        mode: "gcm",
+        rules: "C_{} return CKR_DEVICE_REMOVED",
+        encrypt: Error(Code::Unavailable),
+        decrypt: Error(Code::Unavailable),
+    },
+    Scenario {
+        name: "the token is removed, wrapkey",
+        mode: "wrapkey",
+        rules: "C_{}Key return CKR_DEVICE_REMOVED",
+        encrypt: Error(Code::Unavailable),
+        decrypt: Error(Code::Unavailable),
+    },
+    Scenario {
+        name: "the device fails",
+        mode: "gcm",
+        rules: "* return CKR_DEVICE_ERROR",
+        encrypt: Error(Code::Unavailable),
+        decrypt: Error(Code::Unavailable),
+    },
+    Scenario {
+        name: "everything is a general error",
+        mode: "gcm",
+        rules: "* return CKR_GENERAL_ERROR",
+        encrypt: Error(Code::Unavailable),
+        decrypt: Error(Code::Unavailable),
+    },
+    Scenario {
+        name: "a code of the vendor's, once",
+        mode: "gcm",
+        rules: "C_{} return 0x80000201 times 1",
+        encrypt: Error(Code::Unavailable),
+        decrypt: Nothing,
+    },
+    Scenario {
+        name: "calls hang",
+        mode: "gcm",
+        rules: "C_{} hang",
+        encrypt: Error(Code::DeadlineExceeded),
+        decrypt: Error(Code::DeadlineExceeded),
+    },
+    Scenario {
+        name: "no slot is left",
+        mode: "gcm",
+        rules: "C_GetSlotList empty
+                C_{}Init return CKR_TOKEN_NOT_PRESENT",
+        encrypt: Error(Code::Unavailable),
+        decrypt: Error(Code::Unavailable),
+    },
+    Scenario {
+        name: "a bit of an unwrapped DEK flips",
+        mode: "gcm",
+        rules: "C_Decrypt flip times 1",
+        encrypt: Nothing,
+        decrypt: Error(Code::InvalidArgument),
+    },
+];
+
+const SEED: &[u8] = b"thirty-two bytes of a fresh seed";
+
+#[test]
+fn faults_of_the_token_are_seen_for_what_they_are_and_pass_with_their_cause() {
+    let Some(library) = library() else { return };
+    let mut failed = Vec::new();
+    // Most of the time they wait.
+    for some in SCENARIOS.chunks(4) {
+        thread::scope(|scope| {
+            let played: Vec<_> =
+                some.iter().map(|scenario| (scenario.name, scope.spawn(|| play(scenario, &library)))).collect();
+            failed.extend(played.into_iter().filter_map(|(name, thread)| thread.join().is_err().then_some(name)));
+        });
+    }
+    assert!(failed.is_empty(), "{failed:?}");
+}
+
+fn play(scenario: &Scenario, library: &Path) {
+    let host = Host::new().with_mode(scenario.mode);
+    let faults = Faults { host: &host, library };
+    host.generate("0s");
+    let mut plugin = faults.serve_healthy();
+    let (sealed, key_id) = plugin.round_trip();
+
+    type Request<'a> = &'a dyn Fn(&Plugin) -> Result<(), Answer>;
+    let encrypt: Request = &|plugin| plugin.encrypt(SEED).map(drop);
+    let decrypt: Request = &|plugin| plugin.decrypt(&sealed, &key_id).map(|opened| assert_eq!(opened, SEED));
+    let calls = if scenario.mode == "wrapkey" { ["Wrap", "Unwrap"] } else { ["Encrypt", "Decrypt"] };
+    for (call, request, sees) in [(calls[0], encrypt, scenario.encrypt), (calls[1], decrypt, scenario.decrypt)] {
+        faults.set(&scenario.rules.replace("{}", call));
+        let seen = request(&plugin);
+        match (sees, &seen) {
+            (Nothing, Ok(())) => (),
+            (Error(code), Err(answer)) if answer.code == code => (),
+            _ => panic!("{}: {call}: {seen:?}", scenario.name),
+        }
+        let asked = Instant::now();
+        drop(plugin.status());
+        assert!(asked.elapsed() < Duration::from_secs(1), "{}: Status waits for the token", scenario.name);
+        faults.set("");
+        let mended = Instant::now();
+        plugin.wait_until(scenario.name, |plugin| plugin.status().is_ok() && decrypt(plugin).is_ok());
+        assert!(mended.elapsed() < HEALED_WITHIN, "{}: {call}: healed after {:?}", scenario.name, mended.elapsed());
+        plugin.round_trip();
+    }
+}
+
+#[test]
+fn while_one_token_is_sick_its_replica_serves() {
+    let Some(library) = library() else { return };
+    let mut host = Host::new();
+    host.token.initialize(&["second"]);
+    let key = Key { value: Some(vec![7; 32]), wraps: false, ..Key::generated(b"shared", "trousseau-test") };
+    for token in ["trousseau", "second"] {
+        host.token.make_keys_in(token, std::slice::from_ref(&key));
+    }
+    host.extra = admit(b"shared");
+    host.tokens = r#""pkcs11:token=trousseau", "pkcs11:token=second""#.into();
+    let faults = Faults { host: &host, library: &library };
+    let mut plugin = faults.serve_healthy();
+    let (sealed, key_id) = plugin.round_trip();
+    for sick in ["trousseau", "second", "trousseau"] {
+        faults.set(&format!("* return CKR_DEVICE_ERROR token {sick}"));
+        // The other one was sick a moment ago.
+        plugin.wait_until("the other one is well", |plugin| plugin.decrypt(&sealed, &key_id).is_ok());
+        for _ in 0..10 {
+            plugin.round_trip();
+        }
+    }
+}
