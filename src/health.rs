@@ -6,13 +6,18 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard};
 
+use tokio::sync::Notify;
+
 use crate::identity::Identity;
 use crate::provider::KekError;
 use crate::sync::lock;
 
 /// What last went wrong with each KEK, until something goes right.
 #[derive(Default)]
-pub struct Health(Mutex<BTreeMap<Identity, String>>);
+pub struct Health {
+    faults: Mutex<BTreeMap<Identity, String>>,
+    worse: Notify,
+}
 
 impl Health {
     /// Remembers how a KEK fared in a request.
@@ -29,7 +34,14 @@ impl Health {
 
     /// Remembers that a KEK cannot be used.
     pub fn fault(&self, kek: Identity, error: &KekError) {
-        self.faults().insert(kek, error.to_string());
+        if self.faults().insert(kek, error.to_string()).is_none() {
+            self.worse.notify_one();
+        }
+    }
+
+    /// Returns when something goes wrong with a KEK that was well. For one who waits.
+    pub async fn worsens(&self) {
+        self.worse.notified().await;
     }
 
     /// What is wrong with a KEK, if anything is.
@@ -38,6 +50,6 @@ impl Health {
     }
 
     fn faults(&self) -> MutexGuard<'_, BTreeMap<Identity, String>> {
-        lock(&self.0)
+        lock(&self.faults)
     }
 }

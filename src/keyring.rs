@@ -8,37 +8,30 @@ pub mod activation;
 mod description;
 mod errors;
 mod flights;
+mod looks;
 mod member;
+mod opening;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use futures_util::future::{join_all, select_all};
+use futures_util::future::join_all;
 use jiff::Timestamp;
 use tokio::sync::watch;
 
 pub use self::description::{KekDescription, KekState};
 pub use self::errors::KeyringError;
 use self::flights::Flights;
+use self::looks::Looks;
 use self::member::{ActiveKek, Member};
+use self::opening::Sealed;
 use crate::config::{KeyringConfig, SealUnder};
-use crate::envelope::{self, Envelope, Recipient, WrapAlgorithm};
+use crate::envelope::{self, Recipient, WrapAlgorithm};
 use crate::health::Health;
 use crate::identity::{Identity, KeySet};
-use crate::provider::{Kek, KekError, Provider};
+use crate::provider::{KekError, Provider};
 use crate::secret::{Dek, Plaintext};
 use crate::state::{Mark, State};
-
-/// How often the providers are asked for new KEKs.
-const LOOK_EVERY: Duration = Duration::from_secs(30);
-/// How often while nothing can be encrypted; and how often at most an unknown identity makes the keyring look at once.
-const LOOK_SOON: Duration = Duration::from_secs(5);
-/// How long the first look waits for providers that are still being connected to.
-const FIRST_CONNECTION: Duration = Duration::from_secs(5);
-/// How long a look, and the round trip after it, may take.
-const LOOK_TIMEOUT: Duration = Duration::from_secs(10);
-/// Key sets tried before a `key_id` counts as unknown; hundreds of KEKs on several providers would make more.
-const MOST_KEY_SETS: usize = 10_000;
 
 /// Every KEK of the configuration. Shared by reference between tasks.
 pub struct Keyring {
@@ -54,26 +47,11 @@ pub struct Keyring {
     has_looked: watch::Sender<bool>,
 }
 
-#[derive(Default)]
-struct Looks {
-    /// When the last one began that has ended.
-    began: Option<Instant>,
-    /// When the last one ended that an unknown identity had asked for.
-    asked_for_ended: Option<Instant>,
-}
-
 /// The KEKs that wrap new DEKs at one moment.
 pub struct ActiveSet {
     /// Its hash, whose text is the `key_id`.
     pub key_set: KeySet,
     keks: Vec<ActiveKek>,
-}
-
-/// What a Decrypt is asked for.
-#[derive(PartialEq, Eq, Hash)]
-struct Sealed {
-    ciphertext: Vec<u8>,
-    key_id: Option<String>,
 }
 
 impl Keyring {
@@ -89,87 +67,6 @@ impl Keyring {
             decrypts: Flights::new(),
             looks: tokio::sync::Mutex::default(),
             has_looked: watch::Sender::new(false),
-        }
-    }
-
-    /// Looks at all providers again and again, at once when one of them has changed. Never returns.
-    pub async fn keep_looking(&self) {
-        let _settled_or_late = tokio::time::timeout(FIRST_CONNECTION, self.settled()).await;
-        loop {
-            self.look().await;
-            self.has_looked.send_replace(true);
-            let well = self.active(Timestamp::now()).is_ok_and(|set| self.health(&set).is_ok());
-            let changed = select_all(self.members.iter().map(|member| member.provider.changed()));
-            let _changed_or_due = tokio::time::timeout(if well { LOOK_EVERY } else { LOOK_SOON }, changed).await;
-        }
-    }
-
-    /// Returns once the first look has ended: a request that comes while the tokens are being connected to, as after a
-    /// restart, waits for that and is not refused.
-    pub async fn has_looked(&self) {
-        drop(self.has_looked.subscribe().wait_for(|has_looked| *has_looked).await);
-    }
-
-    /// Looks for KEKs, and has each active one wrap and unwrap a value.
-    pub async fn look(&self) {
-        self.look_alone(&mut *self.looks.lock().await).await;
-    }
-
-    /// Looks now, unless that was done a moment ago: whoever sends unknown identities must not keep the tokens busy.
-    async fn look_at_once(&self) {
-        let asked = Instant::now();
-        let mut looks = self.looks.lock().await;
-        let somebody_just_did = looks.began.is_some_and(|began| began >= asked);
-        if !somebody_just_did && looks.asked_for_ended.is_none_or(|ended| ended.elapsed() >= LOOK_SOON) {
-            self.look_alone(&mut looks).await;
-            looks.asked_for_ended = Some(Instant::now());
-        }
-    }
-
-    async fn look_alone(&self, looks: &mut Looks) {
-        let began = Instant::now();
-        let deadline = began + LOOK_TIMEOUT;
-        self.find_keks_by(deadline).await;
-        if let Ok(set) = self.active(Timestamp::now()) {
-            let keks = set.keks.iter().filter_map(|active| active.kek.as_ref().ok());
-            join_all(keks.map(|kek| self.round_trip(kek, deadline))).await;
-        }
-        looks.began = Some(began);
-    }
-
-    /// Returns when it is known of every provider whether it can be reached.
-    pub async fn settled(&self) {
-        join_all(self.members.iter().map(|member| member.provider.settled())).await;
-    }
-
-    /// Looks for KEKs, and no more: no KEK becomes active by it.
-    pub async fn find_keks(&self) {
-        self.find_keks_by(Instant::now() + LOOK_TIMEOUT).await;
-    }
-
-    async fn find_keks_by(&self, deadline: Instant) {
-        join_all(self.members.iter().map(|member| self.look_at(member, deadline))).await;
-    }
-
-    async fn look_at(&self, member: &Member, deadline: Instant) {
-        match member.provider.look(deadline).await {
-            Ok(sighting) => member.shows(sighting),
-            Err(error) => {
-                member.is_out_of_reach(&error);
-                member.seen().keks.iter().for_each(|kek| self.health.fault(kek.identity(), &error));
-            }
-        }
-    }
-
-    async fn round_trip(&self, kek: &Arc<dyn Kek>, deadline: Instant) {
-        let Ok(dek) = Dek::generate() else { return };
-        let both = async {
-            let wrapped = kek.wrap_dek(Arc::new(dek), deadline).await?;
-            kek.unwrap_dek(&wrapped, deadline).await
-        };
-        match both.await {
-            Err(error @ KekError::Deadline(_)) => self.health.fault(kek.identity(), &error), // the deadline was ours
-            outcome => self.health.note(kek.identity(), &outcome),
         }
     }
 
@@ -291,116 +188,6 @@ impl Keyring {
         Ok(Recipient { identity: active.identity, algorithm: kek.algorithm(), wrapped: wrapped? })
     }
 
-    /// Opens an envelope, with one token call for all who ask for the same at a time. `key_id` is what the request
-    /// says of it; KMS v1beta1 says nothing.
-    ///
-    /// # Errors
-    /// See [`KeyringError`]. What can be refused without a token is refused before one is asked.
-    pub async fn decrypt(
-        self: &Arc<Self>,
-        ciphertext: &[u8],
-        key_id: Option<&str>,
-        deadline: Instant,
-    ) -> Result<Plaintext, KeyringError> {
-        let keyring = Arc::clone(self);
-        let sealed = Sealed { ciphertext: ciphertext.to_vec(), key_id: key_id.map(str::to_owned) };
-        let is_late = |answer: &_| matches!(answer, Err(KeyringError::Deadline(_)));
-        let open = move |sealed: Arc<Sealed>, deadline| {
-            let keyring = Arc::clone(&keyring);
-            async move { keyring.open(&sealed.ciphertext, sealed.key_id.as_deref(), deadline).await }
-        };
-        self.decrypts.join(sealed, deadline, is_late, open).await
-    }
-
-    async fn open(
-        &self,
-        ciphertext: &[u8],
-        key_id: Option<&str>,
-        deadline: Instant,
-    ) -> Result<Plaintext, KeyringError> {
-        let envelope = Envelope::parse(ciphertext).map_err(|error| KeyringError::bad_ciphertext(&error))?;
-        if let Some(key_id) = key_id {
-            self.check_key_id(key_id, &envelope)?;
-        }
-        let mut failure = KeyringError::BadCiphertext;
-        for (kek, recipient) in self.keks_of(&envelope).await? {
-            if kek.algorithm() != recipient.algorithm {
-                tracing::debug!(kek = %recipient.identity, "recipient refused: not the algorithm of its KEK");
-                continue;
-            }
-            let unwrapped = kek.unwrap_dek(recipient.wrapped, deadline).await;
-            self.health.note(recipient.identity, &unwrapped);
-            match unwrapped {
-                Ok(dek) => return envelope.open(&dek).map_err(|error| KeyringError::bad_ciphertext(&error)),
-                Err(KekError::BadInput) => (),
-                // The others may be damaged and this one whole, when its KEK is back.
-                Err(error) => failure = error.into(),
-            }
-        }
-        Err(failure)
-    }
-
-    /// A ciphertext under another key_id than its own was bound anew by somebody; a key_id that these KEKs cannot
-    /// have made is not ours at all.
-    fn check_key_id(&self, key_id: &str, envelope: &Envelope<'_>) -> Result<(), KeyringError> {
-        match key_id.parse::<KeySet>() {
-            Ok(key_set) if key_set == envelope.key_set => Ok(()),
-            Ok(key_set) if self.could_have_made(key_set) => {
-                tracing::debug!(key_id, sealed_under = %envelope.key_set, "ciphertext refused: bound to another key_id");
-                Err(KeyringError::BadCiphertext)
-            }
-            _ => Err(KeyringError::UnknownKey("its key_id".into())),
-        }
-    }
-
-    /// Whether the key set is one of a KEK of each provider that seals.
-    fn could_have_made(&self, key_set: KeySet) -> bool {
-        let mut sets: Vec<Vec<Identity>> = vec![vec![]];
-        for member in self.members.iter().filter(|member| member.seals) {
-            let identities: Vec<Identity> = member.seen().keks.iter().map(|kek| kek.identity()).collect();
-            let extended = sets.iter().flat_map(|set| identities.iter().map(|kek| [set.as_slice(), &[*kek]].concat()));
-            sets = extended.take(MOST_KEY_SETS).collect();
-        }
-        sets.iter().any(|set| KeySet::of(&self.cluster, set) == key_set)
-    }
-
-    /// The KEKs that can unwrap the envelope's DEK, in the order of the configuration: at least one.
-    async fn keks_of<'e>(&self, envelope: &'e Envelope<'_>) -> Result<Vec<Named<'e>>, KeyringError> {
-        let mut known = self.known_keks_of(envelope);
-        if known.is_empty() {
-            self.look_at_once().await;
-            known = self.known_keks_of(envelope);
-        }
-        if known.is_empty() { Err(self.why_unknown(envelope)) } else { Ok(known) }
-    }
-
-    /// An identity that nobody shows is unknown, unless a key that has it is not used, or a token cannot be asked.
-    fn why_unknown(&self, envelope: &Envelope<'_>) -> KeyringError {
-        let named = |identity: Identity| envelope.recipients.iter().any(|recipient| recipient.identity == identity);
-        for member in &self.members {
-            if let Some(refused) = member.seen().refused.iter().find(|refused| refused.identity.is_some_and(named)) {
-                return KeyringError::Unavailable(format!("{} is not used: {}", refused.key, refused.reason));
-            }
-        }
-        if let Some(outage) = self.outages().into_iter().next() {
-            return KeyringError::Unavailable(outage);
-        }
-        let identities: Vec<String> =
-            envelope.recipients.iter().map(|recipient| recipient.identity.to_string()).collect();
-        KeyringError::UnknownKey(format!("KEK {}", identities.join(", ")))
-    }
-
-    fn known_keks_of<'e>(&self, envelope: &'e Envelope<'_>) -> Vec<Named<'e>> {
-        let mut known = Vec::new();
-        for member in &self.members {
-            for kek in &member.seen().keks {
-                let named = envelope.recipients.iter().find(|recipient| recipient.identity == kek.identity());
-                known.extend(named.map(|recipient| (Arc::clone(kek), recipient)));
-            }
-        }
-        known
-    }
-
     /// Why providers, or some of their tokens, could not be looked at.
     #[must_use]
     pub fn outages(&self) -> Vec<String> {
@@ -411,6 +198,3 @@ impl Keyring {
         self.members.iter().flat_map(of).collect()
     }
 }
-
-/// A KEK that an envelope names, and what it wrapped there.
-type Named<'e> = (Arc<dyn Kek>, &'e Recipient<&'e [u8]>);

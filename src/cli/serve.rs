@@ -82,9 +82,11 @@ async fn serve_with(
         () = daemon.keep_systemd_informed() => Ok(()),
         () = feed_watchdog() => Ok(()),
     };
-    drop(daemon); // and its socket
     match lost {
-        Some(reason) => pkcs11::leave(&reason),
+        Some(reason) => {
+            drop(daemon.listener); // and its socket
+            pkcs11::leave(&reason)
+        }
         None => ended,
     }
 }

@@ -62,6 +62,10 @@ pub struct Profile {
     /// and the process ends when it has lost the module's last token: its supervisor starts it anew.
     #[serde(default = "yes")]
     pub reinitialize: bool,
+    /// Objects made and destroyed (wraps and unwraps of the mode `wrapkey`) after which the module is finalized and
+    /// initialized again, because it does not free what they took before that.
+    #[serde(default)]
+    pub renew_after: Option<u64>,
 }
 
 fn yes() -> bool {
@@ -112,6 +116,13 @@ impl Profile {
             toml::from_str(text).map_err(|error| ConfigError::from_toml(path, text, &error, REFERENCE))?;
         if profile.modes.is_empty() {
             return Err(ConfigError::new(path, "modes is empty", "name at least one way to wrap"));
+        }
+        if profile.renew_after.is_some() && !profile.reinitialize {
+            let what = "renew-after contradicts reinitialize = false";
+            return Err(ConfigError::new(path, what, "remove one of them"));
+        }
+        if profile.renew_after == Some(0) {
+            return Err(ConfigError::new(path, "renew-after is 0", "leave it out, or give a number of objects"));
         }
         Ok(Self { name: name.to_owned(), ..profile })
     }

@@ -4,7 +4,6 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use super::Keyring;
-use super::member::Member;
 use crate::identity::Identity;
 use crate::provider::Refused;
 
@@ -59,14 +58,11 @@ impl Keyring {
         self.members.iter().find_map(|member| member.provider.hopeless())
     }
 
-    /// Tokens that are out of reach, or lack a KEK, as of the last look, while others serve.
+    /// Tokens that are out of reach, or lack a KEK, as of the last look; others may serve meanwhile.
     #[must_use]
     pub fn gaps(&self) -> Vec<String> {
-        let gaps = |member: &Member| {
-            let seen = member.seen();
-            [seen.partly_out.as_slice(), &seen.incomplete].concat()
-        };
-        self.members.iter().flat_map(gaps).collect()
+        let incomplete = self.members.iter().flat_map(|member| member.seen().incomplete.clone());
+        self.outages().into_iter().chain(incomplete).collect()
     }
 
     /// Every KEK as of the last look, and every key that is not used; no mark is moved.

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -39,6 +40,8 @@ pub(super) struct Connected {
     pub(super) codes: Codes,
     latch: Latch,
     proved: Mutex<BTreeSet<Identity>>,
+    /// Objects that were made through it.
+    objects: AtomicU64,
     in_use: InUse,
     /// Its end tells the supervisor that all of the above is gone.
     _released: Sender<()>,
@@ -48,6 +51,20 @@ pub(super) struct Connected {
 struct Anchor {
     session: Session,
     pin: SecretString,
+}
+
+/// Why there is no connection, and what to do.
+pub(super) enum NotConnected {
+    /// The token is not there, or not ready.
+    NotThere(String),
+    /// The token is there and was not logged in to.
+    LoginFailed(String),
+}
+
+impl From<String> for NotConnected {
+    fn from(reason: String) -> Self {
+        Self::NotThere(reason)
+    }
 }
 
 impl Address {
@@ -65,18 +82,28 @@ impl Address {
     /// Connects. `released` is dropped when the connection is.
     ///
     /// # Errors
-    /// Why there is no connection, and what to do.
-    pub(super) fn connect(&self, released: Sender<()>) -> Result<Connected, String> {
+    /// [`NotConnected`]
+    pub(super) fn connect(&self, released: Sender<()>) -> Result<Connected, NotConnected> {
         let in_use = Module::acquire(&self.module, self.reinitialize)?;
         let (slot, info) = self.find_slot(in_use.library())?;
         let pin = self.pin.read().map_err(|error| format!("{error}: {}", error.remedy()))?;
         let opened = in_use.library().open_rw_session(slot).map_err(CallError::from);
         let session = opened.map_err(|error| format!("no session can be opened: {error}"))?;
         let latch = self.latch(&info);
-        latch.log_in(in_use.library(), slot, &session, &pin).map_err(|error| format!("login failed: {error}"))?;
+        let logged_in = latch.log_in(in_use.library(), slot, &session, &pin);
+        logged_in.map_err(|error| NotConnected::LoginFailed(format!("login failed: {error}")))?;
         let anchor = Mutex::new(Anchor { session, pin });
         let codes = self.codes.clone();
-        Ok(Connected { anchor, slot, codes, latch, proved: Mutex::default(), in_use, _released: released })
+        Ok(Connected {
+            anchor,
+            slot,
+            codes,
+            latch,
+            proved: Mutex::default(),
+            objects: AtomicU64::new(0),
+            in_use,
+            _released: released,
+        })
     }
 
     /// `pin retry`: looks for the token, without a login, and allows one that the latch would refuse.
@@ -147,6 +174,16 @@ impl Connected {
             (info.error_state(), "says that it failed its self-test", "restart it, and ask its vendor"),
         ];
         Ok(said.into_iter().filter(|(so, ..)| *so).map(|(_, what, remedy)| (what, remedy)).collect())
+    }
+
+    /// Counts an object that was made through it, and returns how many there were.
+    pub(super) fn count_object(&self) {
+        self.objects.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Objects that were made through it.
+    pub(super) fn objects(&self) -> u64 {
+        self.objects.load(Ordering::Relaxed)
     }
 
     /// The KEKs that were used through this connection. One that is then not to be found means that the token is

@@ -57,7 +57,11 @@ impl Lane {
     /// Wraps a DEK under the KEK.
     pub(super) fn wrap(&mut self, kek: &KekSpec, dek: &Dek) -> Result<Vec<u8>, CallError> {
         let handle = self.handle(kek)?;
-        mechanism::wrap(kek.mode, &self.session, handle, kek.identity, dek)
+        self.count(kek);
+        mechanism::wrap(kek.mode, &self.session, handle, kek.identity, dek).map_err(|error| match self.class(&error) {
+            Class::BadInput => error.settled(Class::Doubtful), // nothing foreign went in
+            _ => error,
+        })
     }
 
     /// Unwraps a DEK that the KEK is said to have wrapped.
@@ -68,6 +72,7 @@ impl Lane {
     /// no stored value can make more of itself.
     pub(super) fn unwrap(&mut self, kek: &KekSpec, wrapped: &[u8]) -> Result<Dek, CallError> {
         let handle = self.handle(kek)?;
+        self.count(kek);
         let unwrap = || mechanism::unwrap(kek.mode, &self.session, handle, kek.identity, wrapped);
         let is_clear = |error: &CallError| {
             matches!(self.class(error), Class::BadInput | Class::Session | Class::Login | Class::Pin)
@@ -81,6 +86,13 @@ impl Lane {
                 unwrap().map_err(|again| if is_clear(&again) { again } else { again.settled(Class::BadInput) })
             }
             settled => settled,
+        }
+    }
+
+    /// Some libraries do not free what an object took until they are finalized.
+    fn count(&self, kek: &KekSpec) {
+        if kek.mode.wraps_objects() {
+            self.connected.count_object();
         }
     }
 
@@ -125,12 +137,15 @@ impl Lane {
         Ok(())
     }
 
-    /// The key unwraps the KEK's reference. A key that does not, and yet works, is another one.
+    /// The key unwraps the KEK's reference. A key that does not, twice, and yet works, is another one.
     fn recognise(&self, kek: &KekSpec, handle: ObjectHandle, reference: &Reference) -> Result<(), CallError> {
         match self.check_reference(kek, handle, reference) {
             Err(error) if matches!(self.class(&error), Class::Doubtful | Class::BadInput) => {
                 self.round_trip(kek, handle)?;
-                Err(another_key())
+                self.check_reference(kek, handle, reference).map_err(|again| match self.class(&again) {
+                    Class::Doubtful | Class::BadInput => another_key(),
+                    _ => again,
+                })
             }
             settled => settled,
         }

@@ -2,12 +2,16 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
+use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, watch};
 
 use super::connection::Connected;
 use super::error::CallError;
 use crate::provider::KekError;
+
+/// A token from which nothing comes back for so long, or that is not there again, counts as out of reach.
+pub(super) const SILENCE: Duration = Duration::from_secs(1);
 
 /// Whether a token can be used. Shared by its supervisor, its workers and their callers.
 pub(super) struct Link {
@@ -19,25 +23,31 @@ pub(super) struct Link {
 }
 
 enum Condition {
-    /// The first attempt is under way.
-    Connecting,
+    /// The first attempt, at the start or since it was last up, is under way.
+    Connecting(Option<Lost>),
     Up(Arc<Connected>),
     /// It cannot be used, for this reason.
     Down(String),
+}
+
+/// When and why it was up no more.
+struct Lost {
+    at: Instant,
+    reason: String,
 }
 
 impl Link {
     /// A link that is being connected. `changed` is told of every change; the receiver wakes the supervisor.
     pub(super) fn new(name: String, changed: Arc<Notify>) -> (Self, Receiver<()>) {
         let (wake_supervisor, woken) = mpsc::channel();
-        (Self { name, condition: watch::Sender::new(Condition::Connecting), wake_supervisor, changed }, woken)
+        (Self { name, condition: watch::Sender::new(Condition::Connecting(None)), wake_supervisor, changed }, woken)
     }
 
     /// The connection, if there is one; for the token's own threads.
     pub(super) fn connected(&self) -> Option<Arc<Connected>> {
         match &*self.condition.borrow() {
             Condition::Up(connected) => Some(Arc::clone(connected)),
-            Condition::Connecting | Condition::Down(_) => None,
+            Condition::Connecting(_) | Condition::Down(_) => None,
         }
     }
 
@@ -48,15 +58,27 @@ impl Link {
     pub(super) fn check(&self) -> Result<(), KekError> {
         match &*self.condition.borrow() {
             Condition::Up(_) => Ok(()),
-            Condition::Connecting => Err(KekError::Unavailable(format!("{} is being connected to", self.name))),
-            Condition::Down(reason) => Err(KekError::Unavailable(reason.clone())),
+            Condition::Connecting(None) => Err(KekError::Unavailable(format!("{} is being connected to", self.name))),
+            Condition::Connecting(Some(Lost { reason, .. })) | Condition::Down(reason) => {
+                Err(KekError::Unavailable(reason.clone()))
+            }
         }
+    }
+
+    /// Whether the first attempt to connect is under way.
+    pub(super) fn is_connecting(&self) -> bool {
+        matches!(&*self.condition.borrow(), Condition::Connecting(_))
+    }
+
+    /// Whether it was up a moment ago, and will be again in another.
+    pub(super) fn is_coming_back(&self) -> bool {
+        matches!(&*self.condition.borrow(), Condition::Connecting(Some(lost)) if lost.at.elapsed() < SILENCE)
     }
 
     /// Waits until the first attempt to connect has ended.
     pub(super) async fn first_attempt(&self) {
         let mut condition = self.condition.subscribe();
-        drop(condition.wait_for(|condition| !matches!(condition, Condition::Connecting)).await);
+        drop(condition.wait_for(|condition| !matches!(condition, Condition::Connecting(_))).await);
     }
 
     /// The supervisor has connected.
@@ -81,7 +103,7 @@ impl Link {
         let first = self.condition.send_if_modified(|condition| {
             let current = matches!(condition, Condition::Up(current) if Arc::ptr_eq(current, connected));
             if current {
-                *condition = Condition::Down(reason.clone());
+                *condition = Condition::Connecting(Some(Lost { at: Instant::now(), reason: reason.clone() }));
             }
             current
         });
@@ -90,6 +112,13 @@ impl Link {
             let _supervisor_gone = self.wake_supervisor.send(());
         }
         first
+    }
+
+    /// The supervisor is about to make the connection anew, although it is well.
+    pub(super) fn is_renewed(&self) {
+        tracing::debug!(token = self.name, "the connection is made anew");
+        let reason = format!("{} is being connected to anew", self.name);
+        self.condition.send_replace(Condition::Connecting(Some(Lost { at: Instant::now(), reason })));
     }
 
     fn tell(&self, reason: &str) {

@@ -336,6 +336,7 @@ mod tests {
             name: "pin-0".into(),
             token: "t".into(),
             pin_file: "/pin".into(),
+            codes: Codes::default(),
             settling: Mutex::default(),
         };
         let other = RefusedPin { hash: Some("bb".into()), at: now(), answer: Some("no".into()), again: false };

@@ -10,6 +10,7 @@
 mod admission;
 mod connection;
 mod error;
+mod kek;
 mod lane;
 mod link;
 mod login;
@@ -30,27 +31,27 @@ use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use futures_util::future::{join_all, try_join_all};
-use futures_util::stream::FuturesUnordered;
 use jiff::Timestamp;
 use tokio::sync::Notify;
+use tokio::time::timeout;
 
 pub use self::admission::LONGEST_WAIT;
 use self::admission::{Admitted, KekSpec};
 use self::connection::Address;
+use self::kek::Pkcs11Kek;
 pub use self::lane::Cost;
 use self::lane::Inventory;
+use self::link::SILENCE;
 pub use self::login::Retry;
 pub use self::module::leave;
 use self::token::Token;
 use self::wraps::WrapCounter;
 use super::{Answer, Kek, KekError, Provider, Rank, Refused, Sighting};
 use crate::config::{Mode, ProviderConfig, TokenUri};
-use crate::envelope::WrapAlgorithm;
 use crate::identity::Identity;
 use crate::runtime::Leader;
-use crate::secret::Dek;
 use crate::state::State;
-use crate::sync::{lock, read, write};
+use crate::sync::{lock, write};
 
 /// How long the end waits for calls into the module.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -146,7 +147,7 @@ impl Pkcs11 {
         let highest = self.keks().values().max_by_key(|kek| kek.rank.clone()).cloned();
         let no_kek = || KekError::Refused(format!("provider {} has no KEK", self.name));
         let kek = highest.ok_or_else(no_kek)?;
-        let costs = try_join_all((0..sessions).map(|_| kek.first_of(deadline, lane::Lane::cost))).await?;
+        let costs = try_join_all((0..sessions).map(|_| kek.first_of(deadline, Lane::cost))).await?;
         let share = u32::try_from(sessions.max(1)).unwrap_or(u32::MAX);
         let average = |cost: fn(&Cost) -> Duration| costs.iter().map(cost).sum::<Duration>() / share;
         Ok(Cost { wrap: average(|cost| cost.wrap), unwrap: average(|cost| cost.unwrap) })
@@ -203,6 +204,7 @@ impl Pkcs11 {
     /// What one token holds.
     async fn look_at(&self, token: &Arc<Token>, deadline: Instant) -> Result<Inventory, KekError> {
         let of = Arc::clone(token);
+        let _not_again_yet = timeout(SILENCE, token.link.first_attempt()).await;
         token.run(deadline, move |lane| lane.look(&of.rules, Timestamp::now())).await
     }
 
@@ -296,102 +298,5 @@ impl Provider for Pkcs11 {
 
     fn changed(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
         Box::pin(self.changed.notified())
-    }
-}
-
-/// A KEK and the tokens that hold it.
-struct Pkcs11Kek {
-    spec: Arc<KekSpec>,
-    rank: Rank,
-    wraps: Arc<WrapCounter>,
-    holders: RwLock<Vec<Arc<Token>>>,
-}
-
-impl Pkcs11Kek {
-    fn holders(&self) -> Vec<Arc<Token>> {
-        read(&self.holders).clone()
-    }
-
-    /// Has a token do `work`: the first that is well. When that does not answer in the time that it should, or cannot,
-    /// the next one is asked as well, and whichever answers first has answered.
-    async fn first_of<T, W>(&self, deadline: Instant, work: W) -> Result<T, KekError>
-    where
-        T: Send + 'static,
-        W: Fn(&mut lane::Lane, &KekSpec) -> Result<T, error::CallError> + Clone + Send + 'static,
-    {
-        let mut holders = self.holders();
-        holders.sort_by_key(|token| token.is_sick());
-        let mut last = KekError::Unavailable(format!("no token holds KEK {}", self.spec.identity));
-        let mut asked = FuturesUnordered::new();
-        let mut holders = holders.iter().peekable();
-        while let Some(token) = holders.next() {
-            let (work, spec) = (work.clone(), Arc::clone(&self.spec));
-            asked.push(token.call(deadline, move |lane| work(lane, &spec)));
-            let patience = holders.peek().map(|_| token.patience());
-            while let Some(answer) = in_time(patience, asked.next()).await {
-                match answer {
-                    Err(error @ (KekError::Unavailable(_) | KekError::Refused(_) | KekError::Busy(_))) => last = error,
-                    answer => return answer,
-                }
-                if patience.is_some() {
-                    break; // the next one, at once
-                }
-            }
-        }
-        Err(last)
-    }
-}
-
-/// What comes within this time, if there is a limit.
-async fn in_time<T>(limit: Option<Duration>, answer: impl Future<Output = Option<T>>) -> Option<T> {
-    match limit {
-        Some(limit) => tokio::time::timeout(limit, answer).await.ok().flatten(),
-        None => answer.await,
-    }
-}
-
-impl Kek for Pkcs11Kek {
-    fn identity(&self) -> Identity {
-        self.spec.identity
-    }
-
-    fn rank(&self) -> &Rank {
-        &self.rank
-    }
-
-    fn algorithm(&self) -> WrapAlgorithm {
-        self.spec.mode.algorithm()
-    }
-
-    fn mode(&self) -> &'static str {
-        self.spec.mode.as_str()
-    }
-
-    fn held_by(&self) -> Vec<String> {
-        self.holders().iter().map(|token| token.uri().to_string()).collect()
-    }
-
-    fn check(&self) -> Result<(), KekError> {
-        let mut last = Ok(());
-        for token in self.holders() {
-            last = token.check();
-            if last.is_ok() {
-                break;
-            }
-        }
-        last
-    }
-
-    fn wrap_dek(&self, dek: Arc<Dek>, deadline: Instant) -> Answer<'_, Vec<u8>> {
-        let wraps = Arc::clone(&self.wraps);
-        Box::pin(self.first_of(deadline, move |lane, spec| {
-            wraps.count()?; // on the session's thread, since it may write to the disk
-            lane.wrap(spec, &dek)
-        }))
-    }
-
-    fn unwrap_dek(&self, wrapped: &[u8], deadline: Instant) -> Answer<'_, Dek> {
-        let wrapped = wrapped.to_vec();
-        Box::pin(self.first_of(deadline, move |lane, spec| lane.unwrap(spec, &wrapped)))
     }
 }

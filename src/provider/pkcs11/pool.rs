@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
@@ -40,6 +40,12 @@ pub(super) struct Pool {
     workers: AtomicUsize,
     codes: Codes,
 }
+
+/// How long a worker without a session leaves the jobs to those that have one.
+const NO_SESSION: Duration = Duration::from_secs(5);
+
+/// The token has no session left for this worker.
+struct NoSession;
 
 /// Something to be done with a session.
 trait Job: Deliver {
@@ -166,7 +172,7 @@ impl Pool {
 
     /// Answers what waits, when no worker will.
     pub(super) fn refuse_all(&self) {
-        while let Some(Next::Job(mut job)) = self.queue.try_next(self.queue.round()) {
+        while let Some(Next::Job(_, mut job)) = self.queue.try_next(self.queue.round()) {
             if let Err(error) = self.link.check() {
                 job.refuse(error);
             }
@@ -188,8 +194,11 @@ impl Pool {
     fn serve_in(&self, mut seat: Seat) {
         loop {
             match self.queue.next(seat.round) {
-                Next::Job(mut job) => {
-                    self.serve(&mut *job, &mut seat.lane);
+                Next::Job(ticket, job) => {
+                    let Ok(job) = self.serve(ticket, job, &mut seat) else {
+                        self.queue.pause(seat.round, NO_SESSION);
+                        continue;
+                    };
                     job.deliver();
                     // It may have been stuck and replaced.
                     if self.workers.load(Ordering::Relaxed) > self.sessions + self.pace.stuck() {
@@ -203,20 +212,42 @@ impl Pool {
     }
 
     /// Does one job, unless nobody wants it any more.
-    fn serve(&self, job: &mut dyn Job, lane: &mut Option<Lane>) {
+    ///
+    /// # Errors
+    /// There is no session for this worker, while others have theirs: the job is left to them.
+    fn serve(&self, ticket: Ticket, mut job: Box<dyn Job>, seat: &mut Seat) -> Result<Box<dyn Job>, NoSession> {
         if !job.is_wanted() {
-            return;
+            return Ok(job);
         }
         let begun = self.pace.begin(job.deadline());
-        self.try_twice(job, lane);
-        self.pace.end(begun, job.is_typical());
+        let seated = self.try_twice(&mut *job, &mut seat.lane);
+        self.pace.end(begun, seated.is_ok() && job.is_typical());
+        match seated {
+            Ok(()) => Ok(job),
+            Err(no_session) => {
+                self.queue.give_back(ticket, job);
+                Err(no_session)
+            }
+        }
     }
 
     /// Each class of failure has its one treatment here.
-    fn try_twice(&self, job: &mut dyn Job, lane: &mut Option<Lane>) {
+    fn try_twice(&self, job: &mut dyn Job, lane: &mut Option<Lane>) -> Result<(), NoSession> {
         let mut again = true;
         loop {
-            let Err(error) = self.attempt(job, lane) else { return };
+            let open = match lane.take() {
+                Some(lane) => Ok(lane),
+                None => self.open(),
+            };
+            let attempt = match open {
+                Ok(open) => job.attempt(lane.insert(open)),
+                Err(error) if error.class(&self.codes) == Class::Session && self.others_have_sessions() => {
+                    tracing::debug!(token = self.link.name, %error, "fewer sessions than are configured");
+                    return Err(NoSession);
+                }
+                Err(error) => Err(error),
+            };
+            let Err(error) = attempt else { return Ok(()) };
             let class = error.class(&self.codes);
             let mended = match class {
                 Class::Session => {
@@ -235,7 +266,8 @@ impl Pool {
                 Class::Fatal => module::leave(&format_args!("{}: {error}", self.link.name)),
             };
             if !(mended && again) {
-                return job.refuse(error.to_kek_error(class, &self.link.name));
+                job.refuse(error.to_kek_error(class, &self.link.name));
+                return Ok(());
             }
             again = false;
         }
@@ -252,12 +284,9 @@ impl Pool {
         login.is_ok()
     }
 
-    fn attempt(&self, job: &mut dyn Job, lane: &mut Option<Lane>) -> Result<(), CallError> {
-        let lane = match lane {
-            Some(lane) => lane,
-            None => lane.insert(self.open()?),
-        };
-        job.attempt(lane)
+    /// Each lane holds its connection, as does the link, and whoever asks.
+    fn others_have_sessions(&self) -> bool {
+        self.link.connected().is_some_and(|connected| Arc::strong_count(&connected) > 2)
     }
 
     fn open(&self) -> Result<Lane, CallError> {
@@ -274,9 +303,14 @@ impl Pool {
     /// Makes every worker give its session up, unless somebody else has done so.
     fn is_lost(&self, connected: &Arc<Connected>, error: &CallError) {
         if self.link.is_lost(connected, error) {
-            self.queue.begin_round();
-            self.empty_leaders_seat();
+            self.give_up_sessions();
         }
+    }
+
+    /// Has every worker close its session before its next job.
+    pub(super) fn give_up_sessions(&self) {
+        self.queue.begin_round();
+        self.empty_leaders_seat();
     }
 
     /// Serves what waits, then ends the workers.
@@ -308,10 +342,16 @@ impl Errand for Pool {
         let mut seat = std::mem::take(&mut *lock(&self.leaders));
         loop {
             match self.queue.try_next(seat.round) {
-                Some(Next::Job(mut job)) => {
-                    self.serve(&mut *job, &mut seat.lane);
+                Some(Next::Job(ticket, job)) => {
+                    let job = self.serve(ticket, job, &mut seat);
                     self.keep(seat);
-                    return Some(job);
+                    return match job {
+                        Ok(job) => Some(job),
+                        Err(NoSession) => {
+                            self.pass_on();
+                            None
+                        }
+                    };
                 }
                 Some(Next::Round(round)) => seat = Seat { round, lane: None },
                 Some(Next::Closed) => return None,

@@ -6,11 +6,14 @@
 use crate::sync::lock;
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// Jobs in the order they came. Shared by reference; all methods may be called from any thread.
 pub(super) struct Queue<J> {
     inner: Mutex<Inner<J>>,
     arrived: Condvar,
+    /// A new round, or the end.
+    turned: Condvar,
     capacity: usize,
 }
 
@@ -30,8 +33,8 @@ pub(super) struct Ticket(u64);
 /// What a worker gets.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Next<J> {
-    /// The oldest job.
-    Job(J),
+    /// The oldest job, and its ticket.
+    Job(Ticket, J),
     /// What the workers hold is of an earlier round: give it up. The new round's number.
     Round(u64),
     /// No job will come any more.
@@ -41,7 +44,7 @@ pub(super) enum Next<J> {
 impl<J> Queue<J> {
     pub(super) fn new(capacity: usize) -> Self {
         let inner = Inner { jobs: VecDeque::with_capacity(capacity), next_ticket: 0, round: 0, closed: false, idle: 0 };
-        Self { inner: Mutex::new(inner), arrived: Condvar::new(), capacity }
+        Self { inner: Mutex::new(inner), arrived: Condvar::new(), turned: Condvar::new(), capacity }
     }
 
     /// Adds a job at the end, for a worker ([`Queue::wake`]) or for [`Queue::try_next`], and returns how many wait
@@ -64,6 +67,22 @@ impl<J> Queue<J> {
         if somebody_waits {
             self.arrived.notify_one();
         }
+    }
+
+    /// Puts a job that was taken back into its place; the bound does not count it again.
+    pub(super) fn give_back(&self, ticket: Ticket, job: J) {
+        let mut inner = self.lock();
+        let place = inner.jobs.partition_point(|(waiting, _)| waiting.0 < ticket.0);
+        inner.jobs.insert(place, (ticket, job));
+        drop(inner);
+        self.wake();
+    }
+
+    /// Waits, whatever comes, until a new round, the end, or for so long.
+    pub(super) fn pause(&self, round: u64, time: Duration) {
+        let inner = self.lock();
+        let goes_on = |inner: &mut Inner<J>| inner.round == round && !inner.closed;
+        drop(self.turned.wait_timeout_while(inner, time, goes_on).unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Takes a job back out, if no worker has begun it.
@@ -106,6 +125,7 @@ impl<J> Queue<J> {
     /// Begins a new round: every worker hears of it before its next job.
     pub(super) fn begin_round(&self) {
         self.lock().round += 1;
+        self.turned.notify_all();
         self.arrived.notify_all();
     }
 
@@ -117,6 +137,7 @@ impl<J> Queue<J> {
     /// No further job is taken; those that wait are still served.
     pub(super) fn close(&self) {
         self.lock().closed = true;
+        self.turned.notify_all();
         self.arrived.notify_all();
     }
 
@@ -130,12 +151,13 @@ impl<J> Inner<J> {
         if self.round != round {
             return Some(Next::Round(self.round));
         }
-        let job = self.jobs.pop_front().map(|(_, job)| Next::Job(job));
+        let job = self.jobs.pop_front().map(|(ticket, job)| Next::Job(ticket, job));
         job.or_else(|| self.closed.then_some(Next::Closed))
     }
 }
 
 #[cfg(test)]
+#[allow(clippy::panic)]
 mod tests {
     use super::*;
 
@@ -149,13 +171,17 @@ mod tests {
         assert_eq!(tickets.get(1).and_then(|ticket| queue.withdraw(*ticket)), Some(2));
         assert_eq!(tickets.get(1).and_then(|ticket| queue.withdraw(*ticket)), None);
         assert!(queue.push(5).is_ok(), "the withdrawn job's place is free");
-        assert_eq!(queue.next(0), Next::Job(1));
+        assert!(matches!(queue.next(0), Next::Job(_, 1)));
         assert_eq!(tickets.first().and_then(|ticket| queue.withdraw(*ticket)), None, "begun");
         queue.begin_round();
         assert_eq!(queue.next(0), Next::Round(1));
         queue.close();
         assert_eq!(queue.push(6), Err(6), "closed");
-        assert_eq!([queue.next(1), queue.next(1), queue.next(1)], [Next::Job(3), Next::Job(5), Next::Closed]);
+        let Next::Job(ticket, 3) = queue.next(1) else { panic!("the oldest") };
+        queue.give_back(ticket, 3);
+        assert!(matches!(queue.next(1), Next::Job(_, 3)), "given back, it is the oldest again");
+        assert!(matches!(queue.next(1), Next::Job(_, 5)));
+        assert_eq!(queue.next(1), Next::Closed);
     }
 
     #[test]

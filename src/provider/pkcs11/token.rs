@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 use super::admission::Rules;
-use super::connection::Address;
+use super::connection::{Address, NotConnected};
 use super::error::CallError;
 use super::lane::Lane;
-use super::link::Link;
+use super::link::{Link, SILENCE};
 use super::module::{self, Module};
 use super::pool::Pool;
 use crate::config::{ProviderConfig, TokenUri};
@@ -23,10 +23,12 @@ use crate::runtime::Leader;
 use crate::state::State;
 use crate::sync::lock;
 
-const FIRST_RETRY: Duration = Duration::from_millis(250);
-const LAST_RETRY: Duration = Duration::from_secs(5);
-/// A token from which nothing comes back for so long counts as out of reach.
-const SILENCE: Duration = Duration::from_secs(1);
+/// How often a token that is not there is looked for, and the workers of one that is are counted.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// The longest pause after a failed login.
+const LAST_PAUSE: Duration = Duration::from_secs(5);
+/// An attempt to connect that takes longer will never return.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(60);
 /// How long a lost connection's sessions may take to be closed.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -38,6 +40,11 @@ pub(super) struct Token {
     pool: Arc<Pool>,
     /// Each thread holds a sender; when all are gone, so are the sessions.
     threads: Mutex<Receiver<()>>,
+    sessions: usize,
+    /// Objects after which the module is to be initialized anew.
+    renew_after: Option<u64>,
+    /// Since when an attempt to connect has been under way.
+    connecting_since: Mutex<Option<Instant>>,
 }
 
 impl Token {
@@ -71,22 +78,34 @@ impl Token {
                 provider.profile.errors.clone(),
             )),
             threads: Mutex::new(threads),
+            sessions: provider.sessions,
+            renew_after: provider.profile.renew_after,
+            connecting_since: Mutex::default(),
         });
-        for n in 1..=provider.sessions {
-            token.spawn(format!("session-{n}"), &running, |token| token.pool.work())?;
+        for _ in 0..provider.sessions {
+            token.start_worker(&running)?;
         }
-        token.spawn("token".into(), &running, move |token| token.supervise(&woken))?;
+        let theirs = running.clone();
+        token.spawn("token", &running, move |token| token.supervise(&woken, &theirs))?;
         Ok(token)
+    }
+
+    fn start_worker(self: &Arc<Self>, running: &Sender<()>) -> std::io::Result<()> {
+        let started = self.spawn("session", running, |token| token.pool.work());
+        if started.is_ok() {
+            self.pool.worker_comes();
+        }
+        started
     }
 
     fn spawn(
         self: &Arc<Self>,
-        name: String,
+        name: &str,
         running: &Sender<()>,
-        work: impl FnOnce(&Self) + Send + 'static,
+        work: impl FnOnce(&Arc<Self>) + Send + 'static,
     ) -> std::io::Result<()> {
         let (token, running) = (Arc::clone(self), running.clone());
-        thread::Builder::new().name(name).spawn(move || {
+        thread::Builder::new().name(name.to_owned()).spawn(move || {
             work(&token);
             drop(running);
         })?;
@@ -126,7 +145,9 @@ impl Token {
     /// # Errors
     /// Why not.
     pub(super) fn check(&self) -> Result<(), KekError> {
-        self.link.check()?;
+        if !self.link.is_coming_back() {
+            self.link.check()?;
+        }
         match self.pool.pace.hung_for() {
             Some(still) if still >= SILENCE => {
                 let what = format!("{}: no call has come back for {} s", self.link.name, still.as_secs());
@@ -150,32 +171,88 @@ impl Token {
         matches!(threads.recv_timeout(patience), Err(RecvTimeoutError::Disconnected))
     }
 
+    /// Why only a new process could use it again, if that is so.
+    pub(super) fn hopeless(&self) -> Option<String> {
+        let name = &self.link.name;
+        if self.pool.is_hopeless() {
+            return Some(format!("{name}: {} calls do not return", 2 * self.sessions));
+        }
+        let connecting = lock(&self.connecting_since).map(|since| since.elapsed());
+        let endless = connecting.filter(|since| *since > CONNECT_PATIENCE)?;
+        Some(format!("{name}: an attempt to connect has not returned for {} s", endless.as_secs()))
+    }
+
     /// Keeps the token connected until the pool is closed.
-    fn supervise(&self, woken: &Receiver<()>) {
-        let mut retry = FIRST_RETRY;
+    fn supervise(self: &Arc<Self>, woken: &Receiver<()>, running: &Sender<()>) {
+        let mut failed_logins = 0;
         while !self.pool.is_closed() {
             let (release, released) = mpsc::channel();
-            match self.address.connect(release) {
+            let began = Instant::now();
+            *lock(&self.connecting_since) = Some(began);
+            let connected = self.address.connect(release);
+            *lock(&self.connecting_since) = None;
+            let next = match connected {
                 Ok(connected) => {
-                    let since = Instant::now();
+                    failed_logins = 0;
                     self.link.is_up(connected);
-                    let _lost_or_closed = woken.recv();
+                    self.watch(woken, running);
                     // Only when its last session is closed can the library be initialized anew.
                     let _released = released.recv_timeout(RELEASE_PATIENCE);
                     if !self.pool.is_closed() && Module::is_spent(&self.address.module) {
                         let what = "its module cannot be initialized again in one process";
                         module::leave(&format_args!("{}: {what}", self.link.name));
                     }
-                    if since.elapsed() >= LAST_RETRY {
-                        retry = FIRST_RETRY;
-                    }
+                    began + LOOK_EVERY
                 }
-                Err(reason) => self.link.is_down(&format!("is not usable: {reason}")),
-            }
+                Err(NotConnected::NotThere(reason)) => {
+                    self.link.is_down(&format!("is not usable: {reason}"));
+                    Instant::now() + LOOK_EVERY
+                }
+                Err(NotConnected::LoginFailed(reason)) => {
+                    self.link.is_down(&format!("is not usable: {reason}"));
+                    failed_logins += 1;
+                    Instant::now() + pause_after(failed_logins)
+                }
+            };
             if !self.pool.is_closed() {
-                let _closed = woken.recv_timeout(retry);
-                retry = (retry * 2).min(LAST_RETRY);
+                let _closed = woken.recv_timeout(next.saturating_duration_since(Instant::now()));
             }
         }
     }
+
+    /// Sees to it that enough workers work and that the module does not grow without end; until the connection is lost
+    /// or given up, or the pool is closed.
+    fn watch(self: &Arc<Self>, woken: &Receiver<()>, running: &Sender<()>) {
+        while woken.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
+            if self.pool.is_hopeless() {
+                self.link.is_down("does not answer: no call into the module returns");
+                self.pool.give_up_sessions();
+                self.pool.refuse_all();
+                // A call that returns after all ends the wait.
+                while self.pool.is_hopeless() && !self.pool.is_closed() {
+                    let _closed = woken.recv_timeout(LOOK_EVERY);
+                    self.pool.refuse_all();
+                }
+                return;
+            }
+            for _ in 0..self.pool.missing_workers() {
+                tracing::warn!(token = self.link.name, "a call does not return: another session takes its place");
+                let _no_thread = self.start_worker(running);
+            }
+            let objects = self.link.connected().map_or(0, |connected| connected.objects());
+            if self.renew_after.is_some_and(|limit| objects >= limit) {
+                self.link.is_renewed();
+                self.pool.give_up_sessions();
+                return;
+            }
+        }
+    }
+}
+
+/// Doubles from one failed login to the next, less a random part: many hosts must not ask a token at one moment.
+fn pause_after(failed_logins: u32) -> Duration {
+    let pause = LAST_PAUSE.min(LOOK_EVERY * 2_u32.saturating_pow(failed_logins.saturating_sub(1)));
+    let mut random = [0];
+    let _no_jitter = getrandom::fill(&mut random);
+    pause - pause * u32::from(random[0]) / 1024
 }

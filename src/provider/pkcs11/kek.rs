@@ -1,0 +1,142 @@
+//! A KEK in tokens that are replicas of each other: which of them is asked, and when another one is asked as well.
+
+use std::future::Future;
+use std::sync::{Arc, RwLock};
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt;
+use futures_util::future::select_all;
+use futures_util::stream::FuturesUnordered;
+use tokio::time::timeout;
+
+use super::admission::KekSpec;
+use super::error::CallError;
+use super::lane::Lane;
+use super::link::SILENCE;
+use super::token::Token;
+use super::wraps::WrapCounter;
+use crate::envelope::WrapAlgorithm;
+use crate::identity::Identity;
+use crate::provider::{Answer, Kek, KekError, Rank};
+use crate::secret::Dek;
+use crate::sync::read;
+
+/// A KEK and the tokens that hold it.
+pub(super) struct Pkcs11Kek {
+    pub(super) spec: Arc<KekSpec>,
+    pub(super) rank: Rank,
+    pub(super) wraps: Arc<WrapCounter>,
+    pub(super) holders: RwLock<Vec<Arc<Token>>>,
+}
+
+impl Pkcs11Kek {
+    fn holders(&self) -> Vec<Arc<Token>> {
+        read(&self.holders).clone()
+    }
+
+    /// Has a token do `work`. When all are out of reach, but one was lost only now and is being connected to again, it
+    /// is waited for, and all are asked once more.
+    pub(super) async fn first_of<T, W>(&self, deadline: Instant, work: W) -> Result<T, KekError>
+    where
+        T: Send + 'static,
+        W: Fn(&mut Lane, &KekSpec) -> Result<T, CallError> + Clone + Send + 'static,
+    {
+        let answer = self.ask(deadline, work.clone()).await;
+        if !matches!(answer, Err(KekError::Unavailable(_))) {
+            return answer;
+        }
+        let holders = self.holders();
+        let first_attempts: Vec<_> = holders
+            .iter()
+            .filter(|token| token.link.is_connecting())
+            .map(|token| Box::pin(token.link.first_attempt()))
+            .collect();
+        if first_attempts.is_empty() || timeout(SILENCE, select_all(first_attempts)).await.is_err() {
+            return answer;
+        }
+        self.ask(deadline, work).await
+    }
+
+    /// Asks the first token that is well. When that does not answer in the time that it should, or cannot, the next one
+    /// is asked as well, and whichever answers first has answered.
+    async fn ask<T, W>(&self, deadline: Instant, work: W) -> Result<T, KekError>
+    where
+        T: Send + 'static,
+        W: Fn(&mut Lane, &KekSpec) -> Result<T, CallError> + Clone + Send + 'static,
+    {
+        let mut holders = self.holders();
+        holders.sort_by_key(|token| token.is_sick());
+        let mut last = KekError::Unavailable(format!("no token holds KEK {}", self.spec.identity));
+        let mut asked = FuturesUnordered::new();
+        let mut holders = holders.iter().peekable();
+        while let Some(token) = holders.next() {
+            let (work, spec) = (work.clone(), Arc::clone(&self.spec));
+            asked.push(token.call(deadline, move |lane| work(lane, &spec)));
+            let patience = holders.peek().map(|_| token.patience());
+            while let Some(answer) = in_time(patience, asked.next()).await {
+                match answer {
+                    Err(error @ (KekError::Unavailable(_) | KekError::Refused(_) | KekError::Busy(_))) => last = error,
+                    answer => return answer,
+                }
+                if patience.is_some() {
+                    break; // the next one, at once
+                }
+            }
+        }
+        Err(last)
+    }
+}
+
+/// What comes within this time, if there is a limit.
+async fn in_time<T>(limit: Option<Duration>, answer: impl Future<Output = Option<T>>) -> Option<T> {
+    match limit {
+        Some(limit) => timeout(limit, answer).await.ok().flatten(),
+        None => answer.await,
+    }
+}
+
+impl Kek for Pkcs11Kek {
+    fn identity(&self) -> Identity {
+        self.spec.identity
+    }
+
+    fn rank(&self) -> &Rank {
+        &self.rank
+    }
+
+    fn algorithm(&self) -> WrapAlgorithm {
+        self.spec.mode.algorithm()
+    }
+
+    fn mode(&self) -> &'static str {
+        self.spec.mode.as_str()
+    }
+
+    fn held_by(&self) -> Vec<String> {
+        self.holders().iter().map(|token| token.uri().to_string()).collect()
+    }
+
+    fn check(&self) -> Result<(), KekError> {
+        let mut last = Ok(());
+        for token in self.holders() {
+            last = token.check();
+            if last.is_ok() {
+                break;
+            }
+        }
+        last
+    }
+
+    fn wrap_dek(&self, dek: Arc<Dek>, deadline: Instant) -> Answer<'_, Vec<u8>> {
+        let wraps = Arc::clone(&self.wraps);
+        Box::pin(self.first_of(deadline, move |lane, spec| {
+            wraps.count()?; // on the session's thread, since it may write to the disk
+            lane.wrap(spec, &dek)
+        }))
+    }
+
+    fn unwrap_dek(&self, wrapped: &[u8], deadline: Instant) -> Answer<'_, Dek> {
+        let wrapped = wrapped.to_vec();
+        Box::pin(self.first_of(deadline, move |lane, spec| lane.unwrap(spec, &wrapped)))
+    }
+}
