@@ -14,6 +14,8 @@ use crate::secret::Dek;
 
 /// How often the providers are asked for new KEKs.
 const LOOK_EVERY: Duration = Duration::from_secs(30);
+/// The least time between two looks, whatever happens.
+const BREATH: Duration = Duration::from_millis(100);
 /// How often while nothing can be encrypted.
 const UNWELL: Duration = Duration::from_millis(500);
 /// How often at most an unknown identity makes the keyring look at once.
@@ -40,9 +42,10 @@ impl Keyring {
             self.has_looked.send_replace(true);
             let well = self.active(Timestamp::now()).is_ok_and(|set| self.health(&set).is_ok());
             let changed = select_all(self.members.iter().map(|member| member.provider.changed()));
+            tokio::time::sleep(BREATH).await;
             tokio::select! {
                 _ = changed => (),
-                () = self.health.worsens() => tokio::time::sleep(UNWELL).await,
+                () = self.health.worsens() => (),
                 () = tokio::time::sleep(if well { LOOK_EVERY } else { UNWELL }) => (),
             }
         }

@@ -96,6 +96,8 @@ fn a_bad_profile_is_refused_with_its_place_and_a_remedy() {
     for (more, said) in [
         ("reinitialise = false", &["line", "unknown field `reinitialise`", "did you mean `reinitialize`"][..]),
         ("reinitialize = \"no\"", &["line", "invalid type"]),
+        ("renew-after = 1\nreinitialize = false", &["renew-after contradicts reinitialize = false", "remove one"]),
+        ("renew-after = 0", &["renew-after is 0"]),
         ("errors.CKR_DEVICE_EROR = \"token\"", &["line", "`CKR_DEVICE_EROR`", "did you mean `CKR_DEVICE_ERROR`"]),
         ("errors.DEVICE = \"token\"", &["line", "unknown return code `DEVICE`", "README.md, under Profiles"]),
         ("errors.0x = \"token\"", &["line", "unknown return code `0x`"]),

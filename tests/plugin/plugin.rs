@@ -116,7 +116,9 @@ sessions = {sessions}
         let name = format!("hsm-profiles/{}.toml", self.token.family.profile());
         let shipped = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(&name)).unwrap();
         fs::create_dir_all(self.path("hsm-profiles")).unwrap();
-        let text = format!("{shipped}\n{more}\n");
+        // A key can be there once.
+        let shipped: Vec<&str> = shipped.lines().filter(|line| !line.starts_with("renew-after")).collect();
+        let text = format!("{}\n{more}\n", shipped.join("\n"));
         self.write_secret(&name, &text);
         text
     }

@@ -109,6 +109,11 @@ impl Latch {
             self.settle_later(record, pin.clone(), lock);
             return Ok(());
         }
+        // Another session of this process has logged in: the token did not look at the PIN.
+        if matches!(answer, Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _))) {
+            self.state.keep_pin_record(&self.name, &record);
+            return Ok(());
+        }
         let hash = tried.hash.clone().unwrap_or_else(|| hash_of(&record, pin));
         let (record, outcome) = self.outcome(record, tried, hash, answer);
         self.state.keep_pin_record(&self.name, &record);
@@ -143,8 +148,6 @@ impl Latch {
     ) -> (PinRecord, Result<(), CallError>) {
         let error = match answer {
             Ok(()) => return (with_worked(before, hash), Ok(())),
-            // Another session of this process has logged in: the token did not look at the PIN.
-            Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => return (before, Ok(())),
             Err(error) => CallError::from(error),
         };
         // The token went away: that says nothing of the PIN.
@@ -347,7 +350,7 @@ mod tests {
         };
         let (after, outcome) = settle(&[other.clone(), tried.clone()], Ok(()));
         assert!(outcome.is_ok() && after.refused.is_empty() && !after.retry && after.worked.as_deref() == Some("aa"));
-        for code in [RvError::UserAlreadyLoggedIn, RvError::DeviceRemoved, RvError::TokenNotPresent] {
+        for code in [RvError::DeviceRemoved, RvError::TokenNotPresent] {
             let known = [other.clone()];
             assert_eq!(settle(&known, Err(code)).0, record(&known), "it says nothing of the PIN");
         }

@@ -29,7 +29,6 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use std::time::{Duration, Instant};
 
-use futures_util::StreamExt;
 use futures_util::future::{join_all, try_join_all};
 use jiff::Timestamp;
 use tokio::sync::Notify;
@@ -40,7 +39,7 @@ use self::admission::{Admitted, KekSpec};
 use self::connection::Address;
 use self::kek::Pkcs11Kek;
 pub use self::lane::Cost;
-use self::lane::Inventory;
+use self::lane::{Inventory, Lane};
 use self::link::SILENCE;
 pub use self::login::Retry;
 pub use self::module::leave;
