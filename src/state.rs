@@ -76,20 +76,22 @@ pub struct StateError {
     remedy: String,
     /// The operating system refused this user.
     pub is_forbidden: bool,
+    /// The disk is full, or read-only.
+    is_disk: bool,
 }
 
 impl StateError {
     fn new(path: &Path, what: impl Into<String>) -> Self {
         let user = rustix::process::geteuid().as_raw();
         let remedy = format!("give uid {user} a directory of its own with mode 0700, and name it with keyring.state");
-        Self { path: path.to_owned(), what: what.into(), remedy, is_forbidden: false }
+        Self { path: path.to_owned(), what: what.into(), remedy, is_forbidden: false, is_disk: false }
     }
 
     fn io(path: &Path, what: &str, cause: &io::Error) -> Self {
         let is_forbidden = cause.kind() == io::ErrorKind::PermissionDenied;
         let error = Self { is_forbidden, ..Self::new(path, format!("{what}: {cause}")) };
         match disk::remedy(cause) {
-            Some(remedy) => Self { remedy: remedy.into(), ..error },
+            Some(remedy) => Self { remedy: remedy.into(), is_disk: true, ..error },
             None => error,
         }
     }
@@ -107,11 +109,27 @@ impl StateError {
 }
 
 impl State {
-    /// Opens the directory, and makes it (0700) where it is missing.
+    /// Opens the directory, and makes it (0700) where it is missing. A full or read-only disk must not keep a host from
+    /// booting: the log says of it what is said of one that takes nothing later on.
     ///
     /// # Errors
-    /// It cannot be made or written, or belongs to, or can be written by, others.
+    /// It cannot be made or written for another reason, or belongs to, or can be written by, others.
     pub fn open(directory: &Path) -> Result<Self, StateError> {
+        let state = Self { directory: directory.to_owned(), remembered: Mutex::default() };
+        match state.check() {
+            Err(error) if !error.is_disk => return Err(error),
+            Err(error) => tracing::error!(%error, "state cannot be kept on disk; it is kept in memory"),
+            Ok(()) => (),
+        }
+        Ok(state)
+    }
+
+    /// Whether the directory can be used.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check(&self) -> Result<(), StateError> {
+        let directory = self.directory.as_path();
         let failed = |what| move |cause| StateError::io(directory, what, &cause);
         DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(failed("cannot be made"))?;
         let metadata = fs::metadata(directory).map_err(failed("cannot be read"))?;
@@ -124,9 +142,7 @@ impl State {
             let what = format!("can be changed by others: its mode is {:04o}", mode & 0o7777);
             return Err(StateError::new(directory, what));
         }
-        let state = Self { directory: directory.to_owned(), remembered: Mutex::default() };
-        state.lock_directory().map_err(failed("cannot be written"))?;
-        Ok(state)
+        self.lock_directory().map(drop).map_err(failed("cannot be written"))
     }
 
     /// The reference of a KEK that was seen before.

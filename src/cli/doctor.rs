@@ -103,6 +103,9 @@ async fn examine(args: &DoctorArgs, findings: &mut Findings) {
     findings.good("configuration", format!("{file} and the files that it names are good"));
     match assemble::providers(&config, &Leader::default()) {
         Ok((providers, state)) => {
+            if let Err(error) = state.check() {
+                findings.failed("state", &error.into());
+            }
             for provider in &providers {
                 examine_tokens(provider, findings).await;
             }

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::plugin::Host;
+use crate::plugin::{Host, Plugin};
 
 /// Whether this process cannot mount anything. It says so.
 fn lacks_mounts() -> bool {
@@ -43,8 +43,6 @@ fn a_start_that_the_file_system_forbids_says_where_and_what_to_do() {
         ("door", "nr_inodes=1", 1, "door/kms.sock.lock: cannot be opened", FULL),
         ("door", "nr_inodes=2", 1, "door/kms.sock: cannot be bound", FULL),
         ("door", "ro", 1, "door/kms.sock.lock: cannot be opened", READ_ONLY),
-        ("state", "nr_inodes=1", 78, "state: cannot be written", FULL),
-        ("state", "ro", 78, "state: cannot be written", READ_ONLY),
     ] {
         let done = serve_over(&host, &host.path(directory), options).output().unwrap();
         let said = String::from_utf8_lossy(&done.stderr);
@@ -52,6 +50,37 @@ fn a_start_that_the_file_system_forbids_says_where_and_what_to_do() {
         let place = host.path(place).display().to_string();
         assert!(said.contains(&place) && said.contains(remedy), "{directory} {options}: {said}");
     }
+}
+
+#[test]
+fn a_state_directory_that_takes_nothing_does_not_keep_a_host_from_booting() {
+    if lacks_mounts() {
+        return;
+    }
+    let host = Host::new();
+    host.generate("0s");
+    host.write_configuration();
+    let (sealed, key_id) = host.serve_healthy().round_trip();
+    let (state, config) = (host.path("state").display().to_string(), host.path("trousseau.toml").display().to_string());
+    let run = |verb: &str| {
+        let read_only = format!("mount --bind {state} {state} && mount -o remount,bind,ro {state}");
+        let plugin = env!("CARGO_BIN_EXE_trousseau");
+        host.shell(&format!("exec unshare -m sh -c '{read_only} && exec {plugin} {verb} --config {config}'"))
+    };
+    let mut plugin = host.start(run("serve"));
+    plugin.wait_until("it is healthy", |plugin| plugin.status().is_ok());
+    plugin.decrypt(&sealed, &key_id).unwrap();
+    plugin.round_trip();
+    assert!(plugin.log().contains("it is kept in memory"), "{}", plugin.log());
+    let doctor = run("doctor").output().unwrap();
+    let said = String::from_utf8_lossy(&doctor.stdout).into_owned();
+    assert!(doctor.status.code() == Some(1) && said.contains("mounted for writing"), "{said}");
+    plugin.stop();
+
+    // Where even the note that a PIN worked is out of reach, none is tried: the socket is served, and says so.
+    let mut plugin = host.start(serve_over(&host, &host.path("state"), "ro"));
+    let told = |plugin: &Plugin| plugin.status().is_err_and(|answer| answer.message.contains("no PIN is tried"));
+    plugin.wait_until("it says what it lacks", told);
 }
 
 fn files(directory: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
