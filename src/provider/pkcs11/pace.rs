@@ -69,7 +69,9 @@ impl Pace {
         if !is_typical {
             return;
         }
-        inner.average = inner.average * 7 / 8 + took / 8;
+        // A job that was only preempted once must not make the token slow.
+        let counted = took.min(inner.average.max(QUICK) * 4);
+        inner.average = inner.average * 7 / 8 + counted / 8;
         let place = inner.ended % RECENT;
         if let Some(oldest) = inner.recent.get_mut(place) {
             *oldest = took;
