@@ -80,7 +80,7 @@ async fn serve_with(
         () = daemon.requests.keep_looking() => Ok(()),
         () = daemon.reload_at(&mut hangup) => Ok(()),
         () = daemon.keep_systemd_informed() => Ok(()),
-        () = feed_watchdog() => Ok(()),
+        () = daemon.feed_watchdog() => Ok(()),
     };
     match lost {
         Some(reason) => {
@@ -139,11 +139,26 @@ impl Daemon {
     /// Returns the reason once nothing can be encrypted, and only a new process could change that.
     async fn is_hopeless(&self) -> String {
         loop {
-            let keyring = self.requests.keyring();
-            match (health(&keyring), keyring.hopeless()) {
-                (Err(_), Some(reason)) => return reason,
-                _ => tokio::time::sleep(STATUS_EVERY).await,
+            if let Some(reason) = self.hopeless() {
+                return reason;
             }
+            tokio::time::sleep(STATUS_EVERY).await;
+        }
+    }
+
+    fn hopeless(&self) -> Option<String> {
+        let keyring = self.requests.keyring();
+        health(&keyring).err().and_then(|_| keyring.hopeless())
+    }
+
+    /// Proves to systemd that this loop goes round, and that the tokens' threads do. Never returns.
+    async fn feed_watchdog(&self) {
+        let Some(interval) = systemd::watchdog_interval() else { return std::future::pending().await };
+        loop {
+            if self.hopeless().is_none() {
+                systemd::feed_watchdog();
+            }
+            tokio::time::sleep(interval).await;
         }
     }
 
@@ -179,17 +194,6 @@ fn health(keyring: &Keyring) -> Result<String, String> {
 async fn is_well(keyring: &Keyring) {
     while health(keyring).is_err() {
         tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
-/// Proves to systemd that this loop goes round. Never returns.
-async fn feed_watchdog() {
-    match systemd::watchdog_interval() {
-        Some(interval) => loop {
-            systemd::feed_watchdog();
-            tokio::time::sleep(interval).await;
-        },
-        None => std::future::pending().await,
     }
 }
 
