@@ -30,13 +30,13 @@ pub(super) struct Pkcs11Kek {
 }
 
 impl Pkcs11Kek {
-    fn holders(&self) -> Vec<Arc<Token>> {
+    pub(super) fn holders(&self) -> Vec<Arc<Token>> {
         read(&self.holders).clone()
     }
 
     /// Has a token do `work`. When all are out of reach, but one was lost only now and is being connected to again, it
     /// is waited for, and all are asked once more.
-    pub(super) async fn first_of<T, W>(&self, deadline: Instant, work: W) -> Result<T, KekError>
+    async fn first_of<T, W>(&self, deadline: Instant, work: W) -> Result<T, KekError>
     where
         T: Send + 'static,
         W: Fn(&mut Lane, &KekSpec) -> Result<T, CallError> + Clone + Send + 'static,

@@ -5,7 +5,6 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 use cryptoki::object::{Attribute, KeyType, ObjectClass, ObjectHandle};
 use cryptoki::session::Session;
@@ -27,15 +26,6 @@ pub(super) struct Lane {
     handles: HashMap<Identity, ObjectHandle>,
     pub(super) connected: Arc<Connected>,
     state: Arc<State>,
-}
-
-/// CPU time that a token's library uses for one operation.
-#[derive(Clone, Copy, Debug)]
-pub struct Cost {
-    /// Wrapping a DEK.
-    pub wrap: Duration,
-    /// Unwrapping it.
-    pub unwrap: Duration,
 }
 
 /// What a token holds under a label.
@@ -249,23 +239,6 @@ impl Lane {
         self.handle(kek).map(|_| ())
     }
 
-    /// What wrapping and unwrapping cost this thread, on average over so many calls that the clock does not matter.
-    pub(super) fn cost(&mut self, kek: &KekSpec) -> Result<Cost, CallError> {
-        const CALLS: u32 = 2_000;
-        let dek = Dek::generate()?;
-        let wrapped = self.wrap(kek, &dek)?;
-        let began = thread_cpu_time();
-        for _ in 0..CALLS {
-            self.wrap(kek, &dek)?;
-        }
-        let between = thread_cpu_time();
-        for _ in 0..CALLS {
-            self.unwrap(kek, &wrapped)?;
-        }
-        let per_call = |from: Duration, to: Duration| to.saturating_sub(from) / CALLS;
-        Ok(Cost { wrap: per_call(began, between), unwrap: per_call(between, thread_cpu_time()) })
-    }
-
     /// Removes the KEK that was just made and does not work.
     pub(super) fn remove(&self, kek: &KekSpec) -> Result<(), CallError> {
         let handle = self.find(kek)?;
@@ -302,11 +275,6 @@ impl Lane {
         )?;
         Ok(())
     }
-}
-
-fn thread_cpu_time() -> Duration {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-    Duration::try_from(time).unwrap_or_default()
 }
 
 /// A KEK that was used a moment ago is not there.

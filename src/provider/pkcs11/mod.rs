@@ -3,8 +3,8 @@
 //! From top to bottom: this room knows tokens and their KEKs; [`token`] keeps one connected, by its supervisor
 //! thread; [`pool`] has work done by its session threads; [`link`] is what these tell each other; [`lane`] is what one
 //! session does; [`mechanism`] is how a KEK wraps; [`connection`] finds a token, and [`login`] logs in to it unless its
-//! PIN was refused; [`module`] loads a library. [`pace`] knows how long calls take, [`admission`] decides which keys are
-//! KEKs, and [`error`] says what failed. They are the only rooms that know
+//! PIN was refused; [`module`] loads a library. [`pace`] knows how long calls take, [`timing`] measures them without the
+//! pool, [`admission`] decides which keys are KEKs, and [`error`] says what failed. They are the only rooms that know
 //! the cryptoki crate.
 
 mod admission;
@@ -20,6 +20,7 @@ mod pace;
 mod pool;
 mod queue;
 pub mod setup;
+mod timing;
 mod token;
 mod wraps;
 
@@ -29,7 +30,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use std::time::{Duration, Instant};
 
-use futures_util::future::{join_all, try_join_all};
+use futures_util::future::join_all;
 use jiff::Timestamp;
 use tokio::sync::Notify;
 use tokio::time::timeout;
@@ -38,11 +39,11 @@ pub use self::admission::LONGEST_WAIT;
 use self::admission::{Admitted, KekSpec};
 use self::connection::Address;
 use self::kek::Pkcs11Kek;
-pub use self::lane::Cost;
-use self::lane::{Inventory, Lane};
+use self::lane::Inventory;
 use self::link::SILENCE;
 pub use self::login::Retry;
 pub use self::module::leave;
+pub use self::timing::Operation;
 use self::token::Token;
 use self::wraps::WrapCounter;
 use super::{Answer, Kek, KekError, Provider, Rank, Refused, Sighting};
@@ -134,22 +135,6 @@ impl Pkcs11 {
             Ok(Diagnosis { name: token.link.name.clone(), complaints })
         }))
         .await
-    }
-
-    /// What the first token's library costs for the highest KEK, without queue and service, while so many sessions
-    /// work at a time.
-    ///
-    /// # Errors
-    /// The token is out of reach, or has no KEK.
-    pub async fn cost(&self, sessions: usize, deadline: Instant) -> Result<Cost, KekError> {
-        self.look(deadline).await?;
-        let highest = self.keks().values().max_by_key(|kek| kek.rank.clone()).cloned();
-        let no_kek = || KekError::Refused(format!("provider {} has no KEK", self.name));
-        let kek = highest.ok_or_else(no_kek)?;
-        let costs = try_join_all((0..sessions).map(|_| kek.first_of(deadline, Lane::cost))).await?;
-        let share = u32::try_from(sessions.max(1)).unwrap_or(u32::MAX);
-        let average = |cost: fn(&Cost) -> Duration| costs.iter().map(cost).sum::<Duration>() / share;
-        Ok(Cost { wrap: average(|cost| cost.wrap), unwrap: average(|cost| cost.unwrap) })
     }
 
     /// The activation instant of the newest KEK, if there is one.
