@@ -63,7 +63,7 @@ enum Verb {
     /// Send a value through a serving plugin and back, as the API server would.
     #[command(after_help = probe::EXAMPLES)]
     Probe(probe::ProbeArgs),
-    /// Measure what requests to a serving plugin cost.
+    /// Measure a serving plugin, or a token alone, and say what the limit is.
     #[command(after_help = bench::EXAMPLES)]
     Bench(bench::BenchArgs),
     /// Print the EncryptionConfiguration, flags and mounts that an API server needs.

@@ -181,10 +181,46 @@ fn doctor_finds_what_is_wrong_and_says_what_to_do() {
 }
 
 #[test]
+fn bench_measures_a_plugin_and_its_token_and_says_what_sessions_should_be() {
+    let host = Host::new();
+    host.generate("0s");
+    let plugin = host.serve_healthy();
+    let (socket, file) = (host.path("kms.sock"), host.write_configuration());
+    let (socket, file) = (["--socket", socket.to_str().unwrap()], ["--config", file.to_str().unwrap()]);
+    let bench = |more: &[&[&str]]| -> serde_json::Value {
+        let short = ["bench", "--time", "50ms", "--max-sessions", "4", "--output", "json"];
+        let done = host.command(&[&short[..], &more.concat()].concat()).output().unwrap();
+        assert!(done.status.success(), "{more:?}: {}", String::from_utf8_lossy(&done.stderr));
+        assert!(done.stderr.is_empty(), "progress is for terminals: {done:?}");
+        serde_json::from_slice(&done.stdout).unwrap()
+    };
+    let lines = |of: &serde_json::Value| of.as_array().unwrap().len();
+
+    let both = bench(&[&socket, &file, &["--in-flight", "1,8"]]);
+    assert_eq!((lines(&both["requests"]), lines(&both["verdicts"]), both["sessions"].as_u64()), (4, 2, Some(2)));
+    let first = &both["requests"][0];
+    let buckets = first["histogram"].as_array().unwrap();
+    let sum: u64 = buckets.iter().map(|bucket| bucket["operations"].as_u64().unwrap()).sum();
+    assert_eq!((Some(sum), first["failed"].as_u64()), (first["operations"].as_u64(), Some(0)));
+    assert!(both["sessions-advised"].is_u64() && both["resident-kib"].is_u64(), "{both:#}");
+    let mut measured: Vec<_> = both["token"].as_array().unwrap().iter().map(|of| of["sessions"].as_u64()).collect();
+    measured.dedup();
+    assert!(measured.starts_with(&[Some(1), Some(2)]), "as many as are configured are always measured: {measured:?}");
+
+    let rate = bench(&[&socket, &file, &["--rate", "200", "--call", "decrypt"]]);
+    let (request, verdict) = (&rate["requests"][0], &rate["verdicts"][0]);
+    assert_eq!((request["rate"].as_u64(), verdict["limit"].as_str()), (Some(200), Some("load")), "{rate:#}");
+
+    drop(plugin);
+    let alone = bench(&[&file, &["--token", "--call", "encrypt"]]);
+    assert_eq!((lines(&alone["requests"]), lines(&alone["verdicts"])), (0, 1), "{alone:#}");
+}
+
+#[test]
 fn a_plugin_that_is_not_there_is_out_of_reach() {
     let host = Host::new();
     let absent = host.path("absent.sock");
-    for verb in ["status", "probe"] {
+    for verb in ["status", "probe", "bench"] {
         let done = host.command(&[verb, "--socket", absent.to_str().unwrap()]).output().unwrap();
         assert_eq!(done.status.code(), Some(69), "{verb}");
         assert!(String::from_utf8_lossy(&done.stderr).contains("is the plugin running?"), "{done:?}");

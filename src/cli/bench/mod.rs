@@ -206,9 +206,9 @@ fn text(report: &Report, histogram: bool) -> String {
     }
     let mut last: Vec<String> = report.verdicts.iter().map(|verdict| verdict.words.clone()).collect();
     last.extend(report.sessions.zip(report.sessions_advised).map(|(is, advised)| match is.cmp(&advised) {
-        Ordering::Less => format!("sessions should be {advised}; it is {is}"),
+        Ordering::Less => format!("sessions = {advised} brings the most; it is {is}"),
         Ordering::Equal => format!("sessions = {is} is right"),
-        Ordering::Greater => format!("sessions = {advised} would be enough; it is {is}"),
+        Ordering::Greater => format!("sessions = {advised} is enough; it is {is}"),
     }));
     if report.sessions.is_none() {
         last.push("with --config it is also told what the limit is".into());

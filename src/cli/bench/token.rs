@@ -55,10 +55,10 @@ impl Token {
         Ok(Self { pkcs11, sessions: provider.sessions })
     }
 
-    /// 1, 2, 4, … sessions at a time, and as many as are configured.
+    /// 1, 2, 4, … sessions at a time, as many as are configured, and twice as many: would more bring more?
     pub(super) fn steps(&self, max: usize) -> BTreeSet<usize> {
         let doubled = std::iter::successors(Some(1), |sessions| Some(sessions * 2));
-        doubled.take_while(|sessions| *sessions <= max).chain([self.sessions]).collect()
+        doubled.take_while(|sessions| *sessions <= max).chain([self.sessions, 2 * self.sessions]).collect()
     }
 
     /// Measures each number of sessions, until more of them bring no more.

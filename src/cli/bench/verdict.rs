@@ -201,7 +201,7 @@ mod tests {
             (in_flight(700.0, 64), 8, &ANY[..], Limit::Service, Some(4), "the service is the limit"),
             (in_flight(790.0, 4), 8, &EIGHT[..], Limit::Load, None, "--in-flight 16 keeps"),
             // Few requests, and yet enough.
-            (in_flight(199.0, 1), 1, &ANY[..], Limit::Sessions, Some(8), "99 %"),
+            (in_flight(198.0, 1), 1, &ANY[..], Limit::Sessions, Some(8), "99 %"),
             // The service of a quick token calls in a session of its own, too.
             (in_flight(210.0, 64), 1, &[(1, 200.0)][..], Limit::Token, Some(1), "105 %"),
             (
