@@ -194,7 +194,7 @@ fn text(report: &Report, histogram: bool) -> String {
     if !report.token.is_empty() {
         let rows = report.token.iter().map(|level| row(level.call, level.sessions.to_string(), &level.figures));
         parts.push(format!("The token alone:\n{}", table(&header("SESSIONS"), rows.collect())));
-        parts.extend(report.token_refused.iter().cloned());
+        parts.extend(report.token_refused.iter().map(|why| format!("The token gave no more: {why}")));
     }
     if histogram {
         let of_plugin = report.requests.iter().map(|of| (format!("{:?}, {}", of.call, of.load), &of.figures));

@@ -84,10 +84,9 @@ pub(super) fn on_token(call: Call, steps: &[Step]) -> Option<Verdict> {
     let one = format!("{call:?}: one call takes {}; throughput", time(first.call_micros));
     let words = match rises {
         true => format!(
-            "{one} still rises at {} ({:.0}/s): the sessions are the limit, and --max-sessions {} may show more",
+            "{one} still rises at {} ({:.0}/s): the sessions are the limit",
             counted(last.sessions),
-            last.per_second,
-            2 * last.sessions
+            last.per_second
         ),
         false => format!(
             "{one} rises up to {} ({:.0}/s) and not beyond: the token is the limit there",
@@ -104,8 +103,12 @@ pub(super) fn on_plugin(call: Call, reached: Reached, sessions: usize, steps: &[
     let own = steps.iter().find(|step| step.sessions == sessions)?;
     let enough = enough(steps)?;
     let percent = |per_second: f64| 100.0 * per_second / own.per_second;
-    let can =
-        format!("of what its {sessions} sessions can do ({:.0}/s at {} a call)", own.per_second, time(own.call_micros));
+    let can = format!(
+        "of what its {} can do ({:.0}/s at {} a call)",
+        counted(sessions),
+        own.per_second,
+        time(own.call_micros)
+    );
     let (per_second, in_flight) = match reached {
         Reached::InFlight { per_second, in_flight } => (per_second, in_flight),
         Reached::Rate { per_second, p99_micros } => {
@@ -164,14 +167,9 @@ mod tests {
                 8,
                 "one call takes 5 ms; throughput rises up to 8 sessions (1560/s) and not beyond",
             ),
-            (
-                &ANY[..],
-                Limit::Sessions,
-                8,
-                "still rises at 8 sessions (1600/s): the sessions are the limit, and --max-sessions 16",
-            ),
+            (&ANY[..], Limit::Sessions, 8, "still rises at 8 sessions (1600/s): the sessions are the limit"),
             (&ONE[..], Limit::Token, 1, "rises up to 1 session ("),
-            (&ONE[..1], Limit::Sessions, 1, "--max-sessions 2"),
+            (&ONE[..1], Limit::Sessions, 1, "still rises at 1 session ("),
             // 33 are not twice 32.
             (&[(16, 3200.0), (32, 6300.0), (33, 6400.0)][..], Limit::Sessions, 32, "still rises at 33"),
         ] {
