@@ -89,8 +89,8 @@ warm_up() {
     set -m
     {
         cargo test --locked --no-run
-        tests/tokens/kryoptic/build.sh
-        tests/tokens/fault/build.sh
+        tests/tokens/build.sh kryoptic
+        tests/tokens/build.sh fault
         ensure_cargo_fuzz && build_fuzz
     } &
     lanes+=($!)
@@ -116,7 +116,7 @@ if $long; then
 fi
 
 rust_tests() {
-    TROUSSEAU_FAULT_LIB=$(tests/tokens/fault/build.sh)
+    TROUSSEAU_FAULT_LIB=$(tests/tokens/build.sh fault)
     export TROUSSEAU_FAULT_LIB
     cargo test --locked --no-fail-fast
     # Soaks are ignored tests with "soak" in their names.
@@ -124,7 +124,7 @@ rust_tests() {
 }
 
 kryoptic_tests() {
-    TROUSSEAU_KRYOPTIC_MODULE=$(tests/tokens/kryoptic/build.sh)
+    TROUSSEAU_KRYOPTIC_MODULE=$(tests/tokens/build.sh kryoptic)
     export TROUSSEAU_KRYOPTIC_MODULE TROUSSEAU_TEST_TOKEN=kryoptic
     rust_tests
 }

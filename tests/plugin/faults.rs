@@ -22,7 +22,7 @@ struct Faults<'a> {
 
 /// The module that makes faults. `None`: it is not named; this says so.
 fn library() -> Option<PathBuf> {
-    const LACKS: &str = "TROUSSEAU_FAULT_LIB: what tests/tokens/fault/build.sh prints";
+    const LACKS: &str = "TROUSSEAU_FAULT_LIB: what tests/tokens/build.sh fault prints";
     let named = env::var_os("TROUSSEAU_FAULT_LIB").map(PathBuf::from);
     if named.is_none() {
         assert!(env::var_os("TROUSSEAU_TEST_REQUIRE").is_none(), "{LACKS}");

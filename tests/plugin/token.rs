@@ -43,7 +43,7 @@ impl Family {
         match self {
             Self::SoftHsm => "/usr/lib/softhsm/libsofthsm2.so".into(),
             Self::Kryoptic => env::var_os("TROUSSEAU_KRYOPTIC_MODULE")
-                .expect("TROUSSEAU_KRYOPTIC_MODULE: what tests/tokens/kryoptic/build.sh prints")
+                .expect("TROUSSEAU_KRYOPTIC_MODULE: what tests/tokens/build.sh kryoptic prints")
                 .into(),
         }
     }

@@ -37,7 +37,7 @@ func NewToken(t testing.TB, dir string) *Token {
 		WriteFile(t, conf, fmt.Sprintf("directories.tokendir = %s\nobjectstore.backend = file\nlog.level = ERROR\n", token.store))
 	case "kryoptic":
 		if token.Module = os.Getenv("TROUSSEAU_KRYOPTIC_MODULE"); token.Module == "" {
-			Lacking(t, "TROUSSEAU_KRYOPTIC_MODULE: set it to what tests/tokens/kryoptic/build.sh prints")
+			Lacking(t, "TROUSSEAU_KRYOPTIC_MODULE: set it to what tests/tokens/build.sh kryoptic prints")
 		}
 		token.Env = []string{"KRYOPTIC_CONF=" + conf}
 		WriteFile(t, conf, fmt.Sprintf("[[slots]]\nslot = 1\ndbtype = \"sqlite\"\ndbargs = %q\n", filepath.Join(token.store, "token.sql")))

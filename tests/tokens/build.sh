@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# Builds the PKCS#11 module that makes faults and prints the path of the .so on stdout.
-# Installs nothing: cargo and a C linker must be there. The result is cached by a hash of this directory.
+# Builds one of the test modules here, `kryoptic` or `fault`, and prints the path of the .so on stdout.
+# Installs nothing: cargo and a C linker must be there and, for kryoptic, libclang and the headers of OpenSSL and SQLite
+# (tests/run.sh sees to that). The result is cached by a hash of its recipe.
 set -euo pipefail
 
-recipe=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-library=libtrousseau_test_fault.so
+name=$1
+recipe=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/$name" && pwd)
+library=libtrousseau_test_$name.so
 
-hash=$(cd -- "$recipe" && { rustc -V; sha256sum Cargo.toml Cargo.lock build.sh src/*.rs; } |
+hash=$(cd -- "$recipe" && { rustc -V; sha256sum Cargo.toml Cargo.lock ../build.sh src/*.rs; } |
     sha256sum | cut -c1-16)
-home=${XDG_CACHE_HOME:-$HOME/.cache}/trousseau/fault-$hash
+home=${XDG_CACHE_HOME:-$HOME/.cache}/trousseau/$name-$hash
 
 if [[ ! -e $home/$library ]]; then
     mkdir -p -- "${home%/*}"
