@@ -12,7 +12,6 @@ use tokio::time::timeout;
 use super::admission::KekSpec;
 use super::error::CallError;
 use super::lane::Lane;
-use super::link::SILENCE;
 use super::token::Token;
 use super::wraps::WrapCounter;
 use crate::envelope::WrapAlgorithm;
@@ -20,6 +19,9 @@ use crate::identity::Identity;
 use crate::provider::{Answer, Kek, KekError, Rank};
 use crate::secret::Dek;
 use crate::sync::read;
+
+/// How long a request waits for a token that was lost only now: less than the API server's own patience.
+const COMING_BACK: Duration = Duration::from_secs(2);
 
 /// A KEK and the tokens that hold it.
 pub(super) struct Pkcs11Kek {
@@ -51,7 +53,7 @@ impl Pkcs11Kek {
             .filter(|token| token.link.is_connecting())
             .map(|token| Box::pin(token.link.first_attempt()))
             .collect();
-        if first_attempts.is_empty() || timeout(SILENCE, select_all(first_attempts)).await.is_err() {
+        if first_attempts.is_empty() || timeout(COMING_BACK, select_all(first_attempts)).await.is_err() {
             return answer;
         }
         self.ask(deadline, work).await
