@@ -9,6 +9,7 @@
 use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
+use std::mem;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::thread;
@@ -67,6 +68,8 @@ struct Shared {
 #[derive(Default)]
 struct Turns {
     errands: VecDeque<Arc<dyn Errand>>,
+    /// Of errands that were run, and to be delivered within the runtime.
+    answers: Vec<Box<dyn Deliver>>,
     /// Which thread leads.
     leader: usize,
     /// How many errands were begun, and the one that the leader is about.
@@ -127,43 +130,35 @@ impl Shared {
 
     /// Drives the runtime and makes quick calls, until it is relieved or all ends. Returns whether all has ended.
     fn lead(&self, me: usize, runtime: &Weak<Runtime>, left: &Sender<()>) -> bool {
-        let mut answers: Vec<Box<dyn Deliver>> = Vec::new();
         loop {
-            // Inside the runtime, to wake a task is not a system call.
-            let next = async {
-                answers.drain(..).for_each(Deliver::deliver);
-                self.next().await
-            };
-            let Some(mut errand) = runtime.upgrade().and_then(|runtime| runtime.block_on(next)) else {
+            let next = runtime.upgrade().and_then(|runtime| runtime.block_on(self.next()));
+            let Some(mut errand) = next else {
                 let _main_thread_waits = left.send(());
                 return true;
             };
             loop {
                 self.begin(&errand);
-                answers.extend(errand.run());
-                match self.end_of_errand(me) {
+                let answer = errand.run();
+                match self.end_of_errand(me, answer) {
                     Turn::Goes(Some(next)) => errand = next,
                     Turn::Goes(None) => break,
-                    Turn::Over => {
-                        answers.into_iter().for_each(Deliver::deliver);
-                        return false;
-                    }
+                    Turn::Over => return false,
                 }
             }
         }
     }
 
-    /// The next errand; `None` at the end.
+    /// Delivers the answers, which within the runtime wakes tasks without a system call, and waits for the next errand.
+    /// `None` at the end.
     async fn next(&self) -> Option<Arc<dyn Errand>> {
         loop {
-            {
-                let mut turns = lock(&self.turns);
-                if turns.ended {
-                    return None;
-                }
-                if let Some(errand) = turns.errands.pop_front() {
-                    return Some(errand);
-                }
+            let mut turns = lock(&self.turns);
+            let answers = mem::take(&mut turns.answers);
+            let (errand, ended) = (turns.errands.pop_front(), turns.ended);
+            drop(turns);
+            answers.into_iter().for_each(Deliver::deliver);
+            if ended || errand.is_some() {
+                return errand.filter(|_| !ended);
             }
             self.sent.notified().await;
         }
@@ -179,11 +174,14 @@ impl Shared {
         }
     }
 
-    fn end_of_errand(&self, me: usize) -> Turn {
+    fn end_of_errand(&self, me: usize, answer: Option<Box<dyn Deliver>>) -> Turn {
         let mut turns = lock(&self.turns);
         if turns.leader != me {
+            drop(turns);
+            answer.into_iter().for_each(Deliver::deliver);
             return Turn::Over;
         }
+        turns.answers.extend(answer);
         turns.running = None;
         Turn::Goes(turns.errands.pop_front())
     }
@@ -326,6 +324,20 @@ mod tests {
             assert!(leader.send(waiting));
             tokio::time::sleep(Duration::from_millis(1)).await;
             assert!(passed_on.recv().is_ok());
+            go.send(()).unwrap();
+        };
+        run(work).unwrap();
+    }
+
+    #[test]
+    fn what_was_answered_before_a_call_that_hangs_is_delivered() {
+        let work = |leader: Leader| async move {
+            let (quick, go_quick, answered, _) = call();
+            let (hanging, go, ..) = call();
+            go_quick.send(()).unwrap();
+            send(&leader, &quick).await;
+            assert!(leader.send(hanging));
+            answered.await.unwrap();
             go.send(()).unwrap();
         };
         run(work).unwrap();

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -180,9 +181,15 @@ impl Daemon {
     }
 }
 
-/// Ends a keyring's threads where that may take its time.
+/// Ends a keyring's threads where that may take its time: requests under way, too, must not be the last to hold it.
 fn drop_elsewhere(keyring: Arc<Keyring>) {
-    drop(tokio::task::spawn_blocking(move || drop(keyring)));
+    let wait_for_all = move || {
+        while Arc::strong_count(&keyring) > 1 {
+            thread::sleep(Duration::from_millis(100));
+        }
+    };
+    // Without a thread, whoever is the last drops it.
+    drop(thread::Builder::new().name("old-keyring".into()).spawn(wait_for_all));
 }
 
 /// The `key_id`, or why there is none to be had.

@@ -81,6 +81,7 @@ impl Keyring {
         let deadline = began + LOOK_TIMEOUT;
         self.find_keks_by(deadline).await;
         if let Ok(set) = self.active(Timestamp::now()) {
+            let deadline = Instant::now() + LOOK_TIMEOUT;
             let keks = set.keks.iter().filter_map(|active| active.kek.as_ref().ok());
             join_all(keks.map(|kek| self.round_trip(kek, deadline))).await;
         }
@@ -104,6 +105,7 @@ impl Keyring {
     async fn look_at(&self, member: &Member, deadline: Instant) {
         match member.provider.look(deadline).await {
             Ok(sighting) => member.shows(sighting),
+            Err(KekError::Busy(_)) => (), // it proves nothing, and the next look is near
             Err(error) => {
                 member.is_out_of_reach(&error);
                 member.seen().keks.iter().for_each(|kek| self.health.fault(kek.identity(), &error));

@@ -36,7 +36,7 @@ impl Keyring {
     ) -> Result<Plaintext, KeyringError> {
         let keyring = Arc::clone(self);
         let sealed = Sealed { ciphertext: ciphertext.to_vec(), key_id: key_id.map(str::to_owned) };
-        let is_late = |answer: &_| matches!(answer, Err(KeyringError::Deadline(_)));
+        let is_late = |answer: &_| matches!(answer, Err(KeyringError::Deadline(_) | KeyringError::Busy(_)));
         let open = move |sealed: Arc<Sealed>, deadline| {
             let keyring = Arc::clone(&keyring);
             async move { keyring.open(&sealed.ciphertext, sealed.key_id.as_deref(), deadline).await }

@@ -61,7 +61,7 @@ pub trait Provider: Send + Sync {
     /// Its name, for people.
     fn name(&self) -> &str;
 
-    /// Returns when it is known whether the provider can be reached.
+    /// Returns when the provider can be reached, or it is known that it cannot.
     fn settled(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
 
     /// Looks for KEKs. Each one found has proved that it wraps, or unwraps what it once wrapped.

@@ -11,8 +11,9 @@ use tonic::Code;
 use crate::plugin::{Answer, Host, Plugin, admit};
 use crate::token::Key;
 
-/// A token that was away and is there again is in use after so long.
-const HEALED_WITHIN: Duration = Duration::from_secs(1);
+/// A token that was away and is there again is in use after so long, however busy the machine is: a quarter of a second
+/// on one that is not.
+const HEALED_WITHIN: Duration = Duration::from_secs(5);
 
 /// The module between the plugin and a host's token, and its rules.
 struct Faults<'a> {
@@ -232,6 +233,7 @@ fn play(scenario: &Scenario, library: &Path) {
         faults.set("");
         let mended = Instant::now();
         plugin.wait_until(scenario.name, |plugin| plugin.status().is_ok() && decrypt(plugin).is_ok());
+        eprintln!("{}: {call}: healed after {:?}", scenario.name, mended.elapsed());
         assert!(mended.elapsed() < HEALED_WITHIN, "{}: {call}: healed after {:?}", scenario.name, mended.elapsed());
         plugin.round_trip();
     }

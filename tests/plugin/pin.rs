@@ -136,28 +136,30 @@ fn a_crash_while_the_token_is_asked_counts_as_a_refusal() {
 }
 
 #[test]
-fn of_a_pin_that_has_worked_here_one_crash_is_forgiven() {
+fn of_a_pin_that_has_worked_here_a_crash_is_forgiven_and_after_a_while_the_next() {
     let host = Host::new();
     host.generate("0s");
-    let crash = |hash: &Value, again: bool| {
+    let (long_ago, now) = ("2026-01-01T00:00:00Z".to_owned(), jiff::Timestamp::now().to_string());
+    let crash = |hash: &Value, again: bool, at: &str| {
         let mut left_behind = record(&host);
-        left_behind["refused"] =
-            json!([{ "hash": hash, "at": "2026-01-01T00:00:00Z", "answer": null, "again": again }]);
+        left_behind["refused"] = json!([{ "hash": hash, "at": at, "answer": null, "again": again }]);
         fs::write(record_file(&host), left_behind.to_string()).unwrap();
     };
     // A process that ended before it knew the hash may have tried any PIN.
     let (own, any) = (record(&host)["worked"].clone(), Value::Null);
-    for hash in [&own, &any] {
-        crash(hash, true);
+    for (hash, again, at) in
+        [(&own, true, &now), (&any, true, &now), (&own, false, &long_ago), (&any, false, &long_ago)]
+    {
+        crash(hash, again, at);
         host.serve_healthy().round_trip();
         assert_eq!(record(&host)["refused"], json!([]));
     }
     for (hash, again, pin) in [(&own, false, PIN), (&any, false, PIN), (&any, true, WRONG)] {
-        crash(hash, again);
+        crash(hash, again, &now);
         host.write_secret("pin", pin);
         wait_until_status_says(&mut host.serve(), "ended before it knew");
     }
-    crash(&any, true);
+    crash(&any, true, &long_ago);
     host.write_secret("pin", PIN);
     host.token.try_wrong_pins(until_low());
     wait_until_status_says(&mut host.serve(), "ended before it knew");

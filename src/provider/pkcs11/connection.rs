@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -40,6 +40,8 @@ pub(super) struct Connected {
     pub(super) codes: Codes,
     latch: Latch,
     proved: Mutex<BTreeSet<Identity>>,
+    /// Sessions beside the anchor.
+    lanes: AtomicUsize,
     /// Objects that were made through it.
     objects: AtomicU64,
     in_use: InUse,
@@ -100,6 +102,7 @@ impl Address {
             codes,
             latch,
             proved: Mutex::default(),
+            lanes: AtomicUsize::new(0),
             objects: AtomicU64::new(0),
             in_use,
             _released: released,
@@ -176,7 +179,18 @@ impl Connected {
         Ok(said.into_iter().filter(|(so, ..)| *so).map(|(_, what, remedy)| (what, remedy)).collect())
     }
 
-    /// Counts an object that was made through it, and returns how many there were.
+    /// A lane was opened, or is about to be closed.
+    pub(super) fn count_lanes(&self, change: impl Fn(usize) -> usize) {
+        let _always_changes =
+            self.lanes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |lanes| Some(change(lanes)));
+    }
+
+    /// Lanes that are open.
+    pub(super) fn lanes(&self) -> usize {
+        self.lanes.load(Ordering::Relaxed)
+    }
+
+    /// Counts an object that was made through it.
     pub(super) fn count_object(&self) {
         self.objects.fetch_add(1, Ordering::Relaxed);
     }

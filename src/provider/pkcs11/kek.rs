@@ -21,7 +21,7 @@ use crate::secret::Dek;
 use crate::sync::read;
 
 /// How long a request waits for a token that was lost only now: less than the API server's own patience.
-const COMING_BACK: Duration = Duration::from_secs(2);
+const COMING_BACK: Duration = Duration::from_millis(1500);
 
 /// A KEK and the tokens that hold it.
 pub(super) struct Pkcs11Kek {
@@ -53,10 +53,11 @@ impl Pkcs11Kek {
             .filter(|token| token.link.is_connecting())
             .map(|token| Box::pin(token.link.first_attempt()))
             .collect();
-        if first_attempts.is_empty() || timeout(COMING_BACK, select_all(first_attempts)).await.is_err() {
+        if !first_attempts.is_empty() && timeout(COMING_BACK, select_all(first_attempts)).await.is_err() {
             return answer;
         }
-        self.ask(deadline, work).await
+        // It may have come back already.
+        if holders.iter().all(|token| token.link.check().is_err()) { answer } else { self.ask(deadline, work).await }
     }
 
     /// Asks the first token that is well. When that does not answer in the time that it should, or cannot, the next one

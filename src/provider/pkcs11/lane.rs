@@ -37,6 +37,7 @@ pub(super) struct Inventory {
 impl Lane {
     pub(super) fn open(connected: Arc<Connected>, state: Arc<State>) -> Result<Self, CallError> {
         let session = connected.open_session()?;
+        connected.count_lanes(|lanes| lanes + 1);
         Ok(Self { session, handles: HashMap::new(), connected, state })
     }
 
@@ -274,6 +275,12 @@ impl Lane {
             ],
         )?;
         Ok(())
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        self.connected.count_lanes(|lanes| lanes.saturating_sub(1));
     }
 }
 

@@ -16,7 +16,7 @@ use cryptoki::context::Pkcs11;
 use cryptoki::error::{Error, RvError};
 use cryptoki::session::{Session, UserType};
 use cryptoki::slot::{Slot, TokenInfo};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use secrecy::{ExposeSecret, SecretString};
 use sha2::{Digest, Sha256};
 
@@ -28,6 +28,8 @@ use crate::sync;
 /// PBKDF2-HMAC-SHA256: some 15 ms on a processor with SHA instructions, 50 ms on another. PINs are short, and who has
 /// this file can try them all; what guards it is its mode, 0600.
 const ROUNDS: u32 = 100_000;
+/// How long a PIN that has worked on this host is not tried after a second login in a row that was interrupted.
+const INTERRUPTION: SignedDuration = SignedDuration::from_secs(60);
 /// How long another login of this host may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -115,7 +117,8 @@ impl Latch {
             return Ok(());
         }
         let hash = tried.hash.clone().unwrap_or_else(|| hash_of(&record, pin));
-        let (record, outcome) = self.outcome(record, tried, hash, answer);
+        let counts_none = library.get_token_info(slot).is_ok_and(|info| !counts_wrong_pins(&info));
+        let (record, outcome) = self.outcome(record, tried, hash, answer, counts_none);
         self.state.keep_pin_record(&self.name, &record);
         outcome
     }
@@ -145,18 +148,22 @@ impl Latch {
         mut tried: RefusedPin,
         hash: String,
         answer: Result<(), Error>,
+        counts_none: bool,
     ) -> (PinRecord, Result<(), CallError>) {
         let error = match answer {
             Ok(()) => return (with_worked(before, hash), Ok(())),
             Err(error) => CallError::from(error),
         };
-        // The token went away: that says nothing of the PIN.
-        if matches!(error.class(&self.codes), Class::Token | Class::Session) {
+        let class = error.class(&self.codes);
+        let is_doubtful = class == Class::Doubtful;
+        // The token went away, or blamed something else than a PIN that has worked: that says nothing of the PIN.
+        let is_known_good = before.worked.as_ref() == Some(&hash) && counts_none;
+        if matches!(class, Class::Token | Class::Session) || (is_doubtful && is_known_good) {
             return (before, Err(error));
         }
         // One more try, where the token blamed something else: SoftHSM fails so while another program of this host
         // logs in. Some say it of a wrong PIN as well: better a login too few than one too many.
-        tried.again = error.class(&self.codes) == Class::Doubtful && is_new(&before, Some(&hash));
+        tried.again = is_doubtful && is_new(&before, Some(&hash));
         tried.hash = Some(hash);
         tried.answer = Some(error.to_string());
         let reason = self.reason(&tried, tried.again);
@@ -207,12 +214,16 @@ impl Latch {
             return refused("the user PIN is locked: unlock it with the vendor's tools".into());
         }
         let has_worked = record.worked.as_deref() == hash;
-        let is_forgiven = |known: &RefusedPin| match known.answer {
-            Some(_) => known.again,
-            None => known.again && has_worked && !counts_wrong_pins(info),
-        };
-        if let Some(known) = record.refused.iter().find(|known| known.may_be(hash) && !is_forgiven(known)) {
-            return refused(self.reason(known, false));
+        if let Some(known) = record.refused.iter().find(|known| known.may_be(hash)) {
+            // A token that lets C_Login hang until we are restarted, and counts no wrong PIN, says nothing of this one.
+            let was_interrupted = known.answer.is_none() && has_worked && !counts_wrong_pins(info);
+            let is_over = now().duration_since(known.at) >= INTERRUPTION;
+            if was_interrupted && !known.again && !is_over {
+                return refused(format!("{}: it is tried again a minute after that", told(known)));
+            }
+            if !was_interrupted && !(known.again && known.answer.is_some()) {
+                return refused(self.reason(known, false));
+            }
         }
         // A count that our own refused PIN explains does not speak against the next one, until the last try.
         let explained = record.refused.iter().any(|known| known.answer.is_some()) && !info.user_pin_final_try();
@@ -265,7 +276,7 @@ impl Drop for Latch {
 
 /// Whether the token has seen a wrong PIN since its last login, as far as it tells.
 fn counts_wrong_pins(info: &TokenInfo) -> bool {
-    info.user_pin_count_low() || info.user_pin_final_try()
+    info.user_pin_count_low() || info.user_pin_final_try() || info.user_pin_locked()
 }
 
 fn not_written(error: &io::Error) -> CallError {
@@ -346,7 +357,7 @@ mod tests {
         let tried = RefusedPin { hash: Some("aa".into()), answer: None, again: true, ..other.clone() };
         let settle = |known: &[RefusedPin], answer: Result<(), RvError>| {
             let answer = answer.map_err(|code| Error::Pkcs11(code, Function::Login));
-            latch.outcome(record(known), tried.clone(), "aa".into(), answer)
+            latch.outcome(record(known), tried.clone(), "aa".into(), answer, false)
         };
         let (after, outcome) = settle(&[other.clone(), tried.clone()], Ok(()));
         assert!(outcome.is_ok() && after.refused.is_empty() && !after.retry && after.worked.as_deref() == Some("aa"));
@@ -368,6 +379,32 @@ mod tests {
             let reason = outcome.unwrap_err().to_string();
             assert_eq!(reason.contains("tried once more"), again, "{reason}");
             assert_eq!(reason.contains("trousseau pin retry"), !again, "{reason}");
+        }
+    }
+
+    #[test]
+    fn a_token_that_blames_something_else_than_a_pin_that_has_worked_and_counts_none_says_nothing_of_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = Arc::new(State::open(directory.path()).unwrap());
+        let latch = Latch {
+            state,
+            name: "pin-0".into(),
+            token: "t".into(),
+            pin_file: "/pin".into(),
+            codes: Codes::default(),
+            settling: Mutex::default(),
+        };
+        let tried = RefusedPin { hash: Some("aa".into()), at: now(), answer: None, again: true };
+        for (worked, counts_none, code, is_kept) in [
+            (true, true, RvError::DeviceError, false),
+            (true, false, RvError::DeviceError, true),
+            (false, true, RvError::DeviceError, true),
+            (true, true, RvError::PinIncorrect, true),
+        ] {
+            let before = PinRecord { worked: worked.then(|| "aa".into()), ..record(&[]) };
+            let answer = Err(Error::Pkcs11(code, Function::Login));
+            let (after, _) = latch.outcome(before, tried.clone(), "aa".into(), answer, counts_none);
+            assert_eq!(after.refused.is_empty(), !is_kept, "{worked} {counts_none} {code:?}");
         }
     }
 

@@ -30,7 +30,9 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use std::time::{Duration, Instant};
 
+use futures_util::StreamExt;
 use futures_util::future::join_all;
+use futures_util::stream::FuturesUnordered;
 use jiff::Timestamp;
 use tokio::sync::Notify;
 use tokio::time::timeout;
@@ -123,13 +125,17 @@ impl Pkcs11 {
     /// # Errors
     /// Why the first one that is out of reach is.
     pub async fn reach_every_token(&self) -> Result<(), KekError> {
-        self.settled().await;
+        self.every_first_attempt().await;
         self.tokens.iter().try_for_each(|token| token.link.check())
+    }
+
+    async fn every_first_attempt(&self) {
+        join_all(self.tokens.iter().map(|token| token.link.first_attempt())).await;
     }
 
     /// What each token says of itself, or why it is out of reach.
     pub async fn diagnose(&self, deadline: Instant) -> Vec<Result<Diagnosis, KekError>> {
-        self.settled().await;
+        self.every_first_attempt().await;
         join_all(self.tokens.iter().map(|token| async move {
             let complaints = token.run(deadline, |lane| lane.connected.complaints()).await?;
             Ok(Diagnosis { name: token.link.name.clone(), complaints })
@@ -189,6 +195,8 @@ impl Pkcs11 {
     async fn look_at(&self, token: &Arc<Token>, deadline: Instant) -> Result<Inventory, KekError> {
         let of = Arc::clone(token);
         let _not_again_yet = timeout(SILENCE, token.link.first_attempt()).await;
+        // Its replica's look must not wait for one from which nothing comes back.
+        let deadline = if token.is_sick() { deadline.min(Instant::now() + SILENCE) } else { deadline };
         token.run(deadline, move |lane| lane.look(&of.rules, Timestamp::now())).await
     }
 
@@ -266,9 +274,15 @@ impl Provider for Pkcs11 {
 
     fn settled(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
         Box::pin(async {
-            for token in &self.tokens {
-                token.link.first_attempt().await;
-            }
+            let tried = |token: &Arc<Token>| {
+                let token = Arc::clone(token);
+                async move {
+                    token.link.first_attempt().await;
+                    token.link.check().is_ok()
+                }
+            };
+            let mut tried: FuturesUnordered<_> = self.tokens.iter().map(tried).collect();
+            while tried.next().await == Some(false) {}
         })
     }
 
@@ -277,7 +291,8 @@ impl Provider for Pkcs11 {
     }
 
     fn hopeless(&self) -> Option<String> {
-        self.tokens.iter().find_map(|token| token.hopeless())
+        let somebody_serves = self.tokens.iter().any(|token| token.check().is_ok());
+        if somebody_serves { None } else { self.tokens.iter().find_map(|token| token.hopeless()) }
     }
 
     fn changed(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {

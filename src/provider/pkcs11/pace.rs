@@ -9,10 +9,12 @@ use crate::sync::lock;
 const QUICK: Duration = Duration::from_micros(100);
 /// What a job is thought to take before any has ended.
 const UNKNOWN: Duration = Duration::from_millis(1);
-/// A token that is late by less than this is not called hung.
-const LEAST_PATIENCE: Duration = Duration::from_millis(50);
-/// A token is called hung when it takes so many times what its slowest job of late took.
+/// Another token is asked after so many times what the slowest job of late took, within these bounds.
 const PATIENCE: u32 = 4;
+const LEAST_PATIENCE: Duration = Duration::from_millis(50);
+const MOST_PATIENCE: Duration = Duration::from_millis(1500);
+/// A job is overdue, and not only late, when its deadline has passed by so much and by twice what the slowest took.
+const GRACE: Duration = Duration::from_secs(1);
 /// The slowest of so many is their 99th percentile.
 const RECENT: usize = 100;
 
@@ -23,11 +25,25 @@ struct Inner {
     average: Duration,
     recent: [Duration; RECENT],
     ended: usize,
-    /// Jobs under way, by the instant when nobody waits for them any more.
-    under_way: Vec<(u64, Instant)>,
+    under_way: Vec<UnderWay>,
     begun: u64,
-    /// When a job last ended, or the first of those under way began.
+    /// When a typical job last ended, or the first of those under way began.
     moved: Instant,
+}
+
+struct UnderWay {
+    number: u64,
+    deadline: Instant,
+    kind: Kind,
+}
+
+/// What a job tells of the token.
+#[derive(Clone, Copy)]
+pub(super) struct Kind {
+    /// It is one call for a request, as most are: its time tells what the next one will take.
+    pub(super) is_typical: bool,
+    /// A worker does it, and not the leader.
+    pub(super) is_workers: bool,
 }
 
 /// A job that was begun.
@@ -49,34 +65,39 @@ impl Pace {
     }
 
     /// A job goes to the token; after `deadline` nobody waits for it.
-    pub(super) fn begin(&self, deadline: Instant) -> Begun {
+    pub(super) fn begin(&self, deadline: Instant, kind: Kind) -> Begun {
         let mut inner = self.inner();
         let begun = Begun { number: inner.begun, at: Instant::now() };
         inner.begun += 1;
-        if inner.under_way.is_empty() {
+        if kind.is_typical && !inner.is_awaited() {
             inner.moved = begun.at;
         }
-        inner.under_way.push((begun.number, deadline));
+        inner.under_way.push(UnderWay { number: begun.number, deadline, kind });
         begun
     }
 
-    /// It has come back. `is_typical`: what it took tells what the next one will take.
-    pub(super) fn end(&self, Begun { number, at }: Begun, is_typical: bool) {
+    /// It has come back. `has_run`: the token did it.
+    pub(super) fn end(&self, Begun { number, at }: Begun, has_run: bool) {
         let mut inner = self.inner();
-        inner.moved = Instant::now();
-        let took = inner.moved - at;
-        inner.under_way.retain(|(other, _)| *other != number);
-        if !is_typical {
+        let Some(place) = inner.under_way.iter().position(|job| job.number == number) else { return };
+        let UnderWay { deadline, kind, .. } = inner.under_way.swap_remove(place);
+        if !(kind.is_typical && has_run) {
             return;
         }
+        let now = Instant::now();
+        inner.moved = now;
+        let took = now.saturating_duration_since(at);
         // A job that was only preempted once must not make the token slow.
         let counted = took.min(inner.average.max(QUICK) * 4);
         inner.average = inner.average * 7 / 8 + counted / 8;
-        let place = inner.ended % RECENT;
-        if let Some(oldest) = inner.recent.get_mut(place) {
-            *oldest = took;
+        // One that hung tells nothing of the next.
+        if now <= deadline {
+            let place = inner.ended % RECENT;
+            if let Some(oldest) = inner.recent.get_mut(place) {
+                *oldest = took;
+            }
+            inner.ended += 1;
         }
-        inner.ended += 1;
     }
 
     /// Whether the token answers sooner than a thread is woken.
@@ -103,13 +124,15 @@ impl Pace {
     pub(super) fn hung_for(&self) -> Option<Duration> {
         let inner = self.inner();
         let still = inner.moved.elapsed();
-        (!inner.under_way.is_empty() && still > inner.patience()).then_some(still)
+        (inner.is_awaited() && still > inner.patience().max(inner.slowest() * 2)).then_some(still)
     }
 
-    /// Jobs under way for which nobody waits any more.
+    /// Workers' jobs that are long overdue.
     pub(super) fn stuck(&self) -> usize {
-        let now = Instant::now();
-        self.inner().under_way.iter().filter(|(_, deadline)| *deadline < now).count()
+        let inner = self.inner();
+        let grace = GRACE.max(inner.slowest() * 2);
+        let is_stuck = |job: &&UnderWay| job.kind.is_workers && job.deadline.elapsed() > grace;
+        inner.under_way.iter().filter(is_stuck).count()
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -118,9 +141,16 @@ impl Pace {
 }
 
 impl Inner {
+    fn is_awaited(&self) -> bool {
+        self.under_way.iter().any(|job| job.kind.is_typical)
+    }
+
+    fn slowest(&self) -> Duration {
+        self.recent.iter().max().copied().unwrap_or_default()
+    }
+
     fn patience(&self) -> Duration {
-        let slowest = self.recent.iter().max().copied().unwrap_or_default();
-        (slowest * PATIENCE).max(LEAST_PATIENCE)
+        (self.slowest() * PATIENCE).clamp(LEAST_PATIENCE, MOST_PATIENCE)
     }
 }
 
@@ -128,33 +158,47 @@ impl Inner {
 mod tests {
     use super::*;
 
+    const TYPICAL: Kind = Kind { is_typical: true, is_workers: true };
+
     #[test]
-    fn a_token_is_hung_while_nothing_comes_back_and_stuck_once_nobody_waits() {
+    fn a_token_is_hung_while_nothing_comes_back_and_a_job_is_stuck_once_it_is_long_overdue() {
         let pace = Pace::new();
-        assert!(pace.hung_for().is_none() && !pace.is_quick());
         let soon = Instant::now() + Duration::from_secs(60);
-        let call = pace.begin(soon);
+        let look = pace.begin(soon, Kind { is_typical: false, ..TYPICAL });
+        lock(&pace.0).moved -= LEAST_PATIENCE * 2;
+        assert!(pace.hung_for().is_none(), "a look is many calls");
+        let call = pace.begin(soon, TYPICAL);
         assert!(pace.hung_for().is_none(), "it has only just begun");
         lock(&pace.0).moved -= LEAST_PATIENCE * 2;
         assert!(pace.hung_for().is_some() && pace.stuck() == 0);
-        let other = pace.begin(Instant::now() - Duration::from_millis(1));
+        let late = pace.begin(Instant::now() - GRACE / 2, TYPICAL);
+        let overdue = pace.begin(Instant::now() - GRACE * 2, TYPICAL);
+        let leaders = pace.begin(Instant::now() - GRACE * 2, Kind { is_workers: false, ..TYPICAL });
         assert!(pace.hung_for().is_some() && pace.stuck() == 1, "another one proves nothing before it comes back");
-        pace.end(other, true);
+        for job in [overdue, late, leaders] {
+            pace.end(job, true);
+        }
         assert!(pace.hung_for().is_none() && pace.stuck() == 0);
         pace.end(call, true);
+        pace.end(look, true);
     }
 
     #[test]
-    fn patience_follows_the_slowest_of_the_last_hundred() {
+    fn patience_follows_the_slowest_of_the_last_hundred_that_came_in_time() {
         let pace = Pace::new();
-        let take = |time: Duration| {
-            let begun = pace.begin(Instant::now());
+        let take = |time: Duration, deadline: Duration| {
+            let begun = pace.begin(Instant::now() + deadline, TYPICAL);
             pace.end(Begun { at: begun.at - time, ..begun }, true);
         };
-        take(Duration::from_secs(1));
-        assert!(pace.patience() >= Duration::from_secs(4));
+        let later = Duration::from_secs(60);
+        take(Duration::from_secs(30), Duration::ZERO);
+        assert_eq!(pace.patience(), LEAST_PATIENCE, "it hung");
+        take(Duration::from_millis(100), later);
+        assert!(pace.patience() >= Duration::from_millis(400));
+        take(Duration::from_secs(2), later);
+        assert_eq!(pace.patience(), MOST_PATIENCE);
         for _ in 0..RECENT {
-            take(Duration::from_micros(10));
+            take(Duration::from_micros(10), later);
         }
         assert_eq!(pace.patience(), LEAST_PATIENCE);
         assert!(pace.is_quick());

@@ -15,7 +15,7 @@ use super::error::{CallError, Class};
 use super::lane::Lane;
 use super::link::Link;
 use super::module;
-use super::pace::Pace;
+use super::pace::{Kind, Pace};
 use super::queue::{Next, Queue, Ticket};
 use crate::config::Codes;
 use crate::provider::KekError;
@@ -109,6 +109,7 @@ impl<T: Send, W: Send> Deliver for Call<T, W> {
 struct Seat {
     round: u64,
     lane: Option<Lane>,
+    is_workers: bool,
 }
 
 impl Pool {
@@ -142,7 +143,7 @@ impl Pool {
         if self.would_be_late(before, deadline) {
             return Err(busy());
         }
-        if !(self.pace.is_quick() && self.leader.send(Arc::clone(self) as Arc<dyn Errand>)) {
+        if !(is_typical && self.pace.is_quick() && self.leader.send(Arc::clone(self) as Arc<dyn Errand>)) {
             self.queue.wake();
         }
         match tokio::time::timeout_at(deadline.into(), answered).await {
@@ -167,7 +168,7 @@ impl Pool {
 
     /// Whether no worker is left whose call returns, and none may be added.
     pub(super) fn is_hopeless(&self) -> bool {
-        self.pace.stuck() >= 2 * self.sessions
+        self.pace.stuck() >= 2 * self.sessions && self.pace.hung_for().is_some()
     }
 
     /// Answers what waits, when no worker will.
@@ -180,18 +181,14 @@ impl Pool {
         }
     }
 
-    /// A worker thread is about to be started.
+    /// A worker thread was started.
     pub(super) fn worker_comes(&self) {
         self.workers.fetch_add(1, Ordering::Relaxed);
     }
 
     /// What a worker thread does until the pool is closed, or others do its work.
     pub(super) fn work(&self) {
-        self.serve_in(Seat::default());
-        self.workers.fetch_sub(1, Ordering::Relaxed);
-    }
-
-    fn serve_in(&self, mut seat: Seat) {
+        let mut seat = Seat { is_workers: true, ..Seat::default() };
         loop {
             match self.queue.next(seat.round) {
                 Next::Job(ticket, job) => {
@@ -200,15 +197,21 @@ impl Pool {
                         continue;
                     };
                     job.deliver();
-                    // It may have been stuck and replaced.
-                    if self.workers.load(Ordering::Relaxed) > self.sessions + self.pace.stuck() {
+                    if self.is_replaced() {
                         break;
                     }
                 }
-                Next::Round(round) => seat = Seat { round, lane: None },
+                Next::Round(round) => seat = Seat { round, lane: None, ..seat },
                 Next::Closed => break,
             }
         }
+    }
+
+    /// Whether the worker that asks was stuck, and another one has taken its place; it then counts no more.
+    fn is_replaced(&self) -> bool {
+        let wanted = self.sessions + self.pace.stuck();
+        let one_less = |workers: usize| (workers > wanted).then(|| workers - 1);
+        self.workers.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less).is_ok()
     }
 
     /// Does one job, unless nobody wants it any more.
@@ -219,9 +222,10 @@ impl Pool {
         if !job.is_wanted() {
             return Ok(job);
         }
-        let begun = self.pace.begin(job.deadline());
+        let kind = Kind { is_typical: job.is_typical(), is_workers: seat.is_workers };
+        let begun = self.pace.begin(job.deadline(), kind);
         let seated = self.try_twice(&mut *job, &mut seat.lane);
-        self.pace.end(begun, seated.is_ok() && job.is_typical());
+        self.pace.end(begun, seated.is_ok());
         match seated {
             Ok(()) => Ok(job),
             Err(no_session) => {
@@ -284,9 +288,8 @@ impl Pool {
         login.is_ok()
     }
 
-    /// Each lane holds its connection, as does the link, and whoever asks.
     fn others_have_sessions(&self) -> bool {
-        self.link.connected().is_some_and(|connected| Arc::strong_count(&connected) > 2)
+        self.link.connected().is_some_and(|connected| connected.lanes() > 0)
     }
 
     fn open(&self) -> Result<Lane, CallError> {
@@ -339,6 +342,10 @@ impl Pool {
 
 impl Errand for Pool {
     fn run(&self) -> Option<Box<dyn Deliver>> {
+        if !self.pace.is_quick() {
+            self.queue.wake();
+            return None;
+        }
         let mut seat = std::mem::take(&mut *lock(&self.leaders));
         loop {
             match self.queue.try_next(seat.round) {
@@ -353,7 +360,7 @@ impl Errand for Pool {
                         }
                     };
                 }
-                Some(Next::Round(round)) => seat = Seat { round, lane: None },
+                Some(Next::Round(round)) => seat = Seat { round, lane: None, ..seat },
                 Some(Next::Closed) => return None,
                 None => {
                     self.keep(seat);

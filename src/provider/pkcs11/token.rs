@@ -3,7 +3,8 @@
 //! When a worker finds the connection gone, all give it up, and the supervisor makes a new one. Callers never wait for
 //! that: they hear at once what is wrong.
 
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,7 +16,7 @@ use super::connection::{Address, NotConnected};
 use super::error::CallError;
 use super::lane::Lane;
 use super::link::{Link, SILENCE};
-use super::module::{self, Module};
+use super::module::Module;
 use super::pool::Pool;
 use crate::config::{ProviderConfig, TokenUri};
 use crate::provider::KekError;
@@ -43,8 +44,10 @@ pub(super) struct Token {
     sessions: usize,
     /// Objects after which the module is to be initialized anew.
     renew_after: Option<u64>,
-    /// Since when an attempt to connect has been under way.
-    connecting_since: Mutex<Option<Instant>>,
+    /// Since when an attempt to connect has been under way, or failed while a call held the last connection open.
+    waiting_since: Mutex<Option<Instant>>,
+    /// Its module was lost, and must not be initialized again.
+    is_spent: AtomicBool,
 }
 
 impl Token {
@@ -80,7 +83,8 @@ impl Token {
             threads: Mutex::new(threads),
             sessions: provider.sessions,
             renew_after: provider.profile.renew_after,
-            connecting_since: Mutex::default(),
+            waiting_since: Mutex::default(),
+            is_spent: AtomicBool::new(false),
         });
         for _ in 0..provider.sessions {
             token.start_worker(&running)?;
@@ -177,31 +181,39 @@ impl Token {
         if self.pool.is_hopeless() {
             return Some(format!("{name}: {} calls do not return", 2 * self.sessions));
         }
-        let connecting = lock(&self.connecting_since).map(|since| since.elapsed());
-        let endless = connecting.filter(|since| *since > CONNECT_PATIENCE)?;
-        Some(format!("{name}: an attempt to connect has not returned for {} s", endless.as_secs()))
+        if self.is_spent.load(Ordering::Relaxed) {
+            return Some(format!("{name}: its module cannot be initialized again in one process"));
+        }
+        let waiting = lock(&self.waiting_since).map(|since| since.elapsed());
+        let endless = waiting.filter(|since| *since > CONNECT_PATIENCE)?;
+        Some(format!("{name}: a call that stands between it and us has not returned for {} s", endless.as_secs()))
     }
 
     /// Keeps the token connected until the pool is closed.
     fn supervise(self: &Arc<Self>, woken: &Receiver<()>, running: &Sender<()>) {
         let mut failed_logins = 0;
+        // The last connection, while a call holds it open that does not return.
+        let mut before: Option<Receiver<()>> = None;
         while !self.pool.is_closed() {
             let (release, released) = mpsc::channel();
             let began = Instant::now();
-            *lock(&self.connecting_since) = Some(began);
+            lock(&self.waiting_since).get_or_insert(began);
             let connected = self.address.connect(release);
-            *lock(&self.connecting_since) = None;
+            let unreleased = before.as_ref().is_some_and(|before| before.try_recv() == Err(TryRecvError::Empty));
+            if connected.is_ok() || !unreleased {
+                (before, *lock(&self.waiting_since)) = (None, None);
+            }
             let next = match connected {
                 Ok(connected) => {
                     failed_logins = 0;
+                    self.is_spent.store(false, Ordering::Relaxed);
                     self.link.is_up(connected);
                     self.watch(woken, running);
                     // Only when its last session is closed can the library be initialized anew.
-                    let _released = released.recv_timeout(RELEASE_PATIENCE);
-                    if !self.pool.is_closed() && Module::is_spent(&self.address.module) {
-                        let what = "its module cannot be initialized again in one process";
-                        module::leave(&format_args!("{}: {what}", self.link.name));
+                    if released.recv_timeout(RELEASE_PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                        before = Some(released);
                     }
+                    self.is_spent.store(Module::is_spent(&self.address.module), Ordering::Relaxed);
                     began + LOOK_EVERY
                 }
                 Err(NotConnected::NotThere(reason)) => {
