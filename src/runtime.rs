@@ -152,10 +152,10 @@ impl Shared {
     /// `None` at the end.
     async fn next(&self) -> Option<Arc<dyn Errand>> {
         loop {
-            let mut turns = lock(&self.turns);
-            let answers = mem::take(&mut turns.answers);
-            let (errand, ended) = (turns.errands.pop_front(), turns.ended);
-            drop(turns);
+            let (answers, errand, ended) = {
+                let mut turns = lock(&self.turns);
+                (mem::take(&mut turns.answers), turns.errands.pop_front(), turns.ended)
+            };
             answers.into_iter().for_each(Deliver::deliver);
             if ended || errand.is_some() {
                 return errand.filter(|_| !ended);

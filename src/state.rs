@@ -124,6 +124,12 @@ impl State {
         Ok(state)
     }
 
+    /// Where it is.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     /// Whether the directory can be used.
     ///
     /// # Errors

@@ -37,11 +37,9 @@ pub(super) fn provider(config: &ProviderConfig, state: &Arc<State>, leader: &Lea
     Pkcs11::new(config, state, leader).map_err(no_thread)
 }
 
-/// Every provider, in the order of the configuration, and the state that they share.
-pub(super) fn providers(config: &Config, leader: &Leader) -> Result<(Vec<Pkcs11>, Arc<State>), Failure> {
-    let state = state(config)?;
-    let providers = config.providers.iter().map(|config| provider(config, &state, leader)).collect::<Result<_, _>>()?;
-    Ok((providers, state))
+/// Every provider, in the order of the configuration.
+pub(super) fn providers(config: &Config, state: &Arc<State>, leader: &Leader) -> Result<Vec<Pkcs11>, Failure> {
+    config.providers.iter().map(|config| provider(config, state, leader)).collect()
 }
 
 /// The keyring over the [`providers`] of the same configuration.
@@ -52,7 +50,6 @@ pub(super) fn keyring_of(config: &Config, providers: Vec<Pkcs11>, state: Arc<Sta
 }
 
 /// The keyring over all providers, their tokens being connected to.
-pub(super) fn keyring(config: &Config, leader: &Leader) -> Result<Keyring, Failure> {
-    let (providers, state) = providers(config, leader)?;
-    Ok(keyring_of(config, providers, state))
+pub(super) fn keyring(config: &Config, state: Arc<State>, leader: &Leader) -> Result<Keyring, Failure> {
+    Ok(keyring_of(config, providers(config, &state, leader)?, state))
 }

@@ -101,7 +101,9 @@ async fn examine(args: &DoctorArgs, findings: &mut Findings) {
         Err(error) => return findings.failed("configuration", &error.into()),
     };
     findings.good("configuration", format!("{file} and the files that it names are good"));
-    match assemble::providers(&config, &Leader::default()) {
+    let state = assemble::state(&config);
+    let providers = state.and_then(|state| Ok((assemble::providers(&config, &state, &Leader::default())?, state)));
+    match providers {
         Ok((providers, state)) => {
             if let Err(error) = state.check() {
                 findings.failed("state", &error.into());

@@ -201,7 +201,7 @@ struct Listing {
 
 async fn list(args: &ListArgs) -> Result<(), Failure> {
     let config = Config::load(&args.config.config)?;
-    let keyring = assemble::keyring(&config, &Leader::default())?;
+    let keyring = assemble::keyring(&config, assemble::state(&config)?, &Leader::default())?;
     in_time(async {
         keyring.settled().await;
         keyring.find_keks().await;

@@ -17,6 +17,7 @@ use crate::provider::pkcs11;
 use crate::runtime::{self, Leader};
 use crate::service::listener::Listener;
 use crate::service::requests::Requests;
+use crate::state::State;
 use crate::{service, systemd};
 
 pub(super) const EXAMPLES: &str =
@@ -57,7 +58,8 @@ async fn serve_with(
     config: Config,
     ready: impl FnOnce() -> Result<(), Failure> + Send,
 ) -> Result<(), Failure> {
-    let keyring = Arc::new(assemble::keyring(&config, &leader)?);
+    let state = assemble::state(&config)?;
+    let keyring = Arc::new(assemble::keyring(&config, Arc::clone(&state), &leader)?);
     let listener = Listener::open(&config.listen)?;
     let socket = config.listen.socket.display();
     let (version, cluster) = (env!("CARGO_PKG_VERSION"), &config.keyring.cluster);
@@ -65,7 +67,7 @@ async fn serve_with(
     ready()?;
     let v1beta1 = config.listen.v1beta1;
     let requests = Arc::new(Requests::new(keyring));
-    let daemon = Daemon { file, listen: config.listen, listener, requests, leader };
+    let daemon = Daemon { file, listen: config.listen, listener, requests, state, leader };
     let terminated = terminated()?;
     let mut lost = None;
     let shutdown = async {
@@ -97,6 +99,7 @@ struct Daemon {
     listen: Listen,
     listener: Listener,
     requests: Arc<Requests>,
+    state: Arc<State>,
     leader: Leader,
 }
 
@@ -116,7 +119,10 @@ impl Daemon {
     /// Exchanges the keyring, once the new one is as well as the old one.
     async fn reload(&self) -> Result<(), Failure> {
         let config = Config::load(&self.file)?;
-        let keyring = Arc::new(assemble::keyring(&config, &self.leader)?);
+        // What its disk did not take would be forgotten with it.
+        let is_same = config.keyring.state == self.state.directory();
+        let state = if is_same { Arc::clone(&self.state) } else { assemble::state(&config)? };
+        let keyring = Arc::new(assemble::keyring(&config, state, &self.leader)?);
         let becomes_well = async {
             tokio::select! {
                 () = keyring.keep_looking() => (),

@@ -218,11 +218,12 @@ impl Latch {
             // A token that lets C_Login hang until we are restarted, and counts no wrong PIN, says nothing of this one.
             let was_interrupted = known.answer.is_none() && has_worked && !counts_wrong_pins(info);
             let is_over = now().duration_since(known.at) >= INTERRUPTION;
-            if was_interrupted && !known.again && !is_over {
-                return refused(format!("{}: it is tried again a minute after that", told(known)));
-            }
-            if !was_interrupted && !(known.again && known.answer.is_some()) {
-                return refused(self.reason(known, false));
+            match (was_interrupted, known.again) {
+                (true, false) if !is_over => {
+                    return refused(format!("{}: it is tried again a minute after that", told(known)));
+                }
+                (false, again) if !again || known.answer.is_none() => return refused(self.reason(known, false)),
+                _ => (),
             }
         }
         // A count that our own refused PIN explains does not speak against the next one, until the last try.
