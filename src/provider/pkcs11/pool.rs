@@ -161,6 +161,9 @@ impl Pool {
     /// Workers that are to be started, so that as many are at work as there should be. With twice as many sessions as
     /// are configured there is an end to that.
     pub(super) fn missing_workers(&self) -> usize {
+        if self.is_closed() {
+            return 0;
+        }
         let workers = self.workers.load(Ordering::Relaxed);
         let wanted = (self.sessions + self.pace.stuck()).min(2 * self.sessions);
         wanted.saturating_sub(workers)
