@@ -11,8 +11,8 @@ usage: tests/run.sh [--long]
 
 Runs every test: Rust on a SoftHSM token and again on kryoptic, fuzz targets, Go clients and the real
 API server. Needs root or sudo for missing packages. Exit code 0: every part passed; 1: one did not.
-  --long   soaks too (ignored Rust tests named soak, Go tests without -short), and ten minutes for each
-           fuzz target
+  --long   soaks too (ignored Rust tests named soak, Go tests without -short), and ten minutes of faults at
+           random and for each fuzz target
 USAGE
 }
 
@@ -110,15 +110,19 @@ warm_up() {
 
 go_arguments=(-short -timeout 20m)
 fuzz_seconds=20
+export TROUSSEAU_CHAOS_SECONDS=60
 if $long; then
     go_arguments=(-timeout 3h)
     fuzz_seconds=600
+    TROUSSEAU_CHAOS_SECONDS=600
 fi
 
 rust_tests() {
     TROUSSEAU_FAULT_LIB=$(tests/tokens/build.sh fault)
     export TROUSSEAU_FAULT_LIB
-    cargo test --locked --no-fail-fast
+    cargo test --locked --no-fail-fast -- --skip chaos
+    # By itself, since others measure times.
+    cargo test --locked --test plugin -- --nocapture chaos
     # Soaks are ignored tests with "soak" in their names.
     if $long; then cargo test --locked --no-fail-fast -- --ignored soak; fi
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use std::{fs, io::Read};
 
 use crate::plugin::Host;
+use crate::supervisor::inheriting;
 
 fn host() -> Host {
     let host = Host::new();
@@ -74,13 +75,7 @@ fn an_inherited_socket_is_served_and_left_behind() {
     let socket = host.path("kms.sock");
     let listener = UnixListener::bind(&socket).unwrap();
     let inode = fs::metadata(&socket).unwrap().ino();
-    // As systemd does: descriptor 3, and the number of the process that it is meant for.
-    let inherit = format!(
-        "export LISTEN_FDS=1 LISTEN_PID=$$; exec 3<&0 0</dev/null; exec {} serve --config {}",
-        env!("CARGO_BIN_EXE_trousseau"),
-        configuration.display()
-    );
-    let mut command = host.shell(&inherit);
+    let mut command = inheriting(host.command(&["serve", "--config"]).arg(configuration));
     command.stdin(Stdio::from(OwnedFd::from(listener.try_clone().unwrap())));
     let mut plugin = host.start(command);
     plugin.wait_until("it is healthy", |plugin| plugin.status().is_ok());
@@ -96,6 +91,7 @@ fn of_several_inherited_sockets_its_own_is_served() {
     let configuration = host.write_configuration();
     let (own, other) = (host.path("kms.sock"), host.path("other.sock"));
     let (first, second) = (UnixListener::bind(&other).unwrap(), UnixListener::bind(&own).unwrap());
+    // As systemd does: descriptors from 3 on, and the number of the process that they are meant for.
     let inherit = format!(
         "export LISTEN_FDS=2 LISTEN_PID=$$; exec 3<&0 4<&1 0</dev/null 1>/dev/null; exec {} serve --config {}",
         env!("CARGO_BIN_EXE_trousseau"),

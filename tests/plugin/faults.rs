@@ -1,58 +1,17 @@
-//! A token that fails: the plugin over a module that makes faults (`tests/tokens/fault`), named by
-//! `TROUSSEAU_FAULT_LIB`.
+//! A token that fails: what a request sees of it, and that it is in use again once it is well.
 
-use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::path::Path;
+use std::thread;
 use std::time::{Duration, Instant};
-use std::{env, fs, thread};
 
 use tonic::Code;
 
-use crate::plugin::{Answer, Host, Plugin, admit};
-use crate::token::Key;
+use crate::fault_module::{Faults, library};
+use crate::plugin::{Answer, Host, Plugin};
 
 /// A token that was away and is there again is in use after so long, however busy the machine is: a quarter of a second
 /// on one that is not.
 const HEALED_WITHIN: Duration = Duration::from_secs(5);
-
-/// The module between the plugin and a host's token, and its rules.
-struct Faults<'a> {
-    host: &'a Host,
-    library: &'a Path,
-}
-
-/// The module that makes faults. `None`: it is not named; this says so.
-fn library() -> Option<PathBuf> {
-    const LACKS: &str = "TROUSSEAU_FAULT_LIB: what tests/tokens/build.sh fault prints";
-    let named = env::var_os("TROUSSEAU_FAULT_LIB").map(PathBuf::from);
-    if named.is_none() {
-        assert!(env::var_os("TROUSSEAU_TEST_REQUIRE").is_none(), "{LACKS}");
-        eprintln!("skipped: it lacks {LACKS}");
-    }
-    named
-}
-
-impl Faults<'_> {
-    /// From now on these are the rules.
-    fn set(&self, rules: &str) {
-        fs::write(self.host.path("rules.new"), rules).unwrap();
-        fs::rename(self.host.path("rules.new"), self.host.path("rules")).unwrap();
-    }
-
-    /// Starts `serve` over the module and waits until it is healthy.
-    fn serve_healthy(&self) -> Plugin {
-        let real = self.host.token.family.module();
-        let between = |module: &Path| format!("module = \"{}\"", module.display());
-        let configuration = self.host.configuration().replace(&between(&real), &between(self.library));
-        self.host.write_secret("trousseau.toml", &configuration);
-        let mut command = self.host.command(&["serve", "--config"]);
-        command.arg(self.host.path("trousseau.toml")).stdin(Stdio::null());
-        command.env("TROUSSEAU_FAULT_MODULE", real).env("TROUSSEAU_FAULT_RULES", self.host.path("rules"));
-        let mut plugin = self.host.start(command);
-        plugin.wait_until("it is healthy", |plugin| plugin.status().is_ok());
-        plugin
-    }
-}
 
 /// What a request sees while the rules are on.
 #[derive(Clone, Copy)]
@@ -236,29 +195,5 @@ fn play(scenario: &Scenario, library: &Path) {
         eprintln!("{}: {call}: healed after {:?}", scenario.name, mended.elapsed());
         assert!(mended.elapsed() < HEALED_WITHIN, "{}: {call}: healed after {:?}", scenario.name, mended.elapsed());
         plugin.round_trip();
-    }
-}
-
-#[test]
-fn while_one_token_is_sick_its_replica_serves() {
-    let Some(library) = library() else { return };
-    let mut host = Host::new();
-    host.token.initialize(&["second"]);
-    let key = Key { value: Some(vec![7; 32]), wraps: false, ..Key::generated(b"shared", "trousseau-test") };
-    for token in ["trousseau", "second"] {
-        host.token.make_keys_in(token, std::slice::from_ref(&key));
-    }
-    host.extra = admit(b"shared");
-    host.tokens = r#""pkcs11:token=trousseau", "pkcs11:token=second""#.into();
-    let faults = Faults { host: &host, library: &library };
-    let mut plugin = faults.serve_healthy();
-    let (sealed, key_id) = plugin.round_trip();
-    for sick in ["trousseau", "second", "trousseau"] {
-        faults.set(&format!("* return CKR_DEVICE_ERROR token {sick}"));
-        // The other one was sick a moment ago.
-        plugin.wait_until("the other one is well", |plugin| plugin.decrypt(&sealed, &key_id).is_ok());
-        for _ in 0..10 {
-            plugin.round_trip();
-        }
     }
 }

@@ -10,17 +10,24 @@
     clippy::indexing_slicing
 )]
 
+mod caller;
+mod chaos;
 mod command_line;
 mod daemon;
 mod disk;
+mod fault_module;
 mod faults;
 mod foreign_input;
+mod hangs;
 mod keys;
 mod load;
 mod pin;
 mod plugin;
 mod providers;
+mod renewal;
+mod replicas;
 mod socket;
+mod supervisor;
 mod token;
 mod trickle;
 mod vectors;

@@ -1,0 +1,64 @@
+//! The module that makes faults (`tests/tokens/fault`, named by `TROUSSEAU_FAULT_LIB`), between the plugin and a host's
+//! token.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::{env, fs};
+
+use crate::plugin::{Host, Plugin};
+
+/// The module, and its rules.
+pub struct Faults<'a> {
+    pub host: &'a Host,
+    pub library: &'a Path,
+}
+
+/// The module that makes faults. `None`: it is not named; this says so.
+pub fn library() -> Option<PathBuf> {
+    const LACKS: &str = "TROUSSEAU_FAULT_LIB: what tests/tokens/build.sh fault prints";
+    let named = env::var_os("TROUSSEAU_FAULT_LIB").map(PathBuf::from);
+    if named.is_none() {
+        assert!(env::var_os("TROUSSEAU_TEST_REQUIRE").is_none(), "{LACKS}");
+        eprintln!("skipped: it lacks {LACKS}");
+    }
+    named
+}
+
+impl Faults<'_> {
+    /// From now on these are the rules.
+    pub fn set(&self, rules: &str) {
+        fs::write(self.host.path("rules.new"), rules).unwrap();
+        fs::rename(self.host.path("rules.new"), self.host.path("rules")).unwrap();
+    }
+
+    /// `serve` over the module.
+    pub fn command(&self) -> Command {
+        let real = self.host.token.family.module();
+        let between = |module: &Path| format!("module = \"{}\"", module.display());
+        let configuration = self.host.configuration().replace(&between(&real), &between(self.library));
+        self.host.write_secret("trousseau.toml", &configuration);
+        let mut command = self.host.command(&["serve", "--config"]);
+        command.arg(self.host.path("trousseau.toml")).stdin(Stdio::null());
+        command.env("TROUSSEAU_FAULT_MODULE", real).env("TROUSSEAU_FAULT_RULES", self.host.path("rules"));
+        command
+    }
+
+    /// The same, and the module writes down each call in this file of the host's.
+    pub fn command_with_log(&self, name: &str) -> Command {
+        let mut command = self.command();
+        command.env("TROUSSEAU_FAULT_LOG", self.host.path(name));
+        command
+    }
+
+    /// Starts a command that serves, and waits until it is healthy.
+    pub fn start_healthy(&self, command: Command) -> Plugin {
+        let mut plugin = self.host.start(command);
+        plugin.wait_until("it is healthy", |plugin| plugin.status().is_ok());
+        plugin
+    }
+
+    /// Starts `serve` over the module and waits until it is healthy.
+    pub fn serve_healthy(&self) -> Plugin {
+        self.start_healthy(self.command())
+    }
+}

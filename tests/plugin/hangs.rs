@@ -1,0 +1,183 @@
+//! Calls that do not return, and a module that crashes: nobody waits past a deadline, and what cannot be mended in the
+//! process is mended by a new one.
+
+use std::fs;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tonic::Code;
+use trousseau::service::client::ClientError;
+
+use crate::caller::{Caller, Load};
+use crate::fault_module::{Faults, library};
+use crate::plugin::Host;
+use crate::supervisor::Supervisor;
+
+const HANG: &str = "C_Encrypt hang\nC_Decrypt hang";
+/// The service's own deadline, with what a busy machine adds.
+const DEADLINE: Duration = Duration::from_millis(3_300);
+/// A Status beside calls that hang, and how soon it says so.
+const STATUS: Duration = Duration::from_secs(1);
+const NOTICED: Duration = Duration::from_secs(2);
+/// From the end of a process to the first answer of the next, the supervisor's half second included.
+const BACK: Duration = Duration::from_secs(2);
+/// From SIGTERM to the end: the deadline of what was accepted, and three seconds for the calls.
+const STOPPED: Duration = Duration::from_secs(8);
+
+fn host(sessions: usize) -> Host {
+    let mut host = Host::new().with_mode("gcm");
+    host.sessions = sessions;
+    host.generate("0s");
+    host
+}
+
+fn outage(answer: Result<(), ClientError>) -> Code {
+    match answer {
+        Err(ClientError::Answer { status, .. }) => status.code(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn when_no_call_returns_a_new_process_comes() {
+    let Some(library) = library() else { return };
+    let host = host(2);
+    let faults = Faults { host: &host, library: &library };
+    let supervisor = Supervisor::start(&host, &faults.command());
+    let mut caller = Caller::new(&supervisor.socket);
+    let (sealed, key_id) = caller.encrypt(b"a").unwrap();
+    faults.set(HANG);
+    let (began, ended) = (Instant::now(), AtomicBool::new(false));
+    let until_the_end = |ask: &dyn Fn(&mut Caller)| {
+        let mut caller = Caller::new(&supervisor.socket);
+        while !ended.load(Ordering::Relaxed) {
+            ask(&mut caller);
+        }
+    };
+    let noticed = Mutex::new(None);
+    let end = thread::scope(|scope| {
+        for _ in 0..6 {
+            scope.spawn(|| {
+                until_the_end(&|caller| {
+                    let asked = Instant::now();
+                    let answer = caller.encrypt(b"b").map(drop);
+                    // The last one may have been answered by the next process.
+                    if supervisor.ends().is_empty() {
+                        assert!(asked.elapsed() < DEADLINE, "an answer after {:?}: {answer:?}", asked.elapsed());
+                        let code = outage(answer);
+                        assert!(matches!(code, Code::DeadlineExceeded | Code::Unavailable), "{code:?}");
+                    }
+                    thread::sleep(Duration::from_millis(20)); // a peer, and no flood
+                });
+            });
+        }
+        scope.spawn(|| {
+            until_the_end(&|caller| {
+                let asked = Instant::now();
+                let status = caller.status();
+                if supervisor.ends().is_empty() {
+                    assert!(asked.elapsed() < STATUS, "a Status after {:?}", asked.elapsed());
+                    match status {
+                        Ok(_) => assert!(asked - began < NOTICED, "well after {:?}", asked - began),
+                        Err(_) => drop(noticed.lock().unwrap().get_or_insert(asked - began)),
+                    }
+                }
+                thread::sleep(Duration::from_millis(20));
+            });
+        });
+        let end = supervisor.end_after(0);
+        ended.store(true, Ordering::Relaxed);
+        faults.set("");
+        end
+    });
+    assert_eq!(end.status.code(), Some(69));
+    assert!(supervisor.log().contains("4 calls do not return"), "the log says why");
+    eprintln!("hang: noticed {:?}, left after {:?}", noticed.lock().unwrap(), end.at - began);
+    is_back("hang", &supervisor, end.at, &sealed, &key_id);
+}
+
+#[test]
+fn when_the_module_crashes_a_new_process_comes() {
+    let Some(library) = library() else { return };
+    let host = host(2);
+    let faults = Faults { host: &host, library: &library };
+    let supervisor = Supervisor::start(&host, &faults.command());
+    let mut caller = Caller::new(&supervisor.socket);
+    let (sealed, key_id) = caller.encrypt(b"a").unwrap();
+    for crash in 0..3 {
+        faults.set("C_Encrypt crash");
+        thread::scope(|scope| {
+            // It sees an error, or is answered by the next process.
+            scope.spawn(|| drop(Caller::new(&supervisor.socket).encrypt(b"b")));
+            let end = supervisor.end_after(crash);
+            faults.set("");
+            assert_eq!(end.status.signal(), Some(6), "{end:?}");
+            is_back("crash", &supervisor, end.at, &sealed, &key_id);
+        });
+    }
+}
+
+/// The next process is well, and opens what the one before has sealed.
+fn is_back(what: &str, supervisor: &Supervisor, ended: Instant, sealed: &[u8], key_id: &str) {
+    let mut caller = Caller::new(&supervisor.socket);
+    while let Err(error) = caller.encrypt(b"c") {
+        assert!(ended.elapsed() < BACK, "{what}: {error}");
+    }
+    eprintln!("{what}: back {:?} after the end", ended.elapsed());
+    assert!(ended.elapsed() < BACK, "{what}: back after {:?}", ended.elapsed());
+    assert_eq!(caller.decrypt(sealed, key_id).unwrap(), b"a");
+}
+
+#[test]
+fn a_session_whose_call_hangs_is_replaced_until_it_returns() {
+    let Some(library) = library() else { return };
+    let host = host(4);
+    let faults = Faults { host: &host, library: &library };
+    let mut plugin = faults.serve_healthy();
+    let socket = plugin.socket.clone();
+    let requests = (Mutex::default(), AtomicBool::new(false));
+    thread::scope(|scope| {
+        let load = Load::begin(scope, &requests, &socket, 4);
+        load.goes_on(400);
+        let before = threads(plugin.pid());
+        faults.set("C_Encrypt hang times 1");
+        plugin.wait_until("it is replaced", |plugin| {
+            plugin.log().contains("a call does not return: another session takes its place")
+        });
+        load.goes_on(400);
+        plugin.status().unwrap();
+        faults.set("");
+        plugin.wait_until("the one too many ends", |plugin| threads(plugin.pid()) <= before);
+        let failed: Vec<_> = load.end().into_iter().filter(|request| request.outcome.is_err()).collect();
+        assert_eq!(failed.len(), 1, "{failed:?}");
+        assert!(failed[0].took < DEADLINE, "{failed:?}");
+    });
+}
+
+fn threads(pid: u32) -> usize {
+    fs::read_dir(Path::new("/proc").join(pid.to_string()).join("task")).unwrap().count()
+}
+
+#[test]
+fn sigterm_ends_a_process_whose_calls_hang() {
+    let Some(library) = library() else { return };
+    let host = host(2);
+    let faults = Faults { host: &host, library: &library };
+    let mut plugin = faults.serve_healthy();
+    faults.set(HANG);
+    thread::scope(|scope| {
+        for _ in 0..3 {
+            let mut caller = Caller::new(&plugin.socket);
+            scope.spawn(move || assert_eq!(outage(caller.encrypt(b"b").map(drop)), Code::DeadlineExceeded));
+        }
+        plugin.wait_until("they hang", |plugin| plugin.status().is_err());
+        let began = Instant::now();
+        assert_eq!(plugin.stop().code(), Some(0));
+        eprintln!("SIGTERM while calls hang: {:?}", began.elapsed());
+        assert!(began.elapsed() < STOPPED, "{:?}", began.elapsed());
+    });
+}

@@ -1,0 +1,120 @@
+//! Tokens that are replicas of each other: while one is sick the other serves, and nobody sees it.
+
+use std::fs;
+use std::os::unix::net::UnixDatagram;
+use std::sync::Mutex;
+use std::sync::atomic::AtomicBool;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::caller::{Load, Request};
+use crate::fault_module::{Faults, library};
+use crate::plugin::{Host, admit};
+use crate::token::Key;
+
+/// What a replica's sickness may add to a request: the least patience is 50 ms, the rest is a busy machine's.
+const FAILOVER: Duration = Duration::from_millis(500);
+/// A replica that is well again is asked again after so long.
+const USED_AGAIN: Duration = Duration::from_secs(1);
+
+/// Two tokens in one module, with one KEK.
+pub fn host() -> Host {
+    let mut host = empty_host();
+    let key = Key { value: Some(vec![7; 32]), wraps: false, ..Key::generated(b"shared", "trousseau-test") };
+    for token in ["trousseau", "second"] {
+        host.token.make_keys_in(token, std::slice::from_ref(&key));
+    }
+    host.extra = admit(b"shared");
+    host
+}
+
+fn empty_host() -> Host {
+    let mut host = Host::new();
+    host.token.initialize(&["second"]);
+    host.tokens = r#""pkcs11:token=trousseau", "pkcs11:token=second""#.into();
+    host
+}
+
+#[test]
+fn while_one_token_is_sick_its_replica_serves() {
+    let Some(library) = library() else { return };
+    let host = host();
+    let faults = Faults { host: &host, library: &library };
+    let mut plugin = faults.serve_healthy();
+    let (sealed, key_id) = plugin.round_trip();
+    for sick in ["trousseau", "second", "trousseau"] {
+        faults.set(&format!("* return CKR_DEVICE_ERROR token {sick}"));
+        // The other one was sick a moment ago.
+        plugin.wait_until("the other one is well", |plugin| plugin.decrypt(&sealed, &key_id).is_ok());
+        for _ in 0..10 {
+            plugin.round_trip();
+        }
+    }
+}
+
+#[test]
+fn under_load_a_token_that_fails_or_hangs_fails_no_request_and_is_used_again() {
+    let Some(library) = library() else { return };
+    for rules in [
+        "* return CKR_DEVICE_ERROR token trousseau",
+        "C_Encrypt hang token trousseau\nC_Decrypt hang token trousseau",
+        "C_EncryptInit return CKR_SESSION_HANDLE_INVALID token trousseau",
+        "* delay 200ms token trousseau",
+    ] {
+        play(rules, &Faults { host: &host(), library: &library });
+    }
+}
+
+fn play(rules: &str, faults: &Faults) {
+    const CALLS: &str = "calls";
+    let mut plugin = faults.start_healthy(faults.command_with_log(CALLS));
+    let calls = || fs::read_to_string(faults.host.path(CALLS)).unwrap();
+    let used_after = |place: usize| calls()[place..].contains("C_Encrypt trousseau CKR_OK");
+    let socket = plugin.socket.clone();
+    let requests = (Mutex::default(), AtomicBool::new(false));
+    let slowest = |requests: &[Request]| requests.iter().map(|request| request.took).max().unwrap();
+    thread::scope(|scope| {
+        let load = Load::begin(scope, &requests, &socket, 8);
+        plugin.wait_until("the first token is used", |_| used_after(0));
+        load.goes_on(800);
+        let sick = Instant::now();
+        faults.set(rules);
+        thread::sleep(Duration::from_secs(1)); // of load
+        let place = calls().len();
+        let mended = Instant::now();
+        faults.set("");
+        plugin.wait_until("it is used again", |_| used_after(place));
+        let used_again = mended.elapsed();
+        load.goes_on(100);
+        let (before, after): (Vec<_>, Vec<_>) = load.end().into_iter().partition(|request| request.at < sick);
+        let (usual, slow) = (slowest(&before), slowest(&after));
+        eprintln!("{rules:?}: slowest {usual:?}, with the fault {slow:?}; used again after {used_again:?}");
+        let failed: Vec<_> = before.iter().chain(&after).filter(|request| request.outcome.is_err()).collect();
+        assert!(failed.is_empty(), "{rules}: {failed:?}");
+        assert!(slow < usual + FAILOVER, "{rules}: {slow:?} instead of {usual:?}");
+        assert!(used_again < USED_AGAIN, "{rules}: used again after {used_again:?}");
+    });
+}
+
+#[test]
+fn a_replica_that_lacks_the_kek_is_named_before_it_is_needed() {
+    let host = empty_host();
+    host.generate("0s"); // in the first one only
+    let heard = UnixDatagram::bind(host.path("notify.sock")).unwrap();
+    heard.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut command = host.command(&["serve", "--config"]);
+    command.arg(host.write_configuration()).env("NOTIFY_SOCKET", host.path("notify.sock"));
+    let mut plugin = host.start(command);
+    plugin.wait_until("the log names it", |plugin| {
+        plugin.log().lines().any(|line| line.contains("replicas are not alike") && line.contains("token=second"))
+    });
+    let mut message = [0; 4096];
+    loop {
+        let length = heard.recv(&mut message).expect("systemd hears of it");
+        let said = String::from_utf8_lossy(&message[..length]);
+        if said.contains("STATUS=serving") && said.contains("pkcs11:token=second of provider hsm lacks KEK") {
+            break;
+        }
+    }
+    plugin.round_trip();
+}
