@@ -4,6 +4,7 @@ use std::env;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -141,6 +142,33 @@ impl Machine {
             "systemd-run --pipe --wait --quiet -p User=trousseau -p StateDirectory=trousseau \
              -p LoadCredential=pin:/etc/trousseau/pin -p SupplementaryGroups=softhsm {command}"
         ));
+    }
+
+    /// Has all of its processes stand still, while its clocks go on.
+    pub fn freeze(&self) {
+        self.docker("pause");
+    }
+
+    pub fn thaw(&self) {
+        self.docker("unpause");
+    }
+
+    fn docker(&self, verb: &str) {
+        let done = Command::new("docker").args([verb, self.container.id()]).output().unwrap();
+        assert!(done.status.success(), "docker {verb}: {}", String::from_utf8_lossy(&done.stderr));
+    }
+
+    /// Takes the tokens away, or brings them back.
+    pub fn move_tokens(&self, away: bool) {
+        let mut places = [self.tokens.clone(), self.directory.path().join("away")];
+        if !away {
+            places.reverse();
+        }
+        fs::create_dir_all(&places[1]).unwrap();
+        for token in fs::read_dir(&places[0]).unwrap() {
+            let token = token.unwrap();
+            fs::rename(token.path(), places[1].join(token.file_name())).unwrap();
+        }
     }
 
     /// What the script printed, both streams.

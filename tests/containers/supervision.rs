@@ -1,5 +1,8 @@
 //! What systemd does with the service, while requests come in.
 
+use std::thread;
+use std::time::{Duration, Instant};
+
 use crate::load::{Load, WORKERS};
 use crate::machine::{Machine, configuration, image};
 
@@ -43,6 +46,50 @@ fn a_service_that_stands_still_is_replaced() {
     });
     machine.wait_until("the plugin is well", |machine| machine.status().is_ok());
     assert!(machine.journal().contains("Watchdog timeout"));
+}
+
+/// A host that was suspended, or a token that was away, is of use again after so long.
+const HEALED_WITHIN: Duration = Duration::from_secs(2);
+
+#[test]
+fn a_host_that_stood_still_goes_on() {
+    let Some(image) = image() else { return };
+    let machine = Machine::boot_with_token(&image);
+    // Shorter than a request's deadline, longer than that, and longer than the watchdog's.
+    for (still, late) in [(1, 0), (4, 1), (12, 4)] {
+        let load = Load::begin(machine.socket());
+        machine.freeze();
+        thread::sleep(Duration::from_secs(still));
+        machine.thaw();
+        heals(&machine, &format!("after {still} s of standing still"));
+        load.goes_on();
+        let failures = load.end();
+        eprintln!("{} failed", failures.len());
+        assert!(failures.len() <= late * WORKERS, "{still} s: {failures:?}");
+    }
+}
+
+#[test]
+fn a_token_that_was_away_is_used_again() {
+    let Some(image) = image() else { return };
+    let machine = Machine::boot_with_token(&image);
+    let load = Load::begin(machine.socket());
+    for _ in 0..3 {
+        machine.move_tokens(true);
+        machine.wait_until("it is missed", |machine| machine.status().is_err());
+        machine.move_tokens(false);
+        heals(&machine, "after the token was away");
+        load.goes_on();
+    }
+    eprintln!("{} failed", load.end().len());
+    assert_eq!(machine.show("NRestarts"), "0");
+}
+
+fn heals(machine: &Machine, what: &str) {
+    let began = Instant::now();
+    machine.wait_until("the plugin is well", |machine| machine.status().is_ok());
+    eprintln!("{what}: well after {:?}", began.elapsed());
+    assert!(began.elapsed() < HEALED_WITHIN, "{what}: well after {:?}", began.elapsed());
 }
 
 #[test]

@@ -27,15 +27,11 @@ use crate::supervisor::Supervisor;
 /// that flips on its way out, which nobody can notice before it is opened; and a login that fails for no reason given,
 /// after which the PIN is held back for a person to look at.
 const RULES: &[&str] = &[
-    "* return CKR_DEVICE_ERROR probability 0.2",
-    "* return CKR_DEVICE_REMOVED probability 0.05",
     "* return CKR_TOKEN_NOT_PRESENT",
     "* return CKR_DEVICE_REMOVED token trousseau",
     "* return CKR_SESSION_HANDLE_INVALID probability 0.05",
     "C_Encrypt return CKR_GENERAL_ERROR",
     "C_Encrypt return CKR_DEVICE_MEMORY probability 0.5\nC_Decrypt return CKR_HOST_MEMORY probability 0.5",
-    "C_Encrypt return CKR_FUNCTION_FAILED probability 0.3\nC_Decrypt return CKR_FUNCTION_FAILED probability 0.3",
-    "C_Decrypt return 0x80000201 probability 0.5\nC_Encrypt return 0x80000201 probability 0.5",
     "C_EncryptInit return CKR_SESSION_CLOSED probability 0.5\nC_DecryptInit return CKR_SESSION_CLOSED probability 0.5",
     "C_EncryptInit return CKR_USER_NOT_LOGGED_IN probability 0.2\nC_Login delay 300ms",
     "C_EncryptInit return CKR_OPERATION_ACTIVE probability 0.3",
@@ -47,7 +43,6 @@ const RULES: &[&str] = &[
     "C_GetSlotList empty\nC_EncryptInit return CKR_DEVICE_REMOVED times 3",
     "C_Initialize return CKR_GENERAL_ERROR\nC_EncryptInit return CKR_DEVICE_REMOVED times 3",
     "C_Finalize return CKR_GENERAL_ERROR\nC_DecryptInit return CKR_DEVICE_REMOVED times 1",
-    "C_CloseSession return CKR_DEVICE_ERROR\nC_DecryptInit return CKR_DEVICE_REMOVED probability 0.1",
     "C_Login delay 500ms..2s\nC_EncryptInit return CKR_DEVICE_REMOVED times 1",
     "C_Encrypt delay 1ms..50ms\nC_Decrypt delay 1ms..50ms",
     "* delay 1ms..200ms probability 0.2",
@@ -59,8 +54,14 @@ const RULES: &[&str] = &[
     "C_OpenSession hang\nC_EncryptInit return CKR_SESSION_HANDLE_INVALID probability 0.1",
 ];
 
-/// A token that says of a good ciphertext that it is none, or opens it to something else. The plugin believes that.
+/// Under these a good ciphertext may be called a bad one: the token says so, or opens it to something else, or fails
+/// and works by turns as it would with a bad one and the KEK's reference.
 const LIES: &[&str] = &[
+    "* return CKR_DEVICE_ERROR probability 0.2",
+    "* return CKR_DEVICE_REMOVED probability 0.05",
+    "C_Encrypt return CKR_FUNCTION_FAILED probability 0.3\nC_Decrypt return CKR_FUNCTION_FAILED probability 0.3",
+    "C_Decrypt return 0x80000201 probability 0.5\nC_Encrypt return 0x80000201 probability 0.5",
+    "C_CloseSession return CKR_DEVICE_ERROR\nC_DecryptInit return CKR_DEVICE_REMOVED probability 0.1",
     "C_Decrypt return CKR_ENCRYPTED_DATA_INVALID probability 0.3",
     "C_Decrypt return CKR_DATA_INVALID",
     "C_Decrypt flip probability 0.3",
