@@ -63,6 +63,15 @@ impl Caller {
     }
 }
 
+/// Ends what goes on until this is true. A test that fails drops it too, and its scope need not wait for ever.
+pub struct Ends<'a>(pub &'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// A round trip, an Encrypt and a Decrypt, of a [`Load`].
 #[derive(Debug)]
 pub struct Request {
@@ -75,7 +84,7 @@ pub struct Request {
 pub struct Load<'scope> {
     threads: Vec<ScopedJoinHandle<'scope, ()>>,
     done: &'scope Mutex<Vec<Request>>,
-    ends: &'scope AtomicBool,
+    ends: Ends<'scope>,
 }
 
 impl<'scope> Load<'scope> {
@@ -95,7 +104,7 @@ impl<'scope> Load<'scope> {
             }
             assert_eq!(caller.again, 0, "the service closed a connection");
         };
-        Self { threads: (0..callers).map(|_| scope.spawn(work)).collect(), done, ends }
+        Self { threads: (0..callers).map(|_| scope.spawn(work)).collect(), done, ends: Ends(ends) }
     }
 
     /// Waits until so many more are done.
@@ -122,7 +131,7 @@ impl<'scope> Load<'scope> {
 
     /// Waits for the last answers.
     pub fn end(self) -> Vec<Request> {
-        self.ends.store(true, Ordering::Relaxed);
+        drop(self.ends);
         self.threads.into_iter().for_each(|thread| thread.join().unwrap());
         std::mem::take(&mut self.done.lock().unwrap())
     }

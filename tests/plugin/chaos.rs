@@ -16,7 +16,7 @@ use rustix::fs::{CWD, Mode, mkfifoat};
 use tonic::Code;
 use trousseau::service::client::ClientError;
 
-use crate::caller::Caller;
+use crate::caller::{Caller, Ends};
 use crate::fault_module::{Faults, library};
 use crate::plugin::Host;
 use crate::renewal::rss_kib;
@@ -109,34 +109,19 @@ fn play(what: &'static str, host: &Host) {
     let lies = Mutex::new(None);
     thread::scope(|scope| {
         let (socket, ends, lies) = (&supervisor.socket, &ends, &lies);
+        let until_then = Ends(ends);
         let callers: Vec<_> =
             (0..CALLERS).map(|n| scope.spawn(move || Peer::new(socket, lies, seed, n as u64).work(ends))).collect();
         thread::sleep(Duration::from_secs(2)); // of load: it is warm then
         let warm = Size::of(pid());
-        let mut dice = Dice(seed);
-        let began = Instant::now();
-        while began.elapsed() < Duration::from_secs(seconds) {
-            let place = dice.below((RULES.len() + LIES.len()) as u64) as usize;
-            let rules = RULES.get(place).unwrap_or_else(|| &LIES[place - RULES.len()]);
-            let stay = dice.between(SHORTEST, LONGEST);
-            if place >= RULES.len() {
-                *lies.lock().unwrap() = Some(Instant::now() + stay + ECHO);
-            }
-            faults.set(&format!("seed {}\n{rules}", dice.next()));
-            thread::sleep(stay);
-            if dice.below(3) == 0 {
-                faults.set("");
-                thread::sleep(dice.between(SHORTEST, LONGEST));
-            }
-        }
-        faults.set("");
+        trouble(&faults, &mut Dice(seed), lies, Duration::from_secs(seconds));
         let healed = healed_after(socket);
         assert!(healed < HEALED_WITHIN, "{what}: healed after {healed:?}");
         let most = open_at_most(host);
         renew(&faults, &open, most);
         wait_for("the threads too many end", || (Size::of(pid()).threads <= warm.threads).then_some(()));
         let last = Size::of(pid());
-        ends.store(true, Ordering::Relaxed);
+        drop(until_then);
         let peers: Vec<_> = callers.into_iter().map(|caller| caller.join().unwrap()).collect();
         let sealed: usize = peers.iter().map(|peer| peer.sealed.len()).sum();
         let opening = peers.into_iter().map(|peer| scope.spawn(|| peer.open_all()));
@@ -152,6 +137,26 @@ fn play(what: &'static str, host: &Host) {
         assert!(left.iter().all(|end| end.status.code() == Some(69)), "{left:?}");
         assert!(last.rss_kib < warm.rss_kib + GROWTH_KIB, "{what}: {warm:?} before, {last:?} after");
     });
+}
+
+/// Makes faults for so long, and leaves none.
+fn trouble(faults: &Faults, dice: &mut Dice, lies: &Mutex<Option<Instant>>, time: Duration) {
+    let began = Instant::now();
+    while began.elapsed() < time {
+        let place = dice.below((RULES.len() + LIES.len()) as u64) as usize;
+        let rules = RULES.get(place).unwrap_or_else(|| &LIES[place - RULES.len()]);
+        let stay = dice.between(SHORTEST, LONGEST);
+        if place >= RULES.len() {
+            *lies.lock().unwrap() = Some(Instant::now() + stay + ECHO);
+        }
+        faults.set(&format!("seed {}\n{rules}", dice.next()));
+        thread::sleep(stay);
+        if dice.below(3) == 0 {
+            faults.set("");
+            thread::sleep(dice.between(SHORTEST, LONGEST));
+        }
+    }
+    faults.set("");
 }
 
 /// How soon Status and a round trip are well again.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use tonic::Code;
 use trousseau::service::client::ClientError;
 
-use crate::caller::{Caller, Load};
+use crate::caller::{Caller, Ends, Load};
 use crate::fault_module::{Faults, library};
 use crate::plugin::Host;
 use crate::supervisor::Supervisor;
@@ -60,6 +60,7 @@ fn when_no_call_returns_a_new_process_comes() {
     };
     let noticed = Mutex::new(None);
     let end = thread::scope(|scope| {
+        let _ends = Ends(&ended);
         for _ in 0..6 {
             scope.spawn(|| {
                 until_the_end(&|caller| {
@@ -90,7 +91,6 @@ fn when_no_call_returns_a_new_process_comes() {
             });
         });
         let end = supervisor.end_after(0);
-        ended.store(true, Ordering::Relaxed);
         faults.set("");
         end
     });
