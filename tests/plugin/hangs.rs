@@ -144,7 +144,8 @@ fn a_session_whose_call_hangs_is_replaced_until_it_returns() {
         let load = Load::begin(scope, &requests, &socket, 4);
         load.goes_on(400);
         let before = threads(plugin.pid());
-        faults.set("C_Encrypt hang times 1");
+        // One hangs where the plugin calls a quick token itself, the other in a session thread.
+        faults.set("C_Encrypt hang times 2");
         plugin.wait_until("it is replaced", |plugin| {
             plugin.log().contains("a call does not return: another session takes its place")
         });
@@ -153,8 +154,8 @@ fn a_session_whose_call_hangs_is_replaced_until_it_returns() {
         faults.set("");
         plugin.wait_until("the one too many ends", |plugin| threads(plugin.pid()) <= before);
         let failed: Vec<_> = load.end().into_iter().filter(|request| request.outcome.is_err()).collect();
-        assert_eq!(failed.len(), 1, "{failed:?}");
-        assert!(failed[0].took < DEADLINE, "{failed:?}");
+        assert_eq!(failed.len(), 2, "{failed:?}");
+        assert!(failed.iter().all(|request| request.took < DEADLINE), "{failed:?}");
     });
 }
 
