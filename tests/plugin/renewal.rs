@@ -6,8 +6,8 @@ use std::sync::atomic::AtomicBool;
 use std::thread;
 
 use crate::caller::Load;
-use crate::plugin::Host;
-use crate::token::Family;
+use crate::plugin::{Host, admit};
+use crate::token::{Family, Key};
 
 /// Two objects each, of which SoftHSM leaks some 250 bytes: without a renewal, 12 MiB after it is warm.
 const ROUND_TRIPS: usize = 30_000;
@@ -16,6 +16,15 @@ const GROWTH_KIB: u64 = 6 * 1024;
 
 #[test]
 fn a_module_that_leaks_is_renewed_and_nobody_sees_it() {
+    is_renewed(false);
+}
+
+#[test]
+fn a_module_of_two_tokens_is_renewed_when_both_give_it_up() {
+    is_renewed(true);
+}
+
+fn is_renewed(replicas: bool) {
     let mut host = Host::new().with_mode("wrapkey");
     if host.token.family != Family::SoftHsm {
         eprintln!("skipped: only SoftHSM leaks so");
@@ -23,7 +32,17 @@ fn a_module_that_leaks_is_renewed_and_nobody_sees_it() {
     }
     host.sessions = 4;
     host.write_profile("renew-after = 5000");
-    host.generate("0s");
+    if replicas {
+        host.token.initialize(&["second"]);
+        let key = Key { value: Some(vec![7; 32]), ..Key::generated(b"shared", "trousseau-test") };
+        for token in ["trousseau", "second"] {
+            host.token.make_keys_in(token, std::slice::from_ref(&key));
+        }
+        host.extra = admit(b"shared");
+        host.tokens = r#""pkcs11:token=trousseau", "pkcs11:token=second""#.into();
+    } else {
+        host.generate("0s");
+    }
     let plugin = host.serve_healthy_and_talkative();
     let socket = plugin.socket.clone();
     let requests = (Mutex::default(), AtomicBool::new(false));

@@ -195,9 +195,13 @@ impl Connected {
         self.objects.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Objects that were made through it.
-    pub(super) fn objects(&self) -> u64 {
-        self.objects.load(Ordering::Relaxed)
+    /// Whether it is to be given up for a moment: because so many objects were made through it, or because somebody
+    /// else who uses the library says so.
+    pub(super) fn is_to_be_renewed(&self, limit: Option<u64>) -> bool {
+        if limit.is_some_and(|limit| self.objects.load(Ordering::Relaxed) >= limit) {
+            self.in_use.renew();
+        }
+        self.in_use.is_renewed()
     }
 
     /// The KEKs that were used through this connection. One that is then not to be found means that the token is

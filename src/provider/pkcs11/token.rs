@@ -251,8 +251,7 @@ impl Token {
                 tracing::warn!(token = self.link.name, "a call does not return: another session takes its place");
                 let _no_thread = self.start_worker(running);
             }
-            let objects = self.link.connected().map_or(0, |connected| connected.objects());
-            if self.renew_after.is_some_and(|limit| objects >= limit) {
+            if self.link.connected().is_some_and(|connected| connected.is_to_be_renewed(self.renew_after)) {
                 self.link.is_renewed();
                 self.pool.give_up_sessions();
                 return;
