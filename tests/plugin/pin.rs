@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::fault_module::{Faults, library};
 use crate::plugin::{Host, Plugin};
 use crate::token::{Family, PIN};
 
@@ -177,6 +178,27 @@ fn three_hosts_with_one_wrong_pin_do_not_lock_the_token() {
         wait_until_status_says(&mut host.serve(), words);
     }
     assert_counted(&first, 3..=3);
+}
+
+#[test]
+fn three_hosts_that_start_again_and_again_do_not_lock_a_token_of_three_tries() {
+    let Some(library) = library() else { return };
+    let first = host_with_wrong_pin();
+    let counted = first.path("counted");
+    for host in [&first, &first.other_host(), &first.other_host()] {
+        host.write_secret("pin", WRONG);
+        let faults = Faults { host, library: &library };
+        faults.set("C_Login lock-after 3");
+        for _ in 0..3 {
+            let mut command = faults.command();
+            command.env("TROUSSEAU_FAULT_PIN_COUNT", &counted);
+            let mut plugin = host.start(command);
+            wait_until_status_says(&mut plugin, "trousseau pin retry");
+            plugin.kill();
+        }
+    }
+    let counted = fs::read_to_string(counted).unwrap();
+    assert!(counted.starts_with("1 "), "{counted}");
 }
 
 #[test]
