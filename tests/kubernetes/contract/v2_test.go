@@ -182,16 +182,16 @@ func v2PlaintextLimits(t *testing.T, c v2) {
 	c.opens(atLimit, make([]byte, limit))
 	t.Logf("%d bytes of plaintext are the limit: %d of ciphertext", limit, len(atLimit.Ciphertext))
 
-	for _, size := range []int{limit + 1, maximumCiphertext, maximumCiphertext + 1, 3 << 20} {
+	for _, size := range []int{limit + 1, maximumCiphertext, maximumCiphertext + 1, 100_000} {
 		_, err := encrypt(size)
 		answer := dataAtFault(t, fmt.Sprintf("%d bytes", size), err, codes.InvalidArgument)
 		if !strings.Contains(answer.Message(), strconv.Itoa(limit)) {
 			t.Errorf("the refusal of %d bytes does not say the limit %d: %q", size, limit, answer.Message())
 		}
 	}
-	// More than a gRPC message may hold: refused before it is a request, in whatever code; the connection lives.
-	if _, err := encrypt(5 << 20); err == nil {
-		t.Error("a message of 5 MiB was answered")
+	// More than a message may hold (128 KiB): refused before it is a request, in whatever code; the connection lives.
+	if _, err := encrypt(3 << 20); err == nil {
+		t.Error("a message of 3 MiB was answered")
 	}
 	c.opens(c.encrypt([]byte("after")), []byte("after"))
 }
@@ -216,7 +216,7 @@ func v2RefusedDecrypts(t *testing.T, c v2) {
 		{"random bytes", &api.DecryptRequest{Ciphertext: harness.RandomBytes(len(good.Ciphertext)), KeyId: good.KeyId}, codes.InvalidArgument},
 		{"zeros", &api.DecryptRequest{Ciphertext: make([]byte, len(good.Ciphertext)), KeyId: good.KeyId}, codes.InvalidArgument},
 		{"ciphertext over the limit", &api.DecryptRequest{Ciphertext: make([]byte, maximumCiphertext+1), KeyId: good.KeyId}, codes.InvalidArgument},
-		{"ciphertext of 3 MiB", &api.DecryptRequest{Ciphertext: make([]byte, 3<<20), KeyId: good.KeyId}, codes.InvalidArgument},
+		{"ciphertext of 100 kB", &api.DecryptRequest{Ciphertext: make([]byte, 100_000), KeyId: good.KeyId}, codes.InvalidArgument},
 	} {
 		_, err := c.decrypt(refused.request)
 		answer := dataAtFault(t, refused.name, err, refused.want)
