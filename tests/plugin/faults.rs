@@ -111,6 +111,14 @@ const SCENARIOS: &[Scenario] = &[
         decrypt: Nothing,
     },
     Scenario {
+        name: "the token calls the KEK's own values damaged",
+        mode: "gcm",
+        rules: "C_{}Init return CKR_SESSION_HANDLE_INVALID times 1
+                C_Decrypt return CKR_ENCRYPTED_DATA_INVALID times 3",
+        encrypt: Nothing,
+        decrypt: Nothing,
+    },
+    Scenario {
         name: "the token has one session for us and one for the login",
         mode: "gcm",
         rules: "C_{}Init return CKR_SESSION_CLOSED times 1

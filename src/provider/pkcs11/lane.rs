@@ -49,10 +49,7 @@ impl Lane {
     pub(super) fn wrap(&mut self, kek: &KekSpec, dek: &Dek) -> Result<Vec<u8>, CallError> {
         let handle = self.handle(kek)?;
         self.count(kek);
-        mechanism::wrap(kek.mode, &self.session, handle, kek.identity, dek).map_err(|error| match self.class(&error) {
-            Class::BadInput => error.settled(Class::Doubtful), // nothing foreign went in
-            _ => error,
-        })
+        mechanism::wrap(kek.mode, &self.session, handle, kek.identity, dek).map_err(|error| self.of_our_own(error))
     }
 
     /// Unwraps a DEK that the KEK is said to have wrapped.
@@ -92,14 +89,27 @@ impl Lane {
         if let Some(handle) = self.handles.get(&kek.identity) {
             return Ok(*handle);
         }
+        let handle = self.find_recognised(kek).map_err(|error| self.of_our_own(error))?;
+        self.handles.insert(kek.identity, handle);
+        self.connected.proved().insert(kek.identity);
+        Ok(handle)
+    }
+
+    fn find_recognised(&self, kek: &KekSpec) -> Result<ObjectHandle, CallError> {
         let handle = self.find(kek)?;
         match self.reference(kek)? {
             Some(reference) => self.recognise(kek, handle, &reference)?,
             None => self.make_reference(kek, handle)?,
         }
-        self.handles.insert(kek.identity, handle);
-        self.connected.proved().insert(kek.identity);
         Ok(handle)
+    }
+
+    /// Nothing foreign went in: what the token calls damaged is its own doing.
+    fn of_our_own(&self, error: CallError) -> CallError {
+        match self.class(&error) {
+            Class::BadInput => error.settled(Class::Doubtful),
+            _ => error,
+        }
     }
 
     fn find(&self, kek: &KekSpec) -> Result<ObjectHandle, CallError> {
