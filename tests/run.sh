@@ -110,11 +110,12 @@ warm_up() {
 
 go_arguments=(-short -timeout 20m)
 fuzz_seconds=20
-export TROUSSEAU_CHAOS_SECONDS=60
+# A minute of the same faults each time; the long run draws new ones, and prints the seed that repeats them.
+chaos=(TROUSSEAU_CHAOS_SECONDS=60 TROUSSEAU_CHAOS_SEED="${TROUSSEAU_CHAOS_SEED:-20261124}")
 if $long; then
     go_arguments=(-timeout 3h)
     fuzz_seconds=600
-    TROUSSEAU_CHAOS_SECONDS=600
+    chaos=(TROUSSEAU_CHAOS_SECONDS=600)
 fi
 
 rust_tests() {
@@ -122,7 +123,7 @@ rust_tests() {
     export TROUSSEAU_FAULT_LIB
     cargo test --locked --no-fail-fast -- --skip chaos
     # By itself, since others measure times.
-    cargo test --locked --test plugin -- --nocapture chaos
+    env "${chaos[@]}" cargo test --locked --test plugin -- --nocapture chaos
     # Soaks are ignored tests with "soak" in their names.
     if $long; then cargo test --locked --no-fail-fast -- --ignored soak; fi
 }
