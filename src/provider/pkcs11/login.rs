@@ -342,18 +342,21 @@ mod tests {
         }
     }
 
-    #[test]
-    fn every_answer_leaves_the_record_that_it_should() {
-        let directory = tempfile::tempdir().unwrap();
-        let state = Arc::new(State::open(directory.path()).unwrap());
-        let latch = Latch {
-            state,
+    fn latch(directory: &tempfile::TempDir) -> Latch {
+        Latch {
+            state: Arc::new(State::open(directory.path()).unwrap()),
             name: "pin-0".into(),
             token: "t".into(),
             pin_file: "/pin".into(),
             codes: Codes::default(),
             settling: Mutex::default(),
-        };
+        }
+    }
+
+    #[test]
+    fn every_answer_leaves_the_record_that_it_should() {
+        let directory = tempfile::tempdir().unwrap();
+        let latch = latch(&directory);
         let other = RefusedPin { hash: Some("bb".into()), at: now(), answer: Some("no".into()), again: false };
         let tried = RefusedPin { hash: Some("aa".into()), answer: None, again: true, ..other.clone() };
         let settle = |known: &[RefusedPin], answer: Result<(), RvError>| {
@@ -386,15 +389,7 @@ mod tests {
     #[test]
     fn a_token_that_blames_something_else_than_a_pin_that_has_worked_and_counts_none_says_nothing_of_it() {
         let directory = tempfile::tempdir().unwrap();
-        let state = Arc::new(State::open(directory.path()).unwrap());
-        let latch = Latch {
-            state,
-            name: "pin-0".into(),
-            token: "t".into(),
-            pin_file: "/pin".into(),
-            codes: Codes::default(),
-            settling: Mutex::default(),
-        };
+        let latch = latch(&directory);
         let tried = RefusedPin { hash: Some("aa".into()), at: now(), answer: None, again: true };
         for (worked, counts_none, code, is_kept) in [
             (true, true, RvError::DeviceError, false),

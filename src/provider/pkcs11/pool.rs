@@ -158,20 +158,24 @@ impl Pool {
         calls > 0 && Instant::now() + self.pace.average().saturating_mul(calls) > deadline
     }
 
-    /// Workers that are to be started, so that as many are at work as there should be. With twice as many sessions as
-    /// are configured there is an end to that.
+    /// Worker threads at most, those whose call does not return among them.
+    pub(super) fn most_workers(&self) -> usize {
+        2 * self.sessions
+    }
+
+    /// Workers that are to be started, so that as many are at work as there should be.
     pub(super) fn missing_workers(&self) -> usize {
         if self.is_closed() {
             return 0;
         }
         let workers = self.workers.load(Ordering::Relaxed);
-        let wanted = (self.sessions + self.pace.stuck()).min(2 * self.sessions);
+        let wanted = (self.sessions + self.pace.stuck()).min(self.most_workers());
         wanted.saturating_sub(workers)
     }
 
     /// Whether no worker is left whose call returns, and none may be added.
     pub(super) fn is_hopeless(&self) -> bool {
-        self.pace.stuck() >= 2 * self.sessions && self.pace.hung_for().is_some()
+        self.pace.stuck() >= self.most_workers() && self.pace.hung_for().is_some()
     }
 
     /// Answers what waits, when no worker will.

@@ -1,7 +1,7 @@
 //! One token: the supervisor thread that keeps it connected, and the worker threads that use it.
 //!
-//! When a worker finds the connection gone, all give it up, and the supervisor makes a new one. Callers never wait for
-//! that: they hear at once what is wrong.
+//! When a worker finds the connection gone, all give it up, and the supervisor makes a new one. Whoever has a request
+//! done hears at once what is wrong; `kek` decides whether it waits.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
@@ -41,7 +41,6 @@ pub(super) struct Token {
     pool: Arc<Pool>,
     /// Each thread holds a sender; when all are gone, so are the sessions.
     threads: Mutex<Receiver<()>>,
-    sessions: usize,
     /// Objects after which the module is to be initialized anew.
     renew_after: Option<u64>,
     /// Since when an attempt to connect has been under way, or failed while a call held the last connection open.
@@ -81,7 +80,6 @@ impl Token {
                 provider.profile.errors.clone(),
             )),
             threads: Mutex::new(threads),
-            sessions: provider.sessions,
             renew_after: provider.profile.renew_after,
             waiting_since: Mutex::default(),
             is_spent: AtomicBool::new(false),
@@ -179,7 +177,7 @@ impl Token {
     pub(super) fn hopeless(&self) -> Option<String> {
         let name = &self.link.name;
         if self.pool.is_hopeless() {
-            return Some(format!("{name}: {} calls do not return", 2 * self.sessions));
+            return Some(format!("{name}: {} calls do not return", self.pool.most_workers()));
         }
         if self.is_spent.load(Ordering::Relaxed) {
             return Some(format!("{name}: its module cannot be initialized again in one process"));
