@@ -90,6 +90,17 @@ impl Pkcs11Kek {
     }
 }
 
+/// One wrap. It is counted on the thread that has the session, since that may write to the disk.
+pub(super) fn counted_wrap(
+    lane: &mut Lane,
+    spec: &KekSpec,
+    wraps: &Arc<WrapCounter>,
+    dek: &Dek,
+) -> Result<Vec<u8>, CallError> {
+    wraps.count()?;
+    lane.wrap(spec, dek)
+}
+
 /// What comes within this time, if there is a limit.
 async fn in_time<T>(limit: Option<Duration>, answer: impl Future<Output = Option<T>>) -> Option<T> {
     match limit {
@@ -132,10 +143,7 @@ impl Kek for Pkcs11Kek {
 
     fn wrap_dek(&self, dek: Arc<Dek>, deadline: Instant) -> Answer<'_, Vec<u8>> {
         let wraps = Arc::clone(&self.wraps);
-        Box::pin(self.first_of(deadline, move |lane, spec| {
-            wraps.count()?; // on the session's thread, since it may write to the disk
-            lane.wrap(spec, &dek)
-        }))
+        Box::pin(self.first_of(deadline, move |lane, spec| counted_wrap(lane, spec, &wraps, &dek)))
     }
 
     fn unwrap_dek(&self, wrapped: &[u8], deadline: Instant) -> Answer<'_, Dek> {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::Pkcs11;
 use super::error::CallError;
-use super::kek::Pkcs11Kek;
+use super::kek::counted_wrap;
 use super::lane::Lane;
 use crate::provider::KekError;
 use crate::secret::Dek;
@@ -39,7 +39,7 @@ impl Pkcs11 {
         // Each session finds the KEK now, not in the time that is measured.
         let ready = (0..sessions).map(|_| {
             let mut lane = Lane::open(Arc::clone(&connected), Arc::clone(&self.state))?;
-            let wrapped = kek.wrap_in(&mut lane, &dek)?;
+            let wrapped = counted_wrap(&mut lane, &kek.spec, &kek.wraps, &dek)?;
             Ok((lane, wrapped))
         });
         let ready: Vec<(Lane, Vec<u8>)> = ready.collect::<Result<_, _>>().map_err(failed)?;
@@ -49,7 +49,7 @@ impl Pkcs11 {
                 let (kek, dek) = (&kek, &dek);
                 scope.spawn(move || {
                     repeat(end, || match operation {
-                        Operation::Wrap => kek.wrap_in(&mut lane, dek).map(drop),
+                        Operation::Wrap => counted_wrap(&mut lane, &kek.spec, &kek.wraps, dek).map(drop),
                         Operation::Unwrap => lane.unwrap(&kek.spec, &wrapped).map(drop),
                     })
                 })
@@ -58,14 +58,6 @@ impl Pkcs11 {
             threads.into_iter().filter_map(|thread| thread.join().ok()).collect()
         });
         timed.map_err(failed)
-    }
-}
-
-impl Pkcs11Kek {
-    /// One wrap, counted as every other.
-    fn wrap_in(&self, lane: &mut Lane, dek: &Dek) -> Result<Vec<u8>, CallError> {
-        self.wraps.count()?;
-        lane.wrap(&self.spec, dek)
     }
 }
 
