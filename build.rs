@@ -8,6 +8,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     tonic_prost_build::configure()
         // These messages carry plaintext: without Debug nobody can log one by accident.
         .skip_debug(["."])
+        .codec_path("crate::service::codec::SmallMessages")
         .compile_fds(files)?;
     Ok(())
 }

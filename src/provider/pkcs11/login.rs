@@ -1,8 +1,8 @@
 //! The login, and the latch before it: a wrong PIN costs one try of the token's few, however often we are started.
 //!
-//! That a PIN is about to be tried is on the disk before C_Login, and goes from there when the PIN has worked; so a
-//! crash in between counts as a refusal, except the first one of a PIN that has worked on this host while the token
-//! counts no wrong one. What stays there is not tried again: until the PIN's file says something else, or a person says
+//! That a PIN is about to be tried is written down before C_Login, and goes when the PIN has worked; so a crash in
+//! between counts as a refusal, except the first one of a PIN that has worked on this host while the token counts no
+//! wrong one. It is synced to the disk unless a PIN has worked, none was refused since, and the token counts none. What stays there is not tried again: until the PIN's file says something else, or a person says
 //! `trousseau pin retry`.
 
 use std::fs::File;
@@ -95,14 +95,19 @@ impl Latch {
         let record = self.record()?;
         let info = library.get_token_info(slot)?;
         // The slow hash must not hold up the start of a host that is well: there, whatever the PIN is, it may be tried.
-        let any_may_be_tried = record.worked.is_some() && record.refused.is_empty() && !counts_wrong_pins(&info);
+        let is_well = record.worked.is_some() && record.refused.is_empty() && !record.retry;
+        let any_may_be_tried = is_well && !counts_wrong_pins(&info);
         let hash = (!any_may_be_tried).then(|| hash_of(&record, pin));
         self.refuse(&record, hash.as_deref(), &info)?;
         // Whoever restarts us while a token that is out of reach lets C_Login hang does not hold back a good PIN.
         let again = is_new(&record, hash.as_deref()) && (hash.is_none() || record.worked == hash);
         let tried = RefusedPin { hash, at: now(), answer: None, again };
         let latched = lock.and_then(|lock| {
-            self.state.write_pin_record(&self.name, &with(&record, tried.clone()))?;
+            match tried.hash {
+                // Neither must the disk. A loss of power meanwhile costs one try of a token that counts none so far.
+                None => self.state.note_login(&self.name)?,
+                Some(_) => self.state.write_pin_record(&self.name, &with(&record, tried.clone()))?,
+            }
             Ok(Some(lock))
         });
         let lock = latched.or_else(|error| self.refuse_unlatched(&record, pin, &info, &error).map(|()| None))?;
@@ -123,22 +128,19 @@ impl Latch {
         outcome
     }
 
-    /// Opens the latch while the token is in use already.
+    /// Opens the latch; which PIN has worked is found out while the token is in use already.
     fn settle_later(&self, record: PinRecord, pin: SecretString, lock: Option<File>) {
-        let record = PinRecord { retry: false, ..record };
-        let (state, name, before) = (Arc::clone(&self.state), self.name.clone(), record.clone());
+        self.state.forget_noted_login(&self.name);
+        let (state, name) = (Arc::clone(&self.state), self.name.clone());
         let settle = move || {
-            state.keep_pin_record(&name, &record); // at once, since until then a crash counts against the PIN
             let hash = hash_of(&record, &pin);
             if record.worked.as_ref() != Some(&hash) {
                 state.keep_pin_record(&name, &with_worked(record, hash));
             }
             drop(lock);
         };
-        match thread::Builder::new().name("pin".into()).spawn(settle) {
-            Ok(settling) => *sync::lock(&self.settling) = Some(settling),
-            Err(_) => self.state.keep_pin_record(&self.name, &before),
-        }
+        // Without a thread, that another PIN works now is not known until a login that is not as simple.
+        *sync::lock(&self.settling) = thread::Builder::new().name("pin".into()).spawn(settle).ok();
     }
 
     /// What the record says after the token's answer, and what the caller hears.
