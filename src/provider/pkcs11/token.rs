@@ -138,6 +138,16 @@ impl Token {
         self.pool.pace.patience()
     }
 
+    /// How long a call takes on average.
+    pub(super) fn average(&self) -> Duration {
+        self.pool.pace.average()
+    }
+
+    /// Whether it was much slower a moment ago than a token whose calls take `quickest`.
+    pub(super) fn lags(&self, quickest: Duration) -> bool {
+        self.pool.pace.lags(quickest)
+    }
+
     /// Whether it is to be passed over while another token serves: it is out of reach, or nothing comes back from it.
     pub(super) fn is_sick(&self) -> bool {
         self.link.check().is_err() || self.pool.pace.hung_for().is_some()
