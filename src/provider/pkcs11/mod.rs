@@ -3,7 +3,7 @@
 //! From top to bottom: this room knows tokens and their KEKs; [`token`] keeps one connected, by its supervisor
 //! thread; [`pool`] has work done by its session threads; [`link`] is what these tell each other; [`lane`] is what one
 //! session does; [`mechanism`] is how a KEK wraps; [`address`] finds a token by what [`slots`] say, and [`login`] logs in
-//! to it unless its PIN was refused; a [`connection`] comes of that; [`module`] loads a library. [`pace`] knows how long
+//! to it unless its PIN was refused ([`tries`]); a [`connection`] comes of that; [`module`] loads a library. [`pace`] knows how long
 //! calls take, [`timing`] measures them without the pool, [`admission`] decides which keys are KEKs, and [`error`] says
 //! what failed. They are the only rooms that know the cryptoki crate.
 
@@ -11,6 +11,7 @@ mod address;
 mod admission;
 mod connection;
 mod error;
+mod job;
 mod kek;
 mod lane;
 mod link;
@@ -24,6 +25,7 @@ pub mod setup;
 mod slots;
 mod timing;
 mod token;
+mod tries;
 mod wraps;
 
 use std::collections::HashMap;
