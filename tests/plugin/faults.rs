@@ -135,6 +135,15 @@ const SCENARIOS: &[Scenario] = &[
         decrypt: Nothing, // the call is made again after the KEK has proved well
     },
     Scenario {
+        name: "the token is removed by turns",
+        mode: "gcm",
+        // In the middle of a Decrypt the KEK opens its reference: two calls, the first for the length.
+        rules: "C_Decrypt return CKR_DEVICE_REMOVED times 1
+                C_Decrypt return CKR_DEVICE_REMOVED after 2 times 1",
+        encrypt: Nothing,
+        decrypt: Error(Code::Unavailable),
+    },
+    Scenario {
         name: "calls hang",
         mode: "gcm",
         rules: "C_{} hang",

@@ -60,15 +60,14 @@ impl Pkcs11Kek {
         if holders.iter().all(|token| token.link.check().is_err()) { answer } else { self.ask(deadline, work).await }
     }
 
-    /// Asks the first token that is well. When that does not answer in the time that it should, or cannot, the next one
+    /// Asks the first token that is well and does not lag. When that does not answer in the time that it should, or cannot, the next one
     /// is asked as well, and whichever answers first has answered.
     async fn ask<T, W>(&self, deadline: Instant, work: W) -> Result<T, KekError>
     where
         T: Send + 'static,
         W: Fn(&mut Lane, &KekSpec) -> Result<T, CallError> + Clone + Send + 'static,
     {
-        let mut holders = self.holders();
-        holders.sort_by_key(|token| token.is_sick());
+        let holders = in_order(self.holders());
         let mut last = KekError::Unavailable(format!("no token holds KEK {}", self.spec.identity));
         let mut asked = FuturesUnordered::new();
         let mut holders = holders.iter().peekable();
@@ -88,6 +87,17 @@ impl Pkcs11Kek {
         }
         Err(last)
     }
+}
+
+/// The tokens in the order in which they are asked: as they are configured, but that one that is sick comes last, and
+/// one that lags comes after those that do not.
+fn in_order(mut holders: Vec<Arc<Token>>) -> Vec<Arc<Token>> {
+    if holders.len() > 1 {
+        let well = holders.iter().filter(|token| !token.is_sick());
+        let quickest = well.map(|token| token.average()).min().unwrap_or_default();
+        holders.sort_by_cached_key(|token| (token.is_sick(), token.lags(quickest)));
+    }
+    holders
 }
 
 /// One wrap. It is counted on the thread that has the session, since that may write to the disk.

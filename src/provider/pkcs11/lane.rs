@@ -15,6 +15,7 @@ use super::admission::{self, Admitted, KekSpec, Rules, Said};
 use super::connection::Connected;
 use super::error::{CallError, Class};
 use super::mechanism;
+use crate::config::Codes;
 use crate::identity::Identity;
 use crate::provider::Refused;
 use crate::secret::Dek;
@@ -71,7 +72,9 @@ impl Lane {
                     Class::Doubtful | Class::BadInput => error.settled(Class::Token),
                     _ => error,
                 })?;
-                unwrap().map_err(|again| if is_clear(&again) { again } else { again.settled(Class::BadInput) })
+                unwrap().map_err(
+                    |again| if is_clear(&again) { again } else { in_spite_of_proof(again, &self.connected.codes) },
+                )
             }
             settled => settled,
         }
@@ -294,6 +297,21 @@ impl Drop for Lane {
     }
 }
 
+/// What an unclear answer means that came again, after the KEK had opened its reference.
+///
+/// The input is bad, if a token may say so of one. None says of damaged input that its device is removed or that its
+/// module is broken: then a token comes and goes, and a good value must not be called damaged. Yet the connection is
+/// not given up, nor does the process end, since the KEK has just proved itself through it: where a token says such
+/// a thing of a value that it does not like, whoever stores that value could have it done again and again. So the
+/// caller hears of the token, a replica is asked, and if it really is gone the next call finds that out.
+fn in_spite_of_proof(again: CallError, codes: &Codes) -> CallError {
+    let class = match again.class(codes) {
+        Class::Token | Class::Fatal => Class::Refused,
+        _ => Class::BadInput,
+    };
+    again.settled(class)
+}
+
 /// A KEK that was used a moment ago is not there.
 fn is_gone(kek: Identity) -> CallError {
     CallError::new(Class::Token, format!("KEK {kek} was there, and now is not"))
@@ -315,4 +333,29 @@ fn hex(bytes: &[u8]) -> String {
 
 fn sha256(value: &Dek) -> String {
     hex(&Sha256::digest(value.expose()))
+}
+
+#[cfg(test)]
+mod tests {
+    use cryptoki::context::Function;
+    use cryptoki::error::{Error, RvError};
+
+    use super::*;
+
+    #[test]
+    fn only_what_a_token_may_say_of_an_input_makes_it_a_bad_one() {
+        let codes = Codes::default();
+        for (code, class) in [
+            (RvError::DeviceError, Class::BadInput),  // kryoptic, of damaged KW
+            (RvError::GeneralError, Class::BadInput), // SoftHSM
+            (RvError::VendorDefined(0x8000_0201), Class::BadInput),
+            (RvError::MechanismParamInvalid, Class::BadInput),
+            (RvError::DeviceRemoved, Class::Refused),
+            (RvError::TokenNotPresent, Class::Refused),
+            (RvError::MutexBad, Class::Refused),
+        ] {
+            let again = in_spite_of_proof(CallError::from(Error::Pkcs11(code, Function::Decrypt)), &codes);
+            assert_eq!(again.class(&codes), class, "{code:?}");
+        }
+    }
 }

@@ -2,14 +2,16 @@
 //!
 //! From top to bottom: this room knows tokens and their KEKs; [`token`] keeps one connected, by its supervisor
 //! thread; [`pool`] has work done by its session threads; [`link`] is what these tell each other; [`lane`] is what one
-//! session does; [`mechanism`] is how a KEK wraps; [`connection`] finds a token, and [`login`] logs in to it unless its
-//! PIN was refused; [`module`] loads a library. [`pace`] knows how long calls take, [`timing`] measures them without the
-//! pool, [`admission`] decides which keys are KEKs, and [`error`] says what failed. They are the only rooms that know
-//! the cryptoki crate.
+//! session does; [`mechanism`] is how a KEK wraps; [`address`] finds a token by what [`slots`] say, and [`login`] logs in
+//! to it unless its PIN was refused ([`tries`]); a [`connection`] comes of that; [`module`] loads a library. [`pace`] knows how long
+//! calls take, [`timing`] measures them without the pool, [`admission`] decides which keys are KEKs, and [`error`] says
+//! what failed. They are the only rooms that know the cryptoki crate.
 
+mod address;
 mod admission;
 mod connection;
 mod error;
+mod job;
 mod kek;
 mod lane;
 mod link;
@@ -20,14 +22,17 @@ mod pace;
 mod pool;
 mod queue;
 pub mod setup;
+mod slots;
 mod timing;
 mod token;
+mod tries;
 mod wraps;
 
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, mpsc};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
@@ -37,9 +42,9 @@ use jiff::Timestamp;
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
+use self::address::Address;
 pub use self::admission::LONGEST_WAIT;
 use self::admission::{Admitted, KekSpec};
-use self::connection::Address;
 use self::kek::Pkcs11Kek;
 use self::lane::Inventory;
 use self::link::SILENCE;
@@ -57,6 +62,8 @@ use crate::sync::{lock, write};
 
 /// How long the end waits for calls into the module.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// How long `pin retry` waits for a token: longer than another login of this host may take.
+const RETRY_PATIENCE: Duration = Duration::from_secs(15);
 
 /// Tokens that hold the same KEKs. Its threads end when it is dropped.
 pub struct Pkcs11 {
@@ -92,10 +99,22 @@ pub fn allow_pin_retry(
     final_try_ok: bool,
 ) -> Vec<(String, Result<Retry, String>)> {
     let allow = |uri: &TokenUri| {
-        let done = Address::new(uri.clone(), provider, state).allow_retry(final_try_ok);
-        (format!("token {uri} of provider {}", provider.name), done)
+        let address = Address::new(uri.clone(), provider, state);
+        let done = in_time(RETRY_PATIENCE, move || address.allow_retry(final_try_ok));
+        (format!("token {uri} of provider {}", provider.name), done.and_then(|done| done))
     };
     provider.tokens.iter().map(allow).collect()
+}
+
+/// Does what calls into a module, and does not wait longer than so long: a call that hangs keeps its thread.
+fn in_time<T: Send + 'static>(limit: Duration, work: impl FnOnce() -> T + Send + 'static) -> Result<T, String> {
+    let (done, answer) = mpsc::channel();
+    let work = move || drop(done.send(work()));
+    thread::Builder::new().name("token".into()).spawn(work).map_err(|error| format!("no thread: {error}"))?;
+    answer.recv_timeout(limit).map_err(|_| {
+        let what = "its module has not answered for";
+        format!("{what} {} s: see that the HSM and what leads to it are well, then try again", limit.as_secs())
+    })
 }
 
 /// A token that can be used, and what may soon be wrong with it.

@@ -19,6 +19,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::error::CallError;
+use super::slots::Slots;
 use crate::sync::lock;
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
 use cryptoki::error::Error;
@@ -36,6 +37,7 @@ pub(super) struct Module {
     library: Pkcs11,
     in_use: Mutex<InUseBy>,
     given_up: Condvar,
+    slots: Slots,
 }
 
 #[derive(Default)]
@@ -91,7 +93,8 @@ impl Module {
         }
         refuse_if_writable_by_others(&path)?;
         let library = Pkcs11::new(&path).map_err(|error| load_error(&path, &error))?;
-        let module = Arc::new(Self { library, in_use: Mutex::default(), given_up: Condvar::new() });
+        let module =
+            Arc::new(Self { library, in_use: Mutex::default(), given_up: Condvar::new(), slots: Slots::default() });
         loaded.insert(path, Arc::clone(&module));
         Ok(module)
     }
@@ -102,6 +105,10 @@ impl InUse {
         &self.0.library
     }
 
+    pub(super) fn slots(&self) -> &Slots {
+        &self.0.slots
+    }
+
     /// From now on everybody is to give the library up for a moment.
     pub(super) fn renew(&self) {
         lock(&self.0.in_use).renewed = true;
@@ -110,6 +117,13 @@ impl InUse {
     /// Whether everybody is to give it up for a moment.
     pub(super) fn is_renewed(&self) -> bool {
         lock(&self.0.in_use).renewed
+    }
+}
+
+impl Clone for InUse {
+    fn clone(&self) -> Self {
+        lock(&self.0.in_use).users += 1;
+        Self(Arc::clone(&self.0))
     }
 }
 
