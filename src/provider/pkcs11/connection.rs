@@ -16,7 +16,7 @@ use secrecy::SecretString;
 use super::error::CallError;
 use super::login::{Latch, Retry};
 use super::module::{InUse, Module};
-use crate::config::{Codes, Credential, ProviderConfig, TokenUri};
+use crate::config::{Credential, Profile, ProviderConfig, TokenUri};
 use crate::identity::Identity;
 use crate::state::State;
 use crate::sync::lock;
@@ -26,9 +26,7 @@ pub(super) struct Address {
     pub(super) module: PathBuf,
     pub(super) uri: TokenUri,
     pin: Credential,
-    codes: Codes,
-    /// Whether the module may be initialized again.
-    reinitialize: bool,
+    profile: Arc<Profile>,
     /// Holds the latch.
     state: Arc<State>,
 }
@@ -37,7 +35,7 @@ pub(super) struct Address {
 pub(super) struct Connected {
     anchor: Mutex<Anchor>,
     slot: Slot,
-    pub(super) codes: Codes,
+    pub(super) profile: Arc<Profile>,
     latch: Latch,
     proved: Mutex<BTreeSet<Identity>>,
     /// Sessions beside the anchor.
@@ -75,8 +73,7 @@ impl Address {
             module: provider.module.clone(),
             uri,
             pin: provider.pin.clone(),
-            codes: provider.profile.errors.clone(),
-            reinitialize: provider.profile.reinitialize,
+            profile: Arc::clone(&provider.profile),
             state: Arc::clone(state),
         }
     }
@@ -86,7 +83,7 @@ impl Address {
     /// # Errors
     /// [`NotConnected`]
     pub(super) fn connect(&self, released: Sender<()>) -> Result<Connected, NotConnected> {
-        let in_use = Module::acquire(&self.module, self.reinitialize)?;
+        let in_use = Module::acquire(&self.module, self.profile.reinitialize)?;
         let (slot, info) = self.find_slot(in_use.library())?;
         let pin = self.pin.read().map_err(|error| format!("{error}: {}", error.remedy()))?;
         let opened = in_use.library().open_rw_session(slot).map_err(CallError::from);
@@ -95,11 +92,11 @@ impl Address {
         let logged_in = latch.log_in(in_use.library(), slot, &session, &pin);
         logged_in.map_err(|error| NotConnected::LoginFailed(format!("login failed: {error}")))?;
         let anchor = Mutex::new(Anchor { session, pin });
-        let codes = self.codes.clone();
+        let profile = Arc::clone(&self.profile);
         Ok(Connected {
             anchor,
             slot,
-            codes,
+            profile,
             latch,
             proved: Mutex::default(),
             lanes: AtomicUsize::new(0),
@@ -114,13 +111,13 @@ impl Address {
     /// # Errors
     /// The token is not there, or the state directory cannot be used.
     pub(super) fn allow_retry(&self, final_try_ok: bool) -> Result<Retry, String> {
-        let in_use = Module::acquire(&self.module, self.reinitialize)?;
+        let in_use = Module::acquire(&self.module, self.profile.reinitialize)?;
         let (_, info) = self.find_slot(in_use.library())?;
         self.latch(&info).allow_retry(&info, final_try_ok).map_err(|error| error.to_string())
     }
 
     fn latch(&self, info: &TokenInfo) -> Latch {
-        Latch::new(&self.state, &self.module, info, self.pin.to_string(), self.codes.clone())
+        Latch::new(&self.state, &self.module, info, self.pin.to_string(), self.profile.errors.clone())
     }
 
     /// The one slot whose token the URI means.

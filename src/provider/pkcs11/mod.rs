@@ -2,7 +2,8 @@
 //!
 //! From top to bottom: this room knows tokens and their KEKs; [`token`] keeps one connected, by its supervisor
 //! thread; [`pool`] has work done by its session threads; [`link`] is what these tell each other; [`lane`] is what one
-//! session does; [`mechanism`] is how a KEK wraps; [`connection`] finds a token, and [`login`] logs in to it unless its
+//! session does; [`mechanism`] is how a KEK wraps, and [`raw`] what cryptoki cannot
+//! name of that; [`connection`] finds a token, and [`login`] logs in to it unless its
 //! PIN was refused; [`module`] loads a library. [`pace`] knows how long calls take, [`timing`] measures them without the
 //! pool, [`admission`] decides which keys are KEKs, and [`error`] says what failed. They are the only rooms that know
 //! the cryptoki crate.
@@ -19,6 +20,7 @@ mod module;
 mod pace;
 mod pool;
 mod queue;
+mod raw;
 pub mod setup;
 mod timing;
 mod token;
