@@ -18,6 +18,7 @@ mod disk;
 mod fault_module;
 mod faults;
 mod foreign_input;
+mod habits;
 mod hangs;
 mod keys;
 mod load;

@@ -59,7 +59,8 @@ pub(super) fn unwrap(
         Mode::Encrypt | Mode::EncryptKwp => Zeroizing::new(session.decrypt(&key_wrap(profile, mode), kek, wrapped)?),
         Mode::Gcm => decrypt_gcm(profile, session, kek, identity, wrapped)?,
     };
-    let length = || CallError::new(Class::BadInput, format!("an unwrapped DEK has {} bytes", bytes.len()));
+    // Whoever made the input had the KEK, or the token lies now: only the reference tells.
+    let length = || CallError::new(Class::Doubtful, format!("an unwrapped DEK has {} bytes", bytes.len()));
     Dek::from_bytes(&bytes).ok_or_else(length)
 }
 
