@@ -106,7 +106,9 @@ fn whoever_makes_the_iv_of_aes_gcm_the_envelope_is_the_same() {
         drop(plugin);
 
         // The same token without its dress.
-        let plugin = dressed.host.serve_healthy();
+        dressed.faults().set("");
+        dressed.set_profile("modes = [\"gcm\"]");
+        let plugin = dressed.serve_healthy();
         plugin.decrypt(&sealed, &key_id).unwrap_or_else(|answer| panic!("{rule}: {answer:?}"));
     }
 }
