@@ -30,7 +30,7 @@ pub struct Profile {
     /// What whoever sets such a token up should know, a sentence each.
     #[serde(default)]
     pub notes: Vec<String>,
-    /// Where its module is found, the first that exists being taken.
+    /// Where its module is found, the first that exists being taken. Of one without a directory only the name is known.
     pub module_paths: Vec<PathBuf>,
     /// The ways to wrap that its tokens know, the preferred first.
     pub modes: Vec<Mode>,
@@ -176,7 +176,7 @@ impl Profile {
     /// The module's file: the first of [`Profile::module_paths`] that is there.
     #[must_use]
     pub fn find_module(&self) -> Option<&PathBuf> {
-        self.module_paths.iter().find(|path| path.exists())
+        self.module_paths.iter().find(|path| path.is_absolute() && path.exists())
     }
 
     /// The code by which its tokens know a mode's mechanism.
