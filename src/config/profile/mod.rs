@@ -1,7 +1,6 @@
 //! Profiles: what is known of a family of tokens, as data (`hsm-profiles/*.toml`). The code knows no device by name.
 
 mod mode;
-mod shipped;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, c_ulong};
@@ -10,7 +9,6 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 pub use self::mode::{Excusable, GcmIv, Mode, Omissible};
-use self::shipped::SHIPPED;
 use super::{Codes, ConfigError};
 
 /// One token family.
@@ -70,7 +68,11 @@ fn yes() -> bool {
 }
 
 /// Where the keys of a profile are explained.
-const REFERENCE: &str = "README.md, under Profiles, has every key of a profile with its meaning";
+const REFERENCE: &str = "hsm-profiles/README.md, in the source, has every key of a profile with its meaning";
+
+/// The profiles that every binary carries, each with its name, in order: what build.rs found in `hsm-profiles/`. A file
+/// of the same name in the configuration's `hsm-profiles/` goes first.
+const SHIPPED: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/profiles.rs"));
 
 /// How a profile's content came to be known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, serde::Serialize)]

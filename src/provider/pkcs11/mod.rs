@@ -180,9 +180,18 @@ impl Pkcs11 {
         first.run(deadline, move |lane| lane.generate(&template)).await?;
         let sighting = self.look(deadline).await?;
         let made = sighting.keks.iter().find(|made| made.identity() == kek.identity);
-        let Some(held_by) = made.map(|made| made.held_by()) else {
+        let in_its_mode = made.filter(|made| made.algorithm() == mode.algorithm());
+        let Some(held_by) = in_its_mode.map(|made| made.held_by()) else {
             let named = sighting.refused.into_iter().find(|refused| refused.identity == Some(kek.identity));
-            let reason = named.map_or("it is not to be found".into(), |refused| refused.reason);
+            let reason = match named {
+                Some(refused) => refused.reason,
+                None if made.is_some() => format!(
+                    "the token does not keep CKA_ALLOWED_MECHANISMS, so nothing tells that it is for mode {}: have a \
+                     profile with that mode alone",
+                    mode.as_str()
+                ),
+                None => "it is not to be found".into(),
+            };
             let (spec, id) = (kek.clone(), kek.identity);
             let left = match first.run(deadline, move |lane| lane.remove(&spec)).await {
                 Ok(()) => "it was removed again".to_owned(),

@@ -2,6 +2,7 @@
 //! parameters of AES-KW. The only room with unsafe code, and with pointers that we make.
 #![allow(unsafe_code)]
 
+use std::cell::UnsafeCell;
 use std::ffi::c_ulong;
 use std::marker::PhantomData;
 use std::ptr;
@@ -52,7 +53,8 @@ pub(super) fn allowed_mechanisms(session: &Session, object: ObjectHandle) -> Res
 
 /// Parameters of AES-GCM, which hold what they point to.
 pub(super) struct GcmParams<'a> {
-    inner: CK_GCM_PARAMS,
+    /// It is handed over by a shared reference, and a module may write to it.
+    inner: UnsafeCell<CK_GCM_PARAMS>,
     _buffers: PhantomData<(&'a mut [u8], &'a [u8])>,
 }
 
@@ -81,7 +83,7 @@ impl<'a> GcmParams<'a> {
             ulAADLen: aad.len() as c_ulong,
             ulTagBits: TAG_BITS,
         };
-        Self { inner, _buffers: PhantomData }
+        Self { inner: UnsafeCell::new(inner), _buffers: PhantomData }
     }
 
     pub(super) fn mechanism(&self, code: c_ulong) -> Mechanism<'_> {

@@ -217,13 +217,17 @@ pub unsafe extern "C" fn C_GenerateKey(
 ) -> CK_RV {
     let call = Call { function: "C_GenerateKey", place: Place::Session(session), output: None };
     intercept(&call, |context| {
-        let named = |wanted| attributes(template, count).iter().any(|attribute| attribute.type_ == wanted);
-        let forbidden = context.about().any(|rule| matches!(rule.action, Action::Forbid(wanted) if named(wanted)));
-        if forbidden {
-            CKR_ATTRIBUTE_VALUE_INVALID
-        } else {
-            forward!(C_GenerateKey(session, mechanism, template, count, key))
+        let mut wanted = attributes(template, count).to_vec();
+        for rule in context.about() {
+            match rule.action {
+                Action::Forbid(kind) if wanted.iter().any(|attribute| attribute.type_ == kind) => {
+                    return CKR_ATTRIBUTE_VALUE_INVALID;
+                }
+                Action::Drop(kind) => wanted.retain(|attribute| attribute.type_ != kind),
+                _ => (),
+            }
         }
+        forward!(C_GenerateKey(session, mechanism, wanted.as_mut_ptr(), wanted.len() as CK_ULONG, key))
     })
 }
 

@@ -37,6 +37,8 @@ pub enum Action {
     Gcm(Habit, CK_MECHANISM_TYPE),
     /// Make no key by a template that has this attribute.
     Forbid(CK_ATTRIBUTE_TYPE),
+    /// Make the key as if the template did not have this attribute.
+    Drop(CK_ATTRIBUTE_TYPE),
     /// Know no such attribute.
     Hide(CK_ATTRIBUTE_TYPE),
 }
@@ -63,8 +65,8 @@ impl Action {
 
     /// Whether it applies to all calls, and not to some that are counted.
     fn always_applies(&self) -> bool {
-        use Action::{Forbid, Gcm, Hide, Limit, LockAfter};
-        matches!(self, Limit(_) | LockAfter(_) | Gcm(..) | Forbid(_) | Hide(_))
+        use Action::{Drop, Forbid, Gcm, Hide, Limit, LockAfter};
+        matches!(self, Limit(_) | LockAfter(_) | Gcm(..) | Forbid(_) | Drop(_) | Hide(_))
     }
 }
 
@@ -230,6 +232,7 @@ fn parse_action<'a, 'b>(function: Option<&str>, words: &'a [&'b str]) -> Result<
             Ok((only("C_EncryptInit", Action::Gcm(habit, code))?, rest))
         }
         ["forbid", attribute, rest @ ..] => Ok((only("C_GenerateKey", Action::Forbid(parse_hex(attribute)?))?, rest)),
+        ["drop", attribute, rest @ ..] => Ok((only("C_GenerateKey", Action::Drop(parse_hex(attribute)?))?, rest)),
         ["hide", attribute, rest @ ..] => Ok((only("C_GetAttributeValue", Action::Hide(parse_hex(attribute)?))?, rest)),
         ["empty", rest @ ..] => Ok((only("C_GetSlotList", Action::Empty)?, rest)),
         ["limit", number, rest @ ..] => Ok((only("C_OpenSession", Action::Limit(parse(number)?))?, rest)),

@@ -25,6 +25,7 @@ fn good_lines() {
         ("C_EncryptInit gcm written token second", Action::Gcm(Habit::Written, 0x1087)),
         ("C_EncryptInit gcm prepended by 0x80001087", Action::Gcm(Habit::Prepended, 0x8000_1087)),
         ("C_GenerateKey forbid 0x103", Action::Forbid(0x103)),
+        ("C_GenerateKey drop 0x40000600", Action::Drop(0x4000_0600)),
         ("C_GetAttributeValue hide 0x163", Action::Hide(0x163)),
     ] {
         let parsed = rules(&format!("# a comment\n\nseed 7\n{line}\n"));
