@@ -126,6 +126,7 @@ fn a_token_that_does_something_else_than_its_profile_says_gets_no_kek() {
     let kwp = if Family::chosen() == Family::SoftHsm { "\nmechanisms = { wrapkey-kwp = 0x210a }" } else { "" };
     let mut cases = vec![
         ("C_EncryptInit gcm constant", gcm("prepended"), "used one IV twice"),
+        ("C_EncryptInit gcm counted", gcm("prepended"), "used one IV twice"),
         ("C_EncryptInit gcm appended", gcm("ours"), "CKR_MECHANISM_PARAM_INVALID"),
         ("C_EncryptInit gcm appended", gcm("prepended"), "CKR_MECHANISM_PARAM_INVALID"),
         ("C_EncryptInit gcm prepended", gcm("written"), "CKR_MECHANISM_PARAM_INVALID"),

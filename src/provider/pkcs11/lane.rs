@@ -3,7 +3,7 @@
 //! A KEK's handle is found once a session and kept. It is used only after the key behind it has unwrapped the KEK's
 //! reference, so a token that comes back with another key under the same id is not used, whatever it calls that key.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use cryptoki::object::{Attribute, KeyType, ObjectClass, ObjectHandle};
@@ -98,24 +98,36 @@ impl Lane {
 
     fn find_recognised(&self, kek: &KekSpec) -> Result<ObjectHandle, CallError> {
         let handle = self.find(kek)?;
-        match self.reference(kek)? {
-            Some(reference) => self.recognise(kek, handle, &reference)?,
+        let reference = match self.reference(kek)? {
+            Some(reference) => {
+                self.recognise(kek, handle, &reference)?;
+                reference
+            }
             None => self.make_reference(kek, handle)?,
-        }
-        if !self.connected.proved().contains(&kek.identity) {
-            self.check_ivs(kek, handle)?;
+        };
+        let is_proved = self.connected.proved().contains(&kek.identity);
+        if !is_proved {
+            self.check_ivs(kek, handle, &reference)?;
         }
         Ok(handle)
     }
 
-    /// Where the token makes the IV: it does so each time anew.
-    fn check_ivs(&self, kek: &KekSpec, handle: ObjectHandle) -> Result<(), CallError> {
+    /// Where the token makes the IV: it does so each time anew, and in another session too, since some count from the
+    /// same number in each.
+    fn check_ivs(&self, kek: &KekSpec, handle: ObjectHandle, reference: &Reference) -> Result<(), CallError> {
         if kek.mode != Mode::Gcm || self.connected.profile.gcm_iv == GcmIv::Ours {
             return Ok(());
         }
         let value = Dek::generate()?;
-        let [one, other] = [self.wrap_with(kek, handle, &value)?, self.wrap_with(kek, handle, &value)?];
-        if mechanism::uses_an_iv_twice(&one, &other) {
+        let other = Self::open(Arc::clone(&self.connected), Arc::clone(&self.state))?;
+        let wrapped = [
+            unhex(&reference.wrapped)?,
+            self.wrap_with(kek, handle, &value)?,
+            self.wrap_with(kek, handle, &value)?,
+            other.wrap_with(kek, other.find(kek)?, &value)?,
+        ];
+        let ivs: BTreeSet<_> = wrapped.iter().map(|wrapped| mechanism::iv_of(wrapped)).collect();
+        if ivs.len() < wrapped.len() {
             return Err(CallError::new(Class::Refused, "the token used one IV twice, which would give the KEK away"));
         }
         Ok(())
@@ -154,13 +166,13 @@ impl Lane {
     }
 
     /// The KEK wraps a random value and unwraps it again: its mode works here, and from now on it can be recognised.
-    fn make_reference(&self, kek: &KekSpec, handle: ObjectHandle) -> Result<(), CallError> {
+    fn make_reference(&self, kek: &KekSpec, handle: ObjectHandle) -> Result<Reference, CallError> {
         let reference = self.round_trip(kek, handle)?;
         let kept = self.state.keep_reference(kek.identity, reference.clone()).map_err(damaged_state)?;
         if kept != reference {
             self.recognise(kek, handle, &kept)?; // another process was first
         }
-        Ok(())
+        Ok(kept)
     }
 
     /// The key unwraps the KEK's reference. A key that does not, twice, and yet works, is another one.
@@ -198,7 +210,7 @@ impl Lane {
     }
 
     fn check_reference(&self, kek: &KekSpec, handle: ObjectHandle, reference: &Reference) -> Result<(), CallError> {
-        let wrapped = base16ct::lower::decode_vec(&reference.wrapped).map_err(|_| another_key())?;
+        let wrapped = unhex(&reference.wrapped)?;
         let value = self.unwrap_with(kek, handle, &wrapped)?;
         if sha256(&value) == reference.sha256 { Ok(()) } else { Err(another_key()) }
     }
@@ -339,6 +351,10 @@ fn another_key() -> CallError {
     let what = "this is another key than the one that this host first saw under its id: restore the right one, or, \
                 if this is the right one, remove its reference-….json from the state directory";
     CallError::new(Class::Refused, what)
+}
+
+fn unhex(text: &str) -> Result<Vec<u8>, CallError> {
+    base16ct::lower::decode_vec(text).map_err(|_| another_key())
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -127,8 +127,8 @@ fn wipe(template: &mut [Attribute]) {
 
 /// IV ‖ ciphertext ‖ tag. The KEK's identity is the AAD: what one KEK wrapped is never taken for another's.
 ///
-/// Where the token makes the IV, none is given: some tokens take that and then use the same one for ever, so
-/// [`uses_an_iv_twice`] is asked before a KEK is used.
+/// Where the token makes the IV, none is given. Some tokens take that and then use the same one for ever, so a lane
+/// compares several before it uses a KEK.
 fn encrypt_gcm(
     profile: &Profile,
     session: &Session,
@@ -186,7 +186,7 @@ fn decrypt_gcm(
     Ok(Zeroizing::new(session.decrypt(&mechanism, kek, sealed)?))
 }
 
-/// Whether two DEKs that were wrapped in gcm mode have the same IV.
-pub(super) fn uses_an_iv_twice(one: &[u8], other: &[u8]) -> bool {
-    one.get(..IV_LEN) == other.get(..IV_LEN)
+/// The IV of a DEK that was wrapped in gcm mode.
+pub(super) fn iv_of(wrapped: &[u8]) -> Option<[u8; IV_LEN]> {
+    wrapped.first_chunk().copied()
 }

@@ -28,6 +28,15 @@ fn begun() -> MutexGuard<'static, HashMap<CK_SESSION_HANDLE, Begun>> {
     BEGUN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// How often this session has been here.
+fn count(session: CK_SESSION_HANDLE) -> u64 {
+    static COUNTS: LazyLock<Mutex<HashMap<CK_SESSION_HANDLE, u64>>> = LazyLock::new(Mutex::default);
+    let mut counts = COUNTS.lock().unwrap_or_else(PoisonError::into_inner);
+    let count = counts.entry(session).or_default();
+    *count += 1;
+    *count
+}
+
 /// The habit that a rule gives this mechanism, and the parameters.
 fn dressed(context: &Context, mechanism: *const CK_MECHANISM) -> Option<(Habit, CK_GCM_PARAMS)> {
     // SAFETY: the caller's promise.
@@ -77,7 +86,7 @@ pub unsafe extern "C" fn C_EncryptInit(
                     && !parameters.pIv.is_null()
                     && unsafe { *parameters.pIv.cast::<Iv>() } == NO_IV
             }
-            Habit::Prepended | Habit::Constant => no_place,
+            Habit::Prepended | Habit::Constant | Habit::Counted => no_place,
             Habit::Appended => no_place && parameters.ulIvBits == 96,
         };
         if !fits {
@@ -85,8 +94,10 @@ pub unsafe extern "C" fn C_EncryptInit(
         }
         let given = parameters.pIv;
         let mut iv = [7; IV_LEN];
-        if habit != Habit::Constant {
-            forward!(C_GenerateRandom(session, iv.as_mut_ptr(), 12));
+        match habit {
+            Habit::Constant => (),
+            Habit::Counted => iv[4..].copy_from_slice(&count(session).to_be_bytes()),
+            _ => drop(forward!(C_GenerateRandom(session, iv.as_mut_ptr(), 12))),
         }
         use_iv(&mut parameters, &mut iv);
         let code = forward!(C_EncryptInit(session, &mut real(&mut parameters), key));
@@ -109,7 +120,7 @@ pub unsafe extern "C" fn C_DecryptInit(
         begun().remove(&session);
         match dressed(context, mechanism) {
             None => forward!(C_DecryptInit(session, mechanism, key)),
-            Some((Habit::Prepended | Habit::Constant, parameters)) if parameters.pIv.is_null() => {
+            Some((Habit::Prepended | Habit::Constant | Habit::Counted, parameters)) if parameters.pIv.is_null() => {
                 // SAFETY: the caller's promise: there are so many bytes.
                 let aad = unsafe { std::slice::from_raw_parts(parameters.pAAD, parameters.ulAADLen as usize) };
                 begun().insert(session, Begun::Decrypt(key, aad.to_vec()));

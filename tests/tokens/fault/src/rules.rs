@@ -52,8 +52,10 @@ pub enum Habit {
     Prepended,
     /// The token: it puts it after the tag.
     Appended,
-    /// The same, but it is always one and the same.
+    /// As prepended, but it is always one and the same.
     Constant,
+    /// As prepended, but each session counts from 1.
+    Counted,
 }
 
 impl Action {
@@ -223,6 +225,7 @@ fn parse_action<'a, 'b>(function: Option<&str>, words: &'a [&'b str]) -> Result<
                 "prepended" => Habit::Prepended,
                 "appended" => Habit::Appended,
                 "constant" => Habit::Constant,
+                "counted" => Habit::Counted,
                 _ => return Err(format!("{habit} is no habit")),
             };
             let (code, rest) = match rest {
