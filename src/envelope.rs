@@ -44,6 +44,8 @@ pub const MAX_RECIPIENTS: usize = 8;
 pub enum WrapAlgorithm {
     /// AES-KW (RFC 3394, SP 800-38F), default initial value.
     AesKw = 1,
+    /// AES-KWP (RFC 5649, SP 800-38F), default initial value.
+    AesKwp = 2,
     /// AES-256-GCM (SP 800-38D): 12-byte IV ‖ ciphertext ‖ 16-byte tag, the KEK identity as AAD.
     AesGcm = 3,
 }
@@ -56,7 +58,7 @@ impl WrapAlgorithm {
     #[must_use]
     pub const fn wrapped_len(self) -> usize {
         match self {
-            Self::AesKw => Dek::LEN + 8,
+            Self::AesKw | Self::AesKwp => Dek::LEN + 8,
             Self::AesGcm => NONCE_LEN + Dek::LEN + TAG_LEN,
         }
     }
@@ -64,6 +66,7 @@ impl WrapAlgorithm {
     const fn from_byte(byte: u8) -> Option<Self> {
         match byte {
             1 => Some(Self::AesKw),
+            2 => Some(Self::AesKwp),
             3 => Some(Self::AesGcm),
             _ => None,
         }

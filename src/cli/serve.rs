@@ -52,12 +52,22 @@ pub(super) fn serve(
     runtime::run(|leader| serve_with(leader, file, config, ready)).map_err(super::no_runtime)?
 }
 
+/// What nobody has run is said where it is used.
+fn warn_of_profiles(config: &Config) {
+    for provider in &config.providers {
+        if let Some(caveat) = provider.profile.caveat() {
+            tracing::warn!(provider = provider.name, "{caveat}: try it before you rely on it");
+        }
+    }
+}
+
 async fn serve_with(
     leader: Leader,
     file: PathBuf,
     config: Config,
     ready: impl FnOnce() -> Result<(), Failure> + Send,
 ) -> Result<(), Failure> {
+    warn_of_profiles(&config);
     let state = assemble::state(&config)?;
     let keyring = Arc::new(assemble::keyring(&config, Arc::clone(&state), &leader)?);
     let listener = Listener::open(&config.listen)?;
@@ -119,6 +129,7 @@ impl Daemon {
     /// Exchanges the keyring, once the new one is as well as the old one.
     async fn reload(&self) -> Result<(), Failure> {
         let config = Config::load(&self.file)?;
+        warn_of_profiles(&config);
         // What its disk did not take would be forgotten with it.
         let is_same = config.keyring.state == self.state.directory();
         let state = if is_same { Arc::clone(&self.state) } else { assemble::state(&config)? };

@@ -70,7 +70,7 @@ pub(super) struct Provider {
     _type: ProviderType,
     #[serde(default = "yes")]
     pub(super) seal: bool,
-    pub(super) profile: String,
+    pub(super) profile: Option<String>,
     pub(super) module: Option<PathBuf>,
     pub(super) tokens: Vec<String>,
     pub(super) label: Option<String>,

@@ -129,7 +129,7 @@ fn what_could_not_be_parsed_is_not_sealed() {
 }
 
 fn any_recipients() -> impl Strategy<Value = Vec<Recipient<Vec<u8>>>> {
-    let algorithm = prop_oneof![Just(WrapAlgorithm::AesKw), Just(WrapAlgorithm::AesGcm)];
+    let algorithm = prop_oneof![Just(WrapAlgorithm::AesKw), Just(WrapAlgorithm::AesKwp), Just(WrapAlgorithm::AesGcm)];
     prop::collection::btree_map(any::<[u8; 16]>(), (algorithm, any::<u8>()), 1..=MAX_RECIPIENTS).prop_map(|map| {
         map.into_iter()
             .map(|(identity, (algorithm, fill))| Recipient {

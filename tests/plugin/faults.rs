@@ -144,6 +144,20 @@ const SCENARIOS: &[Scenario] = &[
         decrypt: Error(Code::Unavailable),
     },
     Scenario {
+        name: "answers are longer than they should be",
+        mode: "gcm",
+        rules: "C_{} pad 12",
+        encrypt: Error(Code::Unavailable),
+        decrypt: Error(Code::Unavailable),
+    },
+    Scenario {
+        name: "answers are cut, wrapkey",
+        mode: "wrapkey",
+        rules: "C_WrapKey truncate 8",
+        encrypt: Error(Code::Unavailable),
+        decrypt: Nothing,
+    },
+    Scenario {
         name: "calls hang",
         mode: "gcm",
         rules: "C_{} hang",

@@ -68,8 +68,8 @@ fn a_key_made_elsewhere_is_a_kek_if_the_configuration_admits_it() {
 #[test]
 fn every_mode_of_the_profile_works_and_the_keks_of_all_modes_unwrap_together() {
     let modes: &[&str] = match Family::chosen() {
-        Family::SoftHsm => &["wrapkey", "gcm"],
-        Family::Kryoptic => &["encrypt", "wrapkey", "gcm"],
+        Family::SoftHsm => &["wrapkey", "wrapkey-kwp", "gcm"],
+        Family::Kryoptic => &["encrypt", "encrypt-kwp", "wrapkey", "wrapkey-kwp", "gcm"],
     };
     let mut host = Host::new();
     let mut sealed = Vec::new();

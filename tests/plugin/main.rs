@@ -1,6 +1,7 @@
 //! The plugin through its public door: the real binary, a throw-away token of a real module, a real client.
 //!
 //! `TROUSSEAU_TEST_TOKEN` chooses the token: `softhsm` (default), or `kryoptic` with `TROUSSEAU_KRYOPTIC_MODULE`.
+//! `TROUSSEAU_TEST_MODE` chooses the mode of KEKs where a test does not: one of the profile's, by default its first.
 #![allow(
     missing_docs,
     unreachable_pub,
@@ -18,6 +19,7 @@ mod disk;
 mod fault_module;
 mod faults;
 mod foreign_input;
+mod habits;
 mod hangs;
 mod keys;
 mod load;

@@ -1,5 +1,6 @@
 //! The real binary over a throw-away token, and a client to it.
 
+use std::env;
 use std::fs::{self, File, Permissions};
 use std::io::Write;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
@@ -52,7 +53,7 @@ impl Host {
             label: "trousseau-test".into(),
             tokens: r#""pkcs11:token=trousseau""#.into(),
             sessions: 2,
-            mode: None,
+            mode: env::var("TROUSSEAU_TEST_MODE").ok().map(|mode| &*mode.leak()),
             v1beta1: true,
         };
         host.write_secret("pin", PIN);

@@ -11,7 +11,7 @@ use super::connection::Connected;
 use super::error::CallError;
 use super::login::{Latch, Retry};
 use super::module::{InUse, Module};
-use crate::config::{Codes, Credential, ProviderConfig, TokenUri};
+use crate::config::{Credential, Profile, ProviderConfig, TokenUri};
 use crate::state::State;
 
 /// Where a token is, and what opens it.
@@ -19,9 +19,7 @@ pub(super) struct Address {
     pub(super) module: PathBuf,
     pub(super) uri: TokenUri,
     pin: Credential,
-    codes: Codes,
-    /// Whether the module may be initialized again.
-    reinitialize: bool,
+    profile: Arc<Profile>,
     /// Holds the latch.
     state: Arc<State>,
 }
@@ -56,8 +54,7 @@ impl Address {
             module: provider.module.clone(),
             uri,
             pin: provider.pin.clone(),
-            codes: provider.profile.errors.clone(),
-            reinitialize: provider.profile.reinitialize,
+            profile: Arc::clone(&provider.profile),
             state: Arc::clone(state),
         }
     }
@@ -67,7 +64,7 @@ impl Address {
     /// # Errors
     /// [`NotConnected`]
     pub(super) fn connect(&self, released: Sender<()>) -> Result<Connected, NotConnected> {
-        let in_use = Module::acquire(&self.module, self.reinitialize)?;
+        let in_use = Module::acquire(&self.module, self.profile.reinitialize)?;
         let (slot, info) = self.find_slot(&in_use)?;
         let pin = self.pin.read().map_err(|error| format!("{error}: {}", error.remedy()))?;
         let opened = in_use.library().open_rw_session(slot).map_err(CallError::from);
@@ -75,7 +72,7 @@ impl Address {
         let latch = self.latch(&info);
         let logged_in = latch.log_in(in_use.library(), slot, &session, &pin);
         logged_in.map_err(|error| NotConnected::LoginFailed(format!("login failed: {error}")))?;
-        Ok(Connected::new(in_use, slot, session, pin, latch, self.codes.clone(), released))
+        Ok(Connected::new(in_use, slot, session, pin, latch, Arc::clone(&self.profile), released))
     }
 
     /// `pin retry`: looks for the token, without a login, and allows one that the latch would refuse.
@@ -83,13 +80,13 @@ impl Address {
     /// # Errors
     /// The token is not there, or the state directory cannot be used.
     pub(super) fn allow_retry(&self, final_try_ok: bool) -> Result<Retry, String> {
-        let in_use = Module::acquire(&self.module, self.reinitialize)?;
+        let in_use = Module::acquire(&self.module, self.profile.reinitialize)?;
         let (_, info) = self.find_slot(&in_use).map_err(|error| error.reason().to_owned())?;
         self.latch(&info).allow_retry(&info, final_try_ok).map_err(|error| error.to_string())
     }
 
     fn latch(&self, info: &TokenInfo) -> Latch {
-        Latch::new(&self.state, &self.module, info, self.pin.to_string(), self.codes.clone())
+        Latch::new(&self.state, &self.module, info, self.pin.to_string(), self.profile.errors.clone())
     }
 
     /// The one slot whose token the URI means, among those that answer.

@@ -4,17 +4,19 @@
 //! only if the token vouches that it was born there and cannot leave.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use cryptoki::mechanism::MechanismType;
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass};
 use jiff::{SignedDuration, Timestamp};
 
-use crate::config::Mode;
+use super::raw;
+use crate::config::{Excusable, Mode, Omissible, Profile};
 use crate::identity::Identity;
 use crate::provider::Rank;
 
-/// What is asked of every object that has the KEKs' label.
-pub(super) const ASKED: [AttributeType; 14] = [
+/// What is asked of every object that has the KEKs' label, besides CKA_ALLOWED_MECHANISMS.
+pub(super) const ASKED: [AttributeType; 13] = [
     AttributeType::Class,
     AttributeType::KeyType,
     AttributeType::ValueLen,
@@ -28,14 +30,13 @@ pub(super) const ASKED: [AttributeType; 14] = [
     AttributeType::Decrypt,
     AttributeType::Wrap,
     AttributeType::Unwrap,
-    AttributeType::AllowedMechanisms,
 ];
 
 /// How a provider recognises and uses its KEKs.
 #[derive(Debug)]
 pub(super) struct Rules {
     pub(super) label: String,
-    pub(super) modes: Vec<Mode>,
+    pub(super) profile: Arc<Profile>,
     /// KEKs made elsewhere, by CKA_ID.
     pub(super) admitted: BTreeMap<Vec<u8>, Timestamp>,
 }
@@ -43,7 +44,7 @@ pub(super) struct Rules {
 impl Rules {
     pub(super) fn admit(&self, said: &Said, now: Timestamp) -> Result<Admitted, String> {
         let not_before = said.id().and_then(|id| self.admitted.get(id)).copied();
-        admit(said, &self.modes, not_before, now)
+        admit(said, &self.profile, not_before, now)
     }
 
     pub(super) fn spec_of(&self, kek: &Admitted) -> KekSpec {
@@ -80,12 +81,12 @@ pub const LONGEST_WAIT: SignedDuration = SignedDuration::from_hours(30 * 24);
 
 /// Decides about one key.
 ///
-/// `modes` are the profile's, in order. `not_before` is the instant that the configuration gives for this key, if it
+/// `not_before` is the instant that the configuration gives for this key, if it
 /// admits it by id: then its history is the administrator's word, and only what it is now counts.
 ///
 /// # Errors
 /// Why the key is not used, and what to do.
-fn admit(said: &Said, modes: &[Mode], not_before: Option<Timestamp>, now: Timestamp) -> Result<Admitted, String> {
+fn admit(said: &Said, profile: &Profile, not_before: Option<Timestamp>, now: Timestamp) -> Result<Admitted, String> {
     let Said(attributes) = said;
     if !attributes.contains(&Attribute::Class(ObjectClass::SECRET_KEY)) {
         return Err("it is not a secret key: give it another label".into());
@@ -100,17 +101,22 @@ fn admit(said: &Said, modes: &[Mode], not_before: Option<Timestamp>, now: Timest
     let not_before = match not_before {
         Some(instant) => instant,
         None => {
-            said.requires("ALWAYS_SENSITIVE", &Attribute::AlwaysSensitive(true))?;
-            said.requires("NEVER_EXTRACTABLE", &Attribute::NeverExtractable(true))?;
-            said.requires("LOCAL", &Attribute::Local(true))?;
+            for (name, wanted, excusable) in [
+                ("ALWAYS_SENSITIVE", Attribute::AlwaysSensitive(true), Excusable::CkaAlwaysSensitive),
+                ("NEVER_EXTRACTABLE", Attribute::NeverExtractable(true), Excusable::CkaNeverExtractable),
+                ("LOCAL", Attribute::Local(true), Excusable::CkaLocal),
+            ] {
+                if !(profile.excuses.contains(&excusable) && said.is_silent_about(&wanted)) {
+                    said.requires(name, &wanted)?;
+                }
+            }
             instant_of(id, now)?
         }
     };
-    let mode = modes
-        .iter()
-        .find(|mode| said.permits(**mode))
+    let mode = said
+        .mode_in(profile)?
         .ok_or("its usage attributes fit no mode of the profile: KEKs are made with `trousseau key generate`")?;
-    Ok(Admitted { rank: Rank { not_before, id: id.to_vec() }, mode: *mode })
+    Ok(Admitted { rank: Rank { not_before, id: id.to_vec() }, mode })
 }
 
 /// The activation instant in a CKA_ID: it is a UUIDv7 (RFC 9562 section 5.7).
@@ -150,6 +156,24 @@ pub(super) fn new_id(instant: Timestamp) -> Result<[u8; 16], getrandom::Error> {
     Ok(id)
 }
 
+/// The attribute that is left out of the template for a KEK.
+pub(super) const fn omitted(omissible: Omissible) -> AttributeType {
+    match omissible {
+        Omissible::CkaPrivate => AttributeType::Private,
+        Omissible::CkaSensitive => AttributeType::Sensitive,
+        Omissible::CkaModifiable => AttributeType::Modifiable,
+        Omissible::CkaCopyable => AttributeType::Copyable,
+        Omissible::CkaEncrypt => AttributeType::Encrypt,
+        Omissible::CkaDecrypt => AttributeType::Decrypt,
+        Omissible::CkaWrap => AttributeType::Wrap,
+        Omissible::CkaUnwrap => AttributeType::Unwrap,
+        Omissible::CkaSign => AttributeType::Sign,
+        Omissible::CkaVerify => AttributeType::Verify,
+        Omissible::CkaDerive => AttributeType::Derive,
+        Omissible::CkaAllowedMechanisms => AttributeType::AllowedMechanisms,
+    }
+}
+
 impl Said {
     pub(super) fn id(&self) -> Option<&[u8]> {
         self.0.iter().find_map(|attribute| match attribute {
@@ -162,22 +186,40 @@ impl Said {
         if self.0.contains(wanted) {
             return Ok(());
         }
-        let asked = wanted.attribute_type();
-        Err(if self.0.iter().any(|attribute| attribute.attribute_type() == asked) {
+        Err(if !self.is_silent_about(wanted) {
             format!("the token does not call it {name}: a key that could leave the token never wraps; make a new one")
         } else {
             format!("the token does not say whether it is {name}, and its profile does not excuse that")
         })
     }
 
+    fn is_silent_about(&self, wanted: &Attribute) -> bool {
+        self.0.iter().all(|attribute| attribute.attribute_type() != wanted.attribute_type())
+    }
+
+    /// The first of the profile's modes for which the key may be used.
+    fn mode_in(&self, profile: &Profile) -> Result<Option<Mode>, String> {
+        let permitted: Vec<Mode> = profile.modes.iter().copied().filter(|mode| self.permits(profile, *mode)).collect();
+        let pinned = self.pinned().is_some_and(|pinned| pinned.contains(&raw::UNNAMED));
+        match permitted.as_slice() {
+            [_, _, ..] if pinned => {
+                Err("its CKA_ALLOWED_MECHANISMS cannot be read, and several modes of the profile fit it".into())
+            }
+            permitted => Ok(permitted.first().copied()),
+        }
+    }
+
     /// Whether the key's usage attributes, and the mechanisms that it is pinned to if any, let it work in this mode.
-    fn permits(&self, mode: Mode) -> bool {
+    fn permits(&self, profile: &Profile, mode: Mode) -> bool {
+        let code = profile.mechanism(mode);
         let usage = match mode.wraps_objects() {
             true => [Attribute::Wrap(true), Attribute::Unwrap(true)],
             false => [Attribute::Encrypt(true), Attribute::Decrypt(true)],
         };
         usage.iter().all(|wanted| self.0.contains(wanted))
-            && self.pinned().is_none_or(|pinned| pinned.contains(&mode.mechanism()))
+            && self.pinned().is_none_or(|pinned| {
+                pinned.contains(&raw::mechanism_type(code)) || pinned.contains(&raw::UNNAMED) && raw::is_unnamed(code)
+            })
     }
 
     /// CKA_ALLOWED_MECHANISMS. SoftHSM says an empty list of a key that may do everything.
@@ -194,7 +236,14 @@ impl Said {
 mod tests {
     use super::*;
 
-    const MODES: [Mode; 2] = [Mode::Wrapkey, Mode::Gcm];
+    fn profile(modes: &str, quirks: &str) -> Profile {
+        let head = "title = \"a token\"\nstatus = \"tested\"\nmodule-paths = []";
+        toml::from_str(&format!("{head}\nmodes = {modes}\n{quirks}")).unwrap()
+    }
+
+    fn plain() -> Profile {
+        profile(r#"["wrapkey", "gcm"]"#, "")
+    }
 
     fn now() -> Timestamp {
         "2026-11-24T06:00:00Z".parse().unwrap()
@@ -234,7 +283,7 @@ mod tests {
     #[test]
     fn a_key_of_our_own_making_is_a_kek() {
         let id = new_id(now()).unwrap();
-        let admitted = admit(&Said(kek(&id)), &MODES, None, now()).unwrap();
+        let admitted = admit(&Said(kek(&id)), &plain(), None, now()).unwrap();
         assert_eq!(admitted, Admitted { rank: Rank { not_before: now(), id: id.to_vec() }, mode: Mode::Wrapkey });
     }
 
@@ -263,7 +312,7 @@ mod tests {
             (Attribute::Wrap(false), "fit no mode"),
             (Attribute::AllowedMechanisms(vec![MechanismType::AES_CBC]), "fit no mode"),
         ] {
-            let error = admit(&with(changed.clone()), &MODES, None, now()).unwrap_err();
+            let error = admit(&with(changed.clone()), &plain(), None, now()).unwrap_err();
             assert!(error.contains(reason), "{changed:?}: {error}");
         }
     }
@@ -272,19 +321,26 @@ mod tests {
     fn what_a_token_does_not_say_is_not_assumed() {
         let mut said = kek(&new_id(now()).unwrap());
         said.retain(|attribute| attribute.attribute_type() != AttributeType::Local);
-        let error = admit(&Said(said), &MODES, None, now()).unwrap_err();
+        let error = admit(&Said(said.clone()), &plain(), None, now()).unwrap_err();
         assert!(error.contains("does not say"), "{error}");
+
+        // Unless the profile excuses just that; a token that denies it is not excused.
+        let excused = profile(r#"["wrapkey"]"#, r#"excuses = ["CKA_LOCAL"]"#);
+        admit(&Said(said), &excused, None, now()).unwrap();
+        for denied in [Attribute::Local(false), Attribute::AlwaysSensitive(false)] {
+            admit(&with(denied), &excused, None, now()).unwrap_err();
+        }
     }
 
     #[test]
     fn a_key_that_the_configuration_admits_needs_no_history() {
         let not_before = Some("2026-01-01T00:00:00Z".parse().unwrap());
         for changed in [Attribute::Id(vec![1]), Attribute::Local(false), Attribute::NeverExtractable(false)] {
-            let admitted = admit(&with(changed), &MODES, not_before, now()).unwrap();
+            let admitted = admit(&with(changed), &plain(), not_before, now()).unwrap();
             assert_eq!(Some(admitted.rank.not_before), not_before);
         }
         for changed in [Attribute::Sensitive(false), Attribute::Extractable(true), Attribute::ValueLen(16.into())] {
-            admit(&with(changed), &MODES, not_before, now()).unwrap_err();
+            admit(&with(changed), &plain(), not_before, now()).unwrap_err();
         }
     }
 
@@ -293,9 +349,22 @@ mod tests {
         let mut said = with(Attribute::Wrap(false)).0;
         said.retain(|attribute| !matches!(attribute, Attribute::Encrypt(_) | Attribute::Decrypt(_)));
         said.extend([Attribute::Encrypt(true), Attribute::Decrypt(true)]);
-        let both = [Mode::Encrypt, Mode::Gcm];
-        assert_eq!(admit(&Said(said.clone()), &both, None, now()).unwrap().mode, Mode::Encrypt);
-        said.push(Attribute::AllowedMechanisms(vec![MechanismType::AES_GCM]));
-        assert_eq!(admit(&Said(said), &both, None, now()).unwrap().mode, Mode::Gcm);
+        let three = r#"["encrypt", "encrypt-kwp", "gcm"]"#;
+        let vendors = "mechanisms = { encrypt = 0x80000170 }";
+        for (pinned, quirks, mode) in [
+            (vec![], "", Ok(Mode::Encrypt)),
+            (vec![MechanismType::AES_GCM], "", Ok(Mode::Gcm)),
+            (vec![raw::UNNAMED], "", Ok(Mode::EncryptKwp)),
+            (vec![raw::UNNAMED], vendors, Err("cannot be read")),
+            (vec![MechanismType::AES_KEY_WRAP], vendors, Err("fit no mode")),
+            (vec![MechanismType::AES_GCM], vendors, Ok(Mode::Gcm)),
+        ] {
+            let said = Said([said.clone(), vec![Attribute::AllowedMechanisms(pinned.clone())]].concat());
+            let admitted = admit(&said, &profile(three, quirks), None, now()).map(|kek| kek.mode);
+            match (&admitted, mode) {
+                (Err(error), Err(reason)) => assert!(error.contains(reason), "{pinned:?}: {error}"),
+                _ => assert_eq!(admitted, mode.map_err(str::to_owned), "{pinned:?} {quirks}"),
+            }
+        }
     }
 }

@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use cryptoki::session::Session;
 use cryptoki::slot::Slot;
@@ -14,7 +14,7 @@ use secrecy::SecretString;
 use super::error::CallError;
 use super::login::Latch;
 use super::module::InUse;
-use crate::config::Codes;
+use crate::config::Profile;
 use crate::identity::Identity;
 use crate::sync::lock;
 
@@ -22,7 +22,7 @@ use crate::sync::lock;
 pub(super) struct Connected {
     anchor: Mutex<Anchor>,
     slot: Slot,
-    pub(super) codes: Codes,
+    pub(super) profile: Arc<Profile>,
     latch: Latch,
     proved: Mutex<BTreeSet<Identity>>,
     /// Sessions beside the anchor.
@@ -48,13 +48,13 @@ impl Connected {
         session: Session,
         pin: SecretString,
         latch: Latch,
-        codes: Codes,
+        profile: Arc<Profile>,
         released: Sender<()>,
     ) -> Self {
         Self {
             anchor: Mutex::new(Anchor { session, pin }),
             slot,
-            codes,
+            profile,
             latch,
             proved: Mutex::default(),
             lanes: AtomicUsize::new(0),

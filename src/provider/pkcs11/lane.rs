@@ -3,7 +3,7 @@
 //! A KEK's handle is found once a session and kept. It is used only after the key behind it has unwrapped the KEK's
 //! reference, so a token that comes back with another key under the same id is not used, whatever it calls that key.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use cryptoki::object::{Attribute, KeyType, ObjectClass, ObjectHandle};
@@ -14,8 +14,8 @@ use sha2::{Digest, Sha256};
 use super::admission::{self, Admitted, KekSpec, Rules, Said};
 use super::connection::Connected;
 use super::error::{CallError, Class};
-use super::mechanism;
-use crate::config::Codes;
+use super::{mechanism, raw};
+use crate::config::{Codes, GcmIv, Mode};
 use crate::identity::Identity;
 use crate::provider::Refused;
 use crate::secret::Dek;
@@ -43,14 +43,14 @@ impl Lane {
     }
 
     fn class(&self, error: &CallError) -> Class {
-        error.class(&self.connected.codes)
+        error.class(&self.connected.profile.errors)
     }
 
     /// Wraps a DEK under the KEK.
     pub(super) fn wrap(&mut self, kek: &KekSpec, dek: &Dek) -> Result<Vec<u8>, CallError> {
         let handle = self.handle(kek)?;
         self.count(kek);
-        mechanism::wrap(kek.mode, &self.session, handle, kek.identity, dek).map_err(|error| self.of_our_own(error))
+        self.wrap_with(kek, handle, dek).map_err(|error| self.of_our_own(error))
     }
 
     /// Unwraps a DEK that the KEK is said to have wrapped.
@@ -62,7 +62,7 @@ impl Lane {
     pub(super) fn unwrap(&mut self, kek: &KekSpec, wrapped: &[u8]) -> Result<Dek, CallError> {
         let handle = self.handle(kek)?;
         self.count(kek);
-        let unwrap = || mechanism::unwrap(kek.mode, &self.session, handle, kek.identity, wrapped);
+        let unwrap = || self.unwrap_with(kek, handle, wrapped);
         let is_clear = |error: &CallError| {
             matches!(self.class(error), Class::BadInput | Class::Session | Class::Login | Class::Pin)
         };
@@ -73,7 +73,7 @@ impl Lane {
                     _ => error,
                 })?;
                 unwrap().map_err(
-                    |again| if is_clear(&again) { again } else { in_spite_of_proof(again, &self.connected.codes) },
+                    |again| if is_clear(&again) { again } else { in_spite_of_proof(again, &self.connected.profile.errors) },
                 )
             }
             settled => settled,
@@ -100,11 +100,47 @@ impl Lane {
 
     fn find_recognised(&self, kek: &KekSpec) -> Result<ObjectHandle, CallError> {
         let handle = self.find(kek)?;
-        match self.reference(kek)? {
-            Some(reference) => self.recognise(kek, handle, &reference)?,
+        let reference = match self.reference(kek)? {
+            Some(reference) => {
+                self.recognise(kek, handle, &reference)?;
+                reference
+            }
             None => self.make_reference(kek, handle)?,
+        };
+        let is_proved = self.connected.proved().contains(&kek.identity);
+        if !is_proved {
+            self.check_ivs(kek, handle, &reference)?;
         }
         Ok(handle)
+    }
+
+    /// Where the token makes the IV: it does so each time anew, and in another session too, since some count from the
+    /// same number in each.
+    fn check_ivs(&self, kek: &KekSpec, handle: ObjectHandle, reference: &Reference) -> Result<(), CallError> {
+        if kek.mode != Mode::Gcm || self.connected.profile.gcm_iv == GcmIv::Ours {
+            return Ok(());
+        }
+        let value = Dek::generate()?;
+        let other = Self::open(Arc::clone(&self.connected), Arc::clone(&self.state))?;
+        let wrapped = [
+            unhex(&reference.wrapped)?,
+            self.wrap_with(kek, handle, &value)?,
+            self.wrap_with(kek, handle, &value)?,
+            other.wrap_with(kek, other.find(kek)?, &value)?,
+        ];
+        let ivs: BTreeSet<_> = wrapped.iter().map(|wrapped| mechanism::iv_of(wrapped)).collect();
+        if ivs.len() < wrapped.len() {
+            return Err(CallError::new(Class::Refused, "the token used one IV twice, which would give the KEK away"));
+        }
+        Ok(())
+    }
+
+    fn wrap_with(&self, kek: &KekSpec, handle: ObjectHandle, dek: &Dek) -> Result<Vec<u8>, CallError> {
+        mechanism::wrap(&self.connected.profile, kek.mode, &self.session, handle, kek.identity, dek)
+    }
+
+    fn unwrap_with(&self, kek: &KekSpec, handle: ObjectHandle, wrapped: &[u8]) -> Result<Dek, CallError> {
+        mechanism::unwrap(&self.connected.profile, kek.mode, &self.session, handle, kek.identity, wrapped)
     }
 
     /// Nothing foreign went in: what the token calls damaged is its own doing.
@@ -132,13 +168,13 @@ impl Lane {
     }
 
     /// The KEK wraps a random value and unwraps it again: its mode works here, and from now on it can be recognised.
-    fn make_reference(&self, kek: &KekSpec, handle: ObjectHandle) -> Result<(), CallError> {
+    fn make_reference(&self, kek: &KekSpec, handle: ObjectHandle) -> Result<Reference, CallError> {
         let reference = self.round_trip(kek, handle)?;
         let kept = self.state.keep_reference(kek.identity, reference.clone()).map_err(damaged_state)?;
         if kept != reference {
             self.recognise(kek, handle, &kept)?; // another process was first
         }
-        Ok(())
+        Ok(kept)
     }
 
     /// The key unwraps the KEK's reference. A key that does not, twice, and yet works, is another one.
@@ -167,8 +203,8 @@ impl Lane {
 
     fn round_trip(&self, kek: &KekSpec, handle: ObjectHandle) -> Result<Reference, CallError> {
         let value = Dek::generate()?;
-        let wrapped = mechanism::wrap(kek.mode, &self.session, handle, kek.identity, &value)?;
-        let unwrapped = mechanism::unwrap(kek.mode, &self.session, handle, kek.identity, &wrapped)?;
+        let wrapped = self.wrap_with(kek, handle, &value)?;
+        let unwrapped = self.unwrap_with(kek, handle, &wrapped)?;
         if sha256(&unwrapped) != sha256(&value) {
             return Err(CallError::new(Class::Refused, "the token unwrapped another value than it had wrapped"));
         }
@@ -176,8 +212,8 @@ impl Lane {
     }
 
     fn check_reference(&self, kek: &KekSpec, handle: ObjectHandle, reference: &Reference) -> Result<(), CallError> {
-        let wrapped = base16ct::lower::decode_vec(&reference.wrapped).map_err(|_| another_key())?;
-        let value = mechanism::unwrap(kek.mode, &self.session, handle, kek.identity, &wrapped)?;
+        let wrapped = unhex(&reference.wrapped)?;
+        let value = self.unwrap_with(kek, handle, &wrapped)?;
         if sha256(&value) == reference.sha256 { Ok(()) } else { Err(another_key()) }
     }
 
@@ -225,8 +261,8 @@ impl Lane {
         for handle in self.session.find_objects(&[Attribute::Token(true), label])? {
             let named =
                 |id: Option<&[u8]>| format!("key {} with label {}", id.map_or("without id".into(), hex), rules.label);
-            let said = match self.session.get_attributes(handle, &admission::ASKED).map_err(CallError::from) {
-                Ok(attributes) => Said(attributes),
+            let said = match self.ask(handle) {
+                Ok(said) => said,
                 Err(error) if self.class(&error) == Class::Refused => {
                     let reason = format!("what the token says of it cannot be read: {error}");
                     refused.push(Refused { key: named(None), identity: None, reason });
@@ -247,6 +283,12 @@ impl Lane {
         }
     }
 
+    fn ask(&self, object: ObjectHandle) -> Result<Said, CallError> {
+        let mut attributes = self.session.get_attributes(object, &admission::ASKED)?;
+        attributes.extend(raw::allowed_mechanisms(&self.session, object)?);
+        Ok(Said(attributes))
+    }
+
     /// Finds the KEK anew, since a handle may have outlived its key, and has it unwrap its reference.
     fn prove(&mut self, kek: &KekSpec) -> Result<(), CallError> {
         self.handles.remove(&kek.identity);
@@ -262,31 +304,32 @@ impl Lane {
     /// Makes a KEK in the token: 256-bit AES that never leaves it, and whose attributes nobody changes.
     pub(super) fn generate(&self, kek: &KekSpec) -> Result<(), CallError> {
         let wraps_objects = kek.mode.wraps_objects();
-        self.session.generate_key(
-            &cryptoki::mechanism::Mechanism::AesKeyGen,
-            &[
-                Attribute::Class(ObjectClass::SECRET_KEY),
-                Attribute::KeyType(KeyType::AES),
-                Attribute::ValueLen(32.into()),
-                Attribute::Label(kek.label.clone().into_bytes()),
-                Attribute::Id(kek.id.clone()),
-                Attribute::Token(true),
-                Attribute::Private(true),
-                Attribute::Sensitive(true),
-                Attribute::Extractable(false),
-                Attribute::Modifiable(false),
-                Attribute::Copyable(false),
-                Attribute::Wrap(wraps_objects),
-                Attribute::Unwrap(wraps_objects),
-                Attribute::Encrypt(!wraps_objects),
-                Attribute::Decrypt(!wraps_objects),
-                Attribute::Sign(false),
-                Attribute::Verify(false),
-                Attribute::Derive(false),
-                // The token itself then refuses every other use of the key, such as CBC or ECB.
-                Attribute::AllowedMechanisms(vec![kek.mode.mechanism()]),
-            ],
-        )?;
+        let profile = &self.connected.profile;
+        let mut template = vec![
+            Attribute::Class(ObjectClass::SECRET_KEY),
+            Attribute::KeyType(KeyType::AES),
+            Attribute::ValueLen(32.into()),
+            Attribute::Label(kek.label.clone().into_bytes()),
+            Attribute::Id(kek.id.clone()),
+            Attribute::Token(true),
+            Attribute::Private(true),
+            Attribute::Sensitive(true),
+            Attribute::Extractable(false),
+            Attribute::Modifiable(false),
+            Attribute::Copyable(false),
+            Attribute::Wrap(wraps_objects),
+            Attribute::Unwrap(wraps_objects),
+            Attribute::Encrypt(!wraps_objects),
+            Attribute::Decrypt(!wraps_objects),
+            Attribute::Sign(false),
+            Attribute::Verify(false),
+            Attribute::Derive(false),
+            // The token itself then refuses every other use of the key, such as CBC or ECB.
+            Attribute::AllowedMechanisms(vec![raw::mechanism_type(profile.mechanism(kek.mode))]),
+        ];
+        let omitted: Vec<_> = profile.omit_attributes.iter().copied().map(admission::omitted).collect();
+        template.retain(|attribute| !omitted.contains(&attribute.attribute_type()));
+        self.session.generate_key(&cryptoki::mechanism::Mechanism::AesKeyGen, &template)?;
         Ok(())
     }
 }
@@ -325,6 +368,10 @@ fn another_key() -> CallError {
     let what = "this is another key than the one that this host first saw under its id: restore the right one, or, \
                 if this is the right one, remove its reference-….json from the state directory";
     CallError::new(Class::Refused, what)
+}
+
+fn unhex(text: &str) -> Result<Vec<u8>, CallError> {
+    base16ct::lower::decode_vec(text).map_err(|_| another_key())
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -2,10 +2,11 @@
 //!
 //! From top to bottom: this room knows tokens and their KEKs; [`token`] keeps one connected, by its supervisor
 //! thread; [`pool`] has work done by its session threads; [`link`] is what these tell each other; [`lane`] is what one
-//! session does; [`mechanism`] is how a KEK wraps; [`address`] finds a token by what [`slots`] say, and [`login`] logs in
-//! to it unless its PIN was refused ([`tries`]); a [`connection`] comes of that; [`module`] loads a library. [`pace`] knows how long
-//! calls take, [`timing`] measures them without the pool, [`admission`] decides which keys are KEKs, and [`error`] says
-//! what failed. They are the only rooms that know the cryptoki crate.
+//! session does; [`mechanism`] is how a KEK wraps, and [`raw`] what cryptoki cannot name of that; [`address`] finds a
+//! token by what [`slots`] say, and [`login`] logs in to it unless its PIN was refused ([`tries`]); a [`connection`]
+//! comes of that; [`module`] loads a library. [`pace`] knows how long calls take, [`timing`] measures them without the
+//! pool, [`admission`] decides which keys are KEKs, and [`error`] says what failed. They are the only rooms that know
+//! the cryptoki crate.
 
 mod address;
 mod admission;
@@ -21,6 +22,7 @@ mod module;
 mod pace;
 mod pool;
 mod queue;
+mod raw;
 pub mod setup;
 mod slots;
 mod timing;
@@ -197,9 +199,18 @@ impl Pkcs11 {
         first.run(deadline, move |lane| lane.generate(&template)).await?;
         let sighting = self.look(deadline).await?;
         let made = sighting.keks.iter().find(|made| made.identity() == kek.identity);
-        let Some(held_by) = made.map(|made| made.held_by()) else {
+        let in_its_mode = made.filter(|made| made.algorithm() == mode.algorithm());
+        let Some(held_by) = in_its_mode.map(|made| made.held_by()) else {
             let named = sighting.refused.into_iter().find(|refused| refused.identity == Some(kek.identity));
-            let reason = named.map_or("it is not to be found".into(), |refused| refused.reason);
+            let reason = match named {
+                Some(refused) => refused.reason,
+                None if made.is_some() => format!(
+                    "the token does not keep CKA_ALLOWED_MECHANISMS, so nothing tells that it is for mode {}: have a \
+                     profile with that mode alone",
+                    mode.as_str()
+                ),
+                None => "it is not to be found".into(),
+            };
             let (spec, id) = (kek.clone(), kek.identity);
             let left = match first.run(deadline, move |lane| lane.remove(&spec)).await {
                 Ok(()) => "it was removed again".to_owned(),

@@ -68,7 +68,7 @@ impl Token {
         let token = Arc::new(Self {
             rules: Rules {
                 label: provider.label.clone(),
-                modes: provider.profile.modes.clone(),
+                profile: Arc::clone(&provider.profile),
                 admitted: provider.admitted.clone(),
             },
             link: Arc::clone(&link),
