@@ -3,6 +3,7 @@
 mod assemble;
 mod bench;
 mod check;
+mod clock;
 mod dev;
 mod doctor;
 mod encryption_config;

@@ -14,7 +14,7 @@ use crate::identity::Identity;
 use crate::provider::Rank;
 
 /// What is asked of every object that has the KEKs' label.
-pub(super) const ASKED: [AttributeType; 14] = [
+pub(super) const ASKED: [AttributeType; 15] = [
     AttributeType::Class,
     AttributeType::KeyType,
     AttributeType::ValueLen,
@@ -24,6 +24,7 @@ pub(super) const ASKED: [AttributeType; 14] = [
     AttributeType::Extractable,
     AttributeType::NeverExtractable,
     AttributeType::Local,
+    AttributeType::Modifiable,
     AttributeType::Encrypt,
     AttributeType::Decrypt,
     AttributeType::Wrap,

@@ -4,12 +4,14 @@
 //! thread; [`pool`] has work done by its session threads; [`link`] is what these tell each other; [`lane`] is what one
 //! session does; [`mechanism`] is how a KEK wraps; [`connection`] finds a token, and [`login`] logs in to it unless its
 //! PIN was refused; [`module`] loads a library. [`pace`] knows how long calls take, [`timing`] measures them without the
-//! pool, [`admission`] decides which keys are KEKs, and [`error`] says what failed. They are the only rooms that know
-//! the cryptoki crate.
+//! pool, [`admission`] decides which keys are KEKs, [`generation`] makes one, [`attributes`] is what is said of them, and
+//! [`error`] says what failed. They are the only rooms that know the cryptoki crate.
 
 mod admission;
+mod attributes;
 mod connection;
 mod error;
+mod generation;
 mod kek;
 mod lane;
 mod link;
@@ -37,11 +39,12 @@ use jiff::Timestamp;
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
+use self::admission::KekSpec;
 pub use self::admission::LONGEST_WAIT;
-use self::admission::{Admitted, KekSpec};
 use self::connection::Address;
-use self::kek::Pkcs11Kek;
-use self::lane::Inventory;
+pub use self::generation::{Generated, Plan};
+use self::kek::{Pkcs11Kek, Places};
+use self::lane::{Candidate, Inventory};
 use self::link::SILENCE;
 pub use self::login::Retry;
 pub use self::module::leave;
@@ -67,21 +70,6 @@ pub struct Pkcs11 {
     changed: Arc<Notify>,
     /// Every KEK seen so far; it keeps its counter from one look to the next.
     keks: Mutex<HashMap<Identity, Arc<Pkcs11Kek>>>,
-}
-
-/// A KEK that was made: what its maker wants to know.
-#[derive(Clone, Debug)]
-pub struct Generated {
-    /// Its identity.
-    pub identity: Identity,
-    /// CKA_ID.
-    pub id: Vec<u8>,
-    /// When it becomes active.
-    pub not_before: Timestamp,
-    /// How it wraps.
-    pub mode: Mode,
-    /// The tokens that hold it.
-    pub held_by: Vec<String>,
 }
 
 /// Allows one more try of the PIN for each token of a provider, if it is held back: the token as people know it, and
@@ -143,54 +131,6 @@ impl Pkcs11 {
         .await
     }
 
-    /// The activation instant of the newest KEK, if there is one.
-    ///
-    /// # Errors
-    /// No token is within reach.
-    pub async fn newest(&self, deadline: Instant) -> Result<Option<Timestamp>, KekError> {
-        let sighting = self.look(deadline).await?;
-        Ok(sighting.keks.iter().map(|kek| kek.rank().not_before).max())
-    }
-
-    /// Makes a KEK that becomes active at `not_before`, in the first token. `mode`: the profile's first, if `None`.
-    ///
-    /// # Errors
-    /// The mode is not one of the profile's, or the token does not do it; nothing is left behind then.
-    pub async fn generate(
-        &self,
-        not_before: Timestamp,
-        mode: Option<Mode>,
-        deadline: Instant,
-    ) -> Result<Generated, KekError> {
-        let refused = |what: String| KekError::Refused(format!("provider {}: {what}", self.name));
-        let mode = mode.or(self.modes.first().copied()).filter(|mode| self.modes.contains(mode));
-        let mode = mode.ok_or_else(|| {
-            refused(format!(
-                "its profile knows only {}",
-                self.modes.iter().map(|mode| mode.as_str()).collect::<Vec<_>>().join(", ")
-            ))
-        })?;
-        let first = self.tokens.first().ok_or_else(|| refused("it has no token".into()))?;
-        let id = admission::new_id(not_before).map_err(|error| refused(error.to_string()))?;
-        let rank = Rank { not_before, id: id.to_vec() };
-        let kek = first.rules.spec_of(&Admitted { rank, mode });
-        let template = kek.clone();
-        first.run(deadline, move |lane| lane.generate(&template)).await?;
-        let sighting = self.look(deadline).await?;
-        let made = sighting.keks.iter().find(|made| made.identity() == kek.identity);
-        let Some(held_by) = made.map(|made| made.held_by()) else {
-            let named = sighting.refused.into_iter().find(|refused| refused.identity == Some(kek.identity));
-            let reason = named.map_or("it is not to be found".into(), |refused| refused.reason);
-            let (spec, id) = (kek.clone(), kek.identity);
-            let left = match first.run(deadline, move |lane| lane.remove(&spec)).await {
-                Ok(()) => "it was removed again".to_owned(),
-                Err(error) => format!("it could not be removed again: {error}"),
-            };
-            return Err(refused(format!("KEK {id} was made and does not work: {reason}; {left}")));
-        };
-        Ok(Generated { identity: kek.identity, id: kek.id, not_before, mode, held_by })
-    }
-
     /// What one token holds.
     async fn look_at(&self, token: &Arc<Token>, deadline: Instant) -> Result<Inventory, KekError> {
         let of = Arc::clone(token);
@@ -201,7 +141,7 @@ impl Pkcs11 {
     }
 
     async fn look_at_every_token(&self, deadline: Instant) -> Result<Sighting, KekError> {
-        let mut found: HashMap<Identity, (KekSpec, Rank, Vec<Arc<Token>>)> = HashMap::new();
+        let mut found: HashMap<Identity, (KekSpec, Rank, Places)> = HashMap::new();
         let mut refused = Vec::new();
         let mut out_of_reach = Vec::new();
         let looks = join_all(self.tokens.iter().map(|token| self.look_at(token, deadline))).await;
@@ -216,10 +156,10 @@ impl Pkcs11 {
             let place =
                 |refusal: Refused| Refused { key: format!("{} on {}", refusal.key, token.link.name), ..refusal };
             refused.extend(inventory.refused.into_iter().map(place));
-            for kek in inventory.keks {
+            for Candidate { kek, attributes, .. } in inventory.keks {
                 let name = token.rules.spec_of(&kek);
-                let place = found.entry(name.identity).or_insert_with(|| (name, kek.rank, Vec::new()));
-                place.2.push(Arc::clone(token));
+                let (_, _, places) = found.entry(name.identity).or_insert_with(|| (name, kek.rank, Places::default()));
+                places.holders.push((Arc::clone(token), attributes));
             }
         }
         if out_of_reach.len() == self.tokens.len()
@@ -228,26 +168,24 @@ impl Pkcs11 {
             return Err(error);
         }
         let out_of_reach = out_of_reach.iter().map(ToString::to_string).collect();
-        let mut incomplete = Vec::new();
-        for (kek, _, holders) in found.values() {
+        for (_, _, places) in found.values_mut() {
             let lacks = |token: &&Arc<Token>| {
-                token.link.check().is_ok() && !holders.iter().any(|holder| Arc::ptr_eq(holder, token))
+                token.link.check().is_ok() && !places.holders.iter().any(|(holder, _)| Arc::ptr_eq(holder, token))
             };
-            let gap = |token: &Arc<Token>| format!("{} lacks KEK {}: clone it there", token.link.name, kek.identity);
-            incomplete.extend(self.tokens.iter().filter(lacks).map(gap));
+            places.lacking = self.tokens.iter().filter(lacks).map(Arc::clone).collect();
         }
-        let keks = found.into_values().map(|(name, rank, holders)| self.known(name, rank, holders)).collect();
-        Ok(Sighting { keks, refused, out_of_reach, incomplete })
+        let keks = found.into_values().map(|(name, rank, places)| self.known(name, rank, places)).collect();
+        Ok(Sighting { keks, refused, out_of_reach })
     }
 
-    /// The KEK of this name, with the tokens that now hold it.
-    fn known(&self, spec: KekSpec, rank: Rank, holders: Vec<Arc<Token>>) -> Arc<dyn Kek> {
+    /// The KEK of this name, with the places where it is now.
+    fn known(&self, spec: KekSpec, rank: Rank, places: Places) -> Arc<dyn Kek> {
         let mut keks = self.keks();
         let kek = keks.entry(spec.identity).or_insert_with(|| {
             let wraps = Arc::new(WrapCounter::new(&spec, Arc::clone(&self.state)));
-            Arc::new(Pkcs11Kek { spec: Arc::new(spec), rank, wraps, holders: RwLock::default() })
+            Arc::new(Pkcs11Kek { spec: Arc::new(spec), rank, wraps, places: RwLock::default() })
         });
-        *write(&kek.holders) = holders;
+        *write(&kek.places) = places;
         Arc::clone(kek) as Arc<dyn Kek>
     }
 
