@@ -183,7 +183,8 @@ fn a_plugin_that_is_not_ready_for_a_kek_is_told_with_the_reason() {
     drop(plugin);
     let done = expect(&host, &id(common), &socket);
     assert_eq!(done.status.code(), Some(69), "{done:?}");
-    let of_another_cluster = Host { cluster: "another".into(), ..theirs }.serve_healthy();
+    theirs.cluster = "another".into();
+    let of_another_cluster = theirs.serve_healthy();
     let done = expect(&host, &id(common), of_another_cluster.socket.to_str().unwrap());
     assert!(stderr(&done).contains("keyring.cluster"), "{done:?}");
     assert_eq!(done.status.code(), Some(1), "{done:?}");
