@@ -5,13 +5,13 @@
 //! `key_id`. What was refused before any token call, and why, is decided here and in [`crate::envelope`].
 
 pub mod activation;
+mod concerns;
 mod description;
 mod errors;
 mod flights;
 mod looks;
 mod member;
 mod opening;
-mod period;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -20,13 +20,13 @@ use futures_util::future::join_all;
 use jiff::{SignedDuration, Timestamp};
 use tokio::sync::watch;
 
+pub use self::concerns::Reminder;
 pub use self::description::{KekDescription, KekState};
 pub use self::errors::KeyringError;
 use self::flights::Flights;
 use self::looks::Looks;
 use self::member::{ActiveKek, Member};
 use self::opening::Sealed;
-pub use self::period::{Aged, Reminder};
 use crate::config::{KeyringConfig, SealUnder};
 use crate::envelope::{self, Recipient, WrapAlgorithm};
 use crate::health::Health;

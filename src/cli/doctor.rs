@@ -164,8 +164,8 @@ fn report_keys(keyring: &Keyring, findings: &mut Findings) {
     for refused in refused {
         findings.warning("KEK", format!("{} is not used: {}", refused.key, refused.reason), "");
     }
-    for aged in keyring.aged(Timestamp::now()) {
-        findings.warning("KEK", aged.to_string(), "");
+    for concern in keyring.concerns(Timestamp::now()) {
+        findings.warning("KEK", concern, "");
     }
     if !keks.iter().any(|kek| kek.state == KekState::Active) && keyring.outages().is_empty() {
         findings.failure("KEK", "no KEK is active", "make one with `trousseau key generate`");

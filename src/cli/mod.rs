@@ -3,7 +3,6 @@
 mod assemble;
 mod bench;
 mod check;
-mod clock;
 mod dev;
 mod doctor;
 mod encryption_config;

@@ -12,7 +12,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use super::assemble;
 use super::output::Failure;
 use crate::config::{Config, Listen};
-use crate::keyring::{Aged, Keyring, Reminder};
+use crate::keyring::{Keyring, Reminder};
 use crate::provider::pkcs11;
 use crate::runtime::{self, Leader};
 use crate::service::listener::Listener;
@@ -169,19 +169,18 @@ impl Daemon {
         }
     }
 
-    /// Tells systemd how we are, and the log whose period ends. Never returns.
+    /// Tells systemd how we are, and the log what somebody should see to. Never returns.
     async fn keep_systemd_informed(&self) {
         let mut told = String::new();
         let mut reminder = Reminder::default();
         loop {
             let keyring = self.requests.keyring();
-            let aged = keyring.aged(Timestamp::now());
-            for reason in reminder.due(&aged, Instant::now()) {
-                tracing::warn!("{reason}");
+            let concerns = keyring.concerns(Timestamp::now());
+            for concern in reminder.due(&concerns, Instant::now()) {
+                tracing::warn!("{concern}");
             }
-            let aged: Vec<String> = aged.iter().map(Aged::to_string).collect();
             let status = match health(&keyring) {
-                Ok(key_id) => [vec![format!("serving, key_id {key_id}")], keyring.gaps(), aged].concat().join("; "),
+                Ok(key_id) => [vec![format!("serving, key_id {key_id}")], keyring.gaps(), concerns].concat().join("; "),
                 Err(why) => format!("UNAVAILABLE: {why}"),
             };
             if status != told {

@@ -191,6 +191,33 @@ fn a_plugin_that_is_not_ready_for_a_kek_is_told_with_the_reason() {
 }
 
 #[test]
+fn a_host_whose_clock_was_an_hour_ahead_keeps_what_it_made_active_and_says_so() {
+    let host = Host::new();
+    host.generate("0s");
+    let (_, old_key_id) = host.serve_healthy().round_trip();
+    let kek = host.generate("1h");
+    // As if the hour had passed by this host's clock.
+    let mark = serde_json::json!([{
+        "provider": "hsm", "identity": kek["identity"], "not-before": kek["not-before"], "id": kek["id"],
+    }]);
+    fs::write(host.path("state/active.json"), mark.to_string()).unwrap();
+    let mut plugin = host.serve_healthy();
+    let (sealed, new_key_id) = plugin.round_trip();
+    assert_ne!(new_key_id, old_key_id);
+    const WORDS: &str = "has not come: the clock is wrong, or was";
+    plugin.wait_until("the log says so", |plugin| plugin.log().contains(WORDS));
+    for said in [stdout(&host.run(&["doctor"])), host.list()["warnings"].to_string()] {
+        assert!(said.contains(WORDS), "{said}");
+    }
+    // Another host, whose clock is right, reads what was written too early, and has nothing to say.
+    let other = host.other_host();
+    let others = other.serve_healthy();
+    assert_eq!(others.status().unwrap().key_id, old_key_id);
+    others.decrypt(&sealed, &new_key_id).unwrap();
+    assert_eq!(other.list()["warnings"], serde_json::json!([]));
+}
+
+#[test]
 fn a_kek_past_its_period_is_told_of_everywhere_but_to_the_api_server() {
     const WORDS: &str = "ended at 2026-04-01T00:00:00Z (keyring.max-age): make a new one";
     let mut host = Host::new();

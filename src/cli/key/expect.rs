@@ -13,8 +13,8 @@ use serde::Serialize;
 use tonic::Code;
 use zeroize::Zeroizing;
 
-use super::super::clock;
 use super::super::output::{Failure, Format, print, print_json};
+use super::clock_is_unsynchronized;
 use crate::identity::Identity;
 use crate::keyring::{KekDescription, KekState, Keyring, KeyringError};
 use crate::service::client::{Client, ClientError};
@@ -56,7 +56,7 @@ pub(super) async fn run(keyring: &Keyring, wanted: &str, socket: &Path, format: 
         let what = "Decrypt gave back another value than was encrypted";
         return Err(Failure::failed(what, "stop using this plugin"));
     }
-    let clock_synchronized = !clock::is_unsynchronized();
+    let clock_synchronized = !clock_is_unsynchronized();
     let KekDescription { identity, id, state, not_before, .. } = kek;
     let ready = Ready { identity, id, state, not_before, key_id, decrypt_micros, clock_synchronized };
     match format {

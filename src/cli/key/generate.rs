@@ -8,8 +8,8 @@ use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
 use super::super::output::{Failure, Format, print, print_json};
-use super::super::{ConfigArgs, OutputArgs, assemble, clock, duration};
-use super::{TIMEOUT, in_time};
+use super::super::{ConfigArgs, OutputArgs, assemble, duration};
+use super::{TIMEOUT, clock_is_unsynchronized, in_time};
 use crate::config::{Config, Mode, ProviderConfig};
 use crate::identity::Identity;
 use crate::provider::pkcs11::{Generated, LONGEST_WAIT, Pkcs11, Plan};
@@ -233,7 +233,7 @@ fn activation_instant(
             format!("the newest KEK is active from {newest}, and this one would be from {instant}: never active");
         return Err(Failure::failed(what, "set this host's clock right, or activate it later with --activate-in"));
     }
-    if !unsynchronized_clock_ok && clock::is_unsynchronized() {
+    if !unsynchronized_clock_ok && clock_is_unsynchronized() {
         let what = "this host's clock is not synchronized: other hosts would switch to the KEK at another moment";
         return Err(Failure::failed(what, "start chrony or systemd-timesyncd, or give --unsynchronized-clock-ok"));
     }

@@ -54,8 +54,7 @@ impl Listing {
     fn of(keyring: &Keyring) -> Self {
         let now = Timestamp::now();
         let (keks, refused) = keyring.describe(now);
-        let warnings = keyring.aged(now).iter().map(ToString::to_string).collect();
-        Self { keks, refused, outages: keyring.outages(), warnings }
+        Self { keks, refused, outages: keyring.outages(), warnings: keyring.concerns(now) }
     }
 }
 

@@ -4,6 +4,7 @@ mod expect;
 mod generate;
 mod list;
 
+use std::process::Command;
 use std::time::Duration;
 
 use clap::Subcommand;
@@ -34,6 +35,12 @@ pub(super) fn run(verb: KeyVerb) -> Result<(), Failure> {
         KeyVerb::Generate(args) => runtime.block_on(generate::run(&args)),
         KeyVerb::List(args) => runtime.block_on(list::run(&args)),
     }
+}
+
+/// What the kernel says of its clock, whoever keeps it (adjtimex(2)); without systemd to ask, nobody vouches for it.
+pub(super) fn clock_is_unsynchronized() -> bool {
+    let asked = Command::new("timedatectl").args(["show", "--property=NTPSynchronized", "--value"]).output();
+    !asked.is_ok_and(|answer| answer.stdout.trim_ascii() == b"yes")
 }
 
 /// The work, unless the tokens keep it waiting.
