@@ -60,6 +60,14 @@ fn a_key_made_elsewhere_is_a_kek_if_the_configuration_admits_it() {
     host.extra = admit(b"ceremony");
     host.serve_healthy().round_trip();
 
+    // One that no token has is missed by name.
+    host.extra.push_str(&admit(b"absent"));
+    let listing = host.list();
+    assert_eq!(listing["keks"].as_array().unwrap().len(), 1, "{listing}");
+    let reason = &listing["refused"][0];
+    let absent = base16ct::lower::encode_string(b"absent");
+    assert!(reason["key"].to_string().contains(&absent) && reason["reason"].to_string().contains("no token has it"));
+
     // An extractable one is not, whatever the configuration says.
     host.token.make_keys(&[Key { id: b"open".to_vec(), extractable: true, ..planted() }]);
     host.extra = admit(b"open");

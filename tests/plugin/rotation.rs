@@ -61,12 +61,21 @@ fn a_kek_is_listed_with_what_its_token_says_and_with_the_replica_that_lacks_it()
     }
     assert_eq!(said["WRAP"], host.token.kw_wraps_objects());
 
+    let plugin = host.serve_healthy();
+    let id = made["id"].as_str().unwrap();
+    let ready = json(&expect(&host, id, plugin.socket.to_str().unwrap()));
+    assert_eq!(ready["lacked-by"], made["lacked-by"]);
+    drop(plugin);
     let text = stdout(&host.run(&["key", "list", "--attributes"]));
-    for words in [made["id"].as_str().unwrap(), "token pkcs11:token=second lacks KEK", " -EXTRACTABLE "] {
+    for words in [id, "token pkcs11:token=second lacks KEK", " -EXTRACTABLE "] {
         assert!(text.contains(words), "{words}: {text}");
     }
     let text = stdout(&host.run(&["key", "generate", "--activate-in", "1h", "--unsynchronized-clock-ok"]));
-    for words in ["held by     1 of 2 tokens: if all that hold it are lost", "lacked by   pkcs11:token=second: clone"] {
+    for words in [
+        "held by     1 of 2 tokens: if all that hold it are lost",
+        "lacked by   pkcs11:token=second: clone",
+        "--expect",
+    ] {
         assert!(text.contains(words), "{words}: {text}");
     }
 }

@@ -36,6 +36,8 @@ struct Ready {
     key_id: String,
     decrypt_micros: u64,
     clock_synchronized: bool,
+    /// This host's tokens that could not take over.
+    lacked_by: Vec<String>,
 }
 
 pub(super) async fn run(keyring: &Keyring, wanted: &str, socket: &Path, format: Format) -> Result<(), Failure> {
@@ -57,8 +59,8 @@ pub(super) async fn run(keyring: &Keyring, wanted: &str, socket: &Path, format: 
         return Err(Failure::failed(what, "stop using this plugin"));
     }
     let clock_synchronized = !clock_is_unsynchronized();
-    let KekDescription { identity, id, state, not_before, .. } = kek;
-    let ready = Ready { identity, id, state, not_before, key_id, decrypt_micros, clock_synchronized };
+    let KekDescription { identity, id, state, not_before, lacked_by, .. } = kek;
+    let ready = Ready { identity, id, state, not_before, key_id, decrypt_micros, clock_synchronized, lacked_by };
     match format {
         Format::Json => print_json(&ready),
         Format::Text => print(&text(&ready)),
@@ -76,7 +78,8 @@ fn text(ready: &Ready) -> String {
         true => "",
         false => "; but this host's clock is not synchronized, and it may switch at another moment than the others",
     };
-    format!("ready: the plugin unwraps with KEK {identity}{then}{clock}")
+    let lacking: String = ready.lacked_by.iter().map(|token| format!("; but token {token} lacks it")).collect();
+    format!("ready: the plugin unwraps with KEK {identity}{then}{clock}{lacking}")
 }
 
 /// The KEK of this identity or id, as this process sees it.

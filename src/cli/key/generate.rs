@@ -131,6 +131,9 @@ fn made_text(provider: &ProviderConfig, plan: &Plan, generated: &Generated) -> S
         );
         text.push_str(&lacks);
     }
+    if made.not_before > Timestamp::now() {
+        text.push_str(&format!("\n  until then  on every host: trousseau key list --expect {}", made.id));
+    }
     text
 }
 

@@ -167,7 +167,10 @@ impl Pkcs11 {
         {
             return Err(error);
         }
-        let out_of_reach = out_of_reach.iter().map(ToString::to_string).collect();
+        let out_of_reach: Vec<String> = out_of_reach.iter().map(ToString::to_string).collect();
+        if out_of_reach.is_empty() {
+            refused.extend(self.nowhere(|identity| found.contains_key(&identity) || has(&refused, identity)));
+        }
         for (_, _, places) in found.values_mut() {
             let lacks = |token: &&Arc<Token>| {
                 token.link.check().is_ok() && !places.holders.iter().any(|(holder, _)| Arc::ptr_eq(holder, token))
@@ -176,6 +179,21 @@ impl Pkcs11 {
         }
         let keks = found.into_values().map(|(name, rank, places)| self.known(name, rank, places)).collect();
         Ok(Sighting { keks, refused, out_of_reach })
+    }
+
+    /// The keys that the configuration admits, and that nobody shows.
+    fn nowhere(&self, is_shown: impl Fn(Identity) -> bool) -> Vec<Refused> {
+        let admitted = self.tokens.iter().take(1).flat_map(|token| token.rules.admitted.keys());
+        let absent = admitted.filter(|id| !is_shown(Identity::of_pkcs11(id)));
+        let reason = "no token has it: bring it back, or remove its [[provider.kek]]";
+        absent
+            .map(|id| Refused {
+                key: format!("key {} of provider {}", base16ct::lower::encode_string(id), self.name),
+                identity: Some(Identity::of_pkcs11(id)),
+                reason: reason.into(),
+                is_ambiguous: false,
+            })
+            .collect()
     }
 
     /// The KEK of this name, with the places where it is now.
@@ -192,6 +210,10 @@ impl Pkcs11 {
     fn keks(&self) -> MutexGuard<'_, HashMap<Identity, Arc<Pkcs11Kek>>> {
         lock(&self.keks)
     }
+}
+
+fn has(refused: &[Refused], identity: Identity) -> bool {
+    refused.iter().any(|refused| refused.identity == Some(identity))
 }
 
 impl Drop for Pkcs11 {
