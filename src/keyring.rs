@@ -24,6 +24,7 @@ pub use self::concerns::Reminder;
 pub use self::description::{KekDescription, KekState};
 pub use self::errors::KeyringError;
 use self::flights::Flights;
+pub use self::looks::LOOK_SOON;
 use self::looks::Looks;
 use self::member::{ActiveKek, Member};
 use self::opening::Sealed;

@@ -163,6 +163,23 @@ fn a_plugin_that_is_ready_for_a_kek_proves_it_before_the_instant() {
 }
 
 #[test]
+fn an_emergency_rotation_is_over_on_a_host_as_soon_as_it_is_asked() {
+    let host = Host::new();
+    let old = host.generate("0s");
+    let plugin = host.serve_healthy();
+    let socket = plugin.socket.to_str().unwrap();
+    let new = host.generate("0s");
+    assert_ne!(new["identity"], old["identity"]);
+    let ready = json(&expect(&host, new["id"].as_str().unwrap(), socket));
+    assert_eq!(ready["state"], "active");
+    assert_eq!(ready["key-id"], plugin.status().unwrap().key_id);
+    assert_eq!(plugin.log().matches("KEK is active").count(), 2);
+    let ready = json(&expect(&host, old["id"].as_str().unwrap(), socket));
+    assert_eq!(ready["state"], "unwrap-only");
+    assert_eq!(ready["key-id"], plugin.status().unwrap().key_id);
+}
+
+#[test]
 fn a_plugin_that_is_not_ready_for_a_kek_is_told_with_the_reason() {
     // Two hosts whose tokens have a KEK in common, and of another one only the id.
     let (common, other) = (b"common".as_slice(), b"a sibling".as_slice());

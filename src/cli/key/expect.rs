@@ -2,8 +2,9 @@
 //!
 //! The plugin answers Status, Encrypt and Decrypt, and nothing else. So it is given an envelope that holds a random
 //! value and could have come from another host that made this KEK active a little earlier: it opens it only if it sees
-//! the KEK and unwraps with it. Its key_id shows whether it has the cluster and the KEKs that this configuration has;
-//! if so, it will have the same key_id as all others after the instant.
+//! the KEK and unwraps with it, and looks for it at once if it does not know it yet. Then its key_id shows whether it
+//! has the cluster and the KEKs that this configuration has; if so, it will have the same key_id as all others after
+//! the instant.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -16,7 +17,7 @@ use zeroize::Zeroizing;
 use super::super::output::{Failure, Format, print, print_json};
 use super::clock_is_unsynchronized;
 use crate::identity::Identity;
-use crate::keyring::{KekDescription, KekState, Keyring, KeyringError};
+use crate::keyring::{KekDescription, KekState, Keyring, KeyringError, LOOK_SOON};
 use crate::service::client::{Client, ClientError};
 
 /// How long a call may take: the plugin may look at its tokens first.
@@ -32,9 +33,8 @@ struct Ready {
     id: String,
     state: KekState,
     not_before: Timestamp,
-    /// From the KEK's instant on, unless another provider's KEK changes as well.
+    /// From the KEK's instant on, unless another provider's KEK changes as well; now, if it only unwraps.
     key_id: String,
-    decrypt_micros: u64,
     clock_synchronized: bool,
     /// This host's tokens that could not take over.
     lacked_by: Vec<String>,
@@ -43,27 +43,36 @@ struct Ready {
 pub(super) async fn run(keyring: &Keyring, wanted: &str, socket: &Path, format: Format) -> Result<(), Failure> {
     let kek = find(keyring, wanted)?;
     let mut client = Client::connect(socket, TIMEOUT).await?;
+    let key_id = prove(keyring, &kek, &mut client).await?;
     compare_key_ids(keyring, &mut client).await?;
-    let key_set = keyring.foresee(kek.not_before.max(Timestamp::now()), Some(kek.identity)).map_err(token_fails)?;
-    let set = keyring.alone(key_set, kek.identity).ok_or_else(|| unseen(wanted))?;
+    let clock_synchronized = !clock_is_unsynchronized();
+    let KekDescription { identity, id, state, not_before, lacked_by, .. } = kek;
+    let ready = Ready { identity, id, state, not_before, key_id, clock_synchronized, lacked_by };
+    match format {
+        Format::Json => print_json(&ready),
+        Format::Text => print(&text(&ready)),
+    }
+}
+
+/// Has the plugin open what this process sealed under the KEK alone, and returns the key_id from the KEK's instant on.
+async fn prove(keyring: &Keyring, kek: &KekDescription, client: &mut Client) -> Result<String, Failure> {
+    let becomes_active = (kek.state != KekState::UnwrapOnly).then_some(kek.identity);
+    let key_set = keyring.foresee(kek.not_before.max(Timestamp::now()), becomes_active).map_err(token_fails)?;
+    let set = keyring.alone(key_set, kek.identity).ok_or_else(|| unseen(&kek.id))?;
     let mut value = Zeroizing::new(vec![0; 32]);
     getrandom::fill(&mut value).map_err(|error| Failure::failed(format!("getrandom(2): {error}"), ""))?;
     let deadline = Instant::now() + TIMEOUT;
     let sealed = keyring.encrypt(&set, &value, CIPHERTEXT_LIMIT, deadline).await.map_err(token_fails)?;
     let key_id = key_set.to_string();
-    let began = Instant::now();
-    let opened = client.decrypt(sealed, key_id.clone()).await.map_err(|error| not_ready(&kek, error))?;
-    let decrypt_micros = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
-    if Zeroizing::new(opened) != value {
-        let what = "Decrypt gave back another value than was encrypted";
-        return Err(Failure::failed(what, "stop using this plugin"));
+    let mut answer = client.decrypt(sealed.clone(), key_id.clone()).await;
+    if answer.as_ref().is_err_and(|error| error.code() == Some(Code::FailedPrecondition)) {
+        tokio::time::sleep(LOOK_SOON).await; // somebody may have made it look a moment ago
+        answer = client.decrypt(sealed, key_id.clone()).await;
     }
-    let clock_synchronized = !clock_is_unsynchronized();
-    let KekDescription { identity, id, state, not_before, lacked_by, .. } = kek;
-    let ready = Ready { identity, id, state, not_before, key_id, decrypt_micros, clock_synchronized, lacked_by };
-    match format {
-        Format::Json => print_json(&ready),
-        Format::Text => print(&text(&ready)),
+    let opened = Zeroizing::new(answer.map_err(|error| not_ready(kek, error))?);
+    match opened == value {
+        true => Ok(key_id),
+        false => Err(Failure::failed("Decrypt gave back another value than was encrypted", "stop using this plugin")),
     }
 }
 
@@ -127,12 +136,8 @@ fn token_fails(error: KeyringError) -> Failure {
 
 /// What the plugin's error says about the KEK.
 fn not_ready(kek: &KekDescription, error: ClientError) -> Failure {
-    let code = match &error {
-        ClientError::Answer { status, .. } => Some(status.code()),
-        _ => None,
-    };
     let KekDescription { identity, id, .. } = kek;
-    match code {
+    match error.code() {
         Some(Code::FailedPrecondition) => {
             let what = format!("the plugin does not see KEK {identity} (id {id}), which this process sees");
             let remedy = "it looks every 30 seconds, and did so now: does it use this configuration, and does its \
