@@ -143,7 +143,7 @@ impl Pkcs11 {
     async fn look_at_every_token(&self, deadline: Instant) -> Result<Sighting, KekError> {
         let mut found: HashMap<Identity, (KekSpec, Rank, Places)> = HashMap::new();
         let mut refused = Vec::new();
-        let mut out_of_reach = Vec::new();
+        let (mut looked_at, mut out_of_reach) = (Vec::new(), Vec::new());
         let looks = join_all(self.tokens.iter().map(|token| self.look_at(token, deadline))).await;
         for (token, look) in self.tokens.iter().zip(looks) {
             let inventory = match look {
@@ -153,6 +153,7 @@ impl Pkcs11 {
                     continue;
                 }
             };
+            looked_at.push(token);
             let place =
                 |refusal: Refused| Refused { key: format!("{} on {}", refusal.key, token.link.name), ..refusal };
             refused.extend(inventory.refused.into_iter().map(place));
@@ -172,10 +173,8 @@ impl Pkcs11 {
             refused.extend(self.nowhere(|identity| found.contains_key(&identity) || has(&refused, identity)));
         }
         for (_, _, places) in found.values_mut() {
-            let lacks = |token: &&Arc<Token>| {
-                token.link.check().is_ok() && !places.holders.iter().any(|(holder, _)| Arc::ptr_eq(holder, token))
-            };
-            places.lacking = self.tokens.iter().filter(lacks).map(Arc::clone).collect();
+            let lacks = |token: &Arc<Token>| !places.holders.iter().any(|(holder, _)| Arc::ptr_eq(holder, token));
+            places.lacking = looked_at.iter().filter(|token| lacks(token)).map(|token| Arc::clone(token)).collect();
         }
         let keks = found.into_values().map(|(name, rank, places)| self.known(name, rank, places)).collect();
         Ok(Sighting { keks, refused, out_of_reach })
