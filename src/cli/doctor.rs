@@ -181,6 +181,9 @@ fn report_keys(keyring: &Keyring, findings: &mut Findings) {
     for refused in refused {
         findings.warning("KEK", format!("{} is not used: {}", refused.key, refused.reason), "");
     }
+    for concern in keyring.concerns(Timestamp::now()) {
+        findings.warning("KEK", concern, "");
+    }
     if !keks.iter().any(|kek| kek.state == KekState::Active) && keyring.outages().is_empty() {
         findings.failure("KEK", "no KEK is active", "make one with `trousseau key generate`");
     }

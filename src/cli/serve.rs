@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -12,7 +12,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use super::assemble;
 use super::output::Failure;
 use crate::config::{Config, Listen};
-use crate::keyring::Keyring;
+use crate::keyring::{Keyring, Reminder};
 use crate::provider::pkcs11;
 use crate::runtime::{self, Leader};
 use crate::service::listener::Listener;
@@ -180,13 +180,18 @@ impl Daemon {
         }
     }
 
-    /// Tells systemd how we are. Never returns.
+    /// Tells systemd how we are, and the log what somebody should see to. Never returns.
     async fn keep_systemd_informed(&self) {
         let mut told = String::new();
+        let mut reminder = Reminder::default();
         loop {
             let keyring = self.requests.keyring();
+            let concerns = keyring.concerns(Timestamp::now());
+            for concern in reminder.due(&concerns, Instant::now()) {
+                tracing::warn!("{concern}");
+            }
             let status = match health(&keyring) {
-                Ok(key_id) => [vec![format!("serving, key_id {key_id}")], keyring.gaps()].concat().join("; "),
+                Ok(key_id) => [vec![format!("serving, key_id {key_id}")], keyring.gaps(), concerns].concat().join("; "),
                 Err(why) => format!("UNAVAILABLE: {why}"),
             };
             if status != told {

@@ -53,6 +53,8 @@ pub(super) struct Keyring {
     pub(super) cluster: String,
     #[serde(default)]
     pub(super) seal_under: super::SealUnder,
+    #[serde(default = "ninety_days")]
+    pub(super) max_age: String,
     pub(super) state: Option<PathBuf>,
 }
 
@@ -90,6 +92,11 @@ pub(super) struct AdmittedKek {
 
 fn yes() -> bool {
     true
+}
+
+/// A habit that people keep: four times a year.
+fn ninety_days() -> String {
+    "90d".to_owned()
 }
 
 fn four() -> usize {

@@ -15,7 +15,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Span, SpanRelativeTo, Timestamp};
 use serde::Deserialize;
 
 pub use self::codes::{Class, Code, Codes};
@@ -74,6 +74,8 @@ pub struct KeyringConfig {
     pub cluster: String,
     /// What Encrypt does while a provider is out of reach.
     pub seal_under: SealUnder,
+    /// How long a KEK is to wrap, before somebody is told that it is old. `None`: for ever.
+    pub max_age: Option<SignedDuration>,
     /// The directory of the small state files.
     pub state: PathBuf,
 }
@@ -161,6 +163,12 @@ fn refuse_if_writable_by_others(path: &Path) -> Result<(), ConfigError> {
     Ok(())
 }
 
+/// A length of time such as `90d` or `12h`: days have 24 hours here, and months have no length.
+fn period(text: &str) -> Option<SignedDuration> {
+    let span: Span = text.parse().ok()?;
+    span.to_duration(SpanRelativeTo::days_are_24_hours()).ok().filter(|period| !period.is_negative())
+}
+
 /// Makes the parts of a file into their typed forms; it knows the file's name for the errors.
 struct Check<'a> {
     path: &'a Path,
@@ -212,7 +220,12 @@ impl Check<'_> {
         if !state.is_absolute() {
             return Err(self.error(format!("keyring.state `{}` is relative", state.display()), "write the whole path"));
         }
-        Ok(KeyringConfig { cluster: file.cluster, seal_under: file.seal_under, state })
+        let max_age = period(&file.max_age).ok_or_else(|| {
+            let what = format!("keyring.max-age `{}` is not a length of time", file.max_age);
+            self.error(what, "write for example \"90d\", or \"0d\" if no age is too great")
+        })?;
+        let max_age = (!max_age.is_zero()).then_some(max_age);
+        Ok(KeyringConfig { cluster: file.cluster, seal_under: file.seal_under, max_age, state })
     }
 
     fn provider(&self, file: file::Provider, cluster: &str) -> Result<ProviderConfig, ConfigError> {

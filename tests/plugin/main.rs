@@ -28,6 +28,7 @@ mod plugin;
 mod providers;
 mod renewal;
 mod replicas;
+mod rotation;
 mod socket;
 mod supervisor;
 mod token;

@@ -16,7 +16,7 @@ use crate::identity::Identity;
 use crate::provider::Rank;
 
 /// What is asked of every object that has the KEKs' label, besides CKA_ALLOWED_MECHANISMS.
-pub(super) const ASKED: [AttributeType; 13] = [
+pub(super) const ASKED: [AttributeType; 14] = [
     AttributeType::Class,
     AttributeType::KeyType,
     AttributeType::ValueLen,
@@ -26,6 +26,7 @@ pub(super) const ASKED: [AttributeType; 13] = [
     AttributeType::Extractable,
     AttributeType::NeverExtractable,
     AttributeType::Local,
+    AttributeType::Modifiable,
     AttributeType::Encrypt,
     AttributeType::Decrypt,
     AttributeType::Wrap,

@@ -16,7 +16,7 @@ use super::token::Token;
 use super::wraps::WrapCounter;
 use crate::envelope::WrapAlgorithm;
 use crate::identity::Identity;
-use crate::provider::{Answer, Kek, KekError, Rank};
+use crate::provider::{Answer, Attributes, Holder, Kek, KekError, Rank};
 use crate::secret::Dek;
 use crate::sync::read;
 
@@ -28,12 +28,21 @@ pub(super) struct Pkcs11Kek {
     pub(super) spec: Arc<KekSpec>,
     pub(super) rank: Rank,
     pub(super) wraps: Arc<WrapCounter>,
-    pub(super) holders: RwLock<Vec<Arc<Token>>>,
+    pub(super) places: RwLock<Places>,
+}
+
+/// Where a KEK is, as of the last look.
+#[derive(Default)]
+pub(super) struct Places {
+    /// The tokens that hold it, each with what it says of it.
+    pub(super) holders: Vec<(Arc<Token>, Attributes)>,
+    /// Those within reach that do not.
+    pub(super) lacking: Vec<Arc<Token>>,
 }
 
 impl Pkcs11Kek {
     pub(super) fn holders(&self) -> Vec<Arc<Token>> {
-        read(&self.holders).clone()
+        read(&self.places).holders.iter().map(|(token, _)| Arc::clone(token)).collect()
     }
 
     /// Has a token do `work`. When all are out of reach, but one was lost only now and is being connected to again, it
@@ -136,8 +145,16 @@ impl Kek for Pkcs11Kek {
         self.spec.mode.as_str()
     }
 
-    fn held_by(&self) -> Vec<String> {
-        self.holders().iter().map(|token| token.uri().to_string()).collect()
+    fn held_by(&self) -> Vec<Holder> {
+        let of = |(token, attributes): &(Arc<Token>, Attributes)| Holder {
+            name: token.uri().to_string(),
+            attributes: attributes.clone(),
+        };
+        read(&self.places).holders.iter().map(of).collect()
+    }
+
+    fn lacked_by(&self) -> Vec<String> {
+        read(&self.places).lacking.iter().map(|token| token.uri().to_string()).collect()
     }
 
     fn check(&self) -> Result<(), KekError> {

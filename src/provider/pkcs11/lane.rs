@@ -6,18 +6,20 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
+use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, KeyType, ObjectClass, ObjectHandle};
 use cryptoki::session::Session;
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 
 use super::admission::{self, Admitted, KekSpec, Rules, Said};
+use super::attributes;
 use super::connection::Connected;
 use super::error::{CallError, Class};
 use super::{mechanism, raw};
 use crate::config::{Codes, GcmIv, Mode};
 use crate::identity::Identity;
-use crate::provider::Refused;
+use crate::provider::{Attributes, Refused};
 use crate::secret::Dek;
 use crate::state::{Reference, State, StateError};
 
@@ -31,8 +33,16 @@ pub(super) struct Lane {
 
 /// What a token holds under a label.
 pub(super) struct Inventory {
-    pub(super) keks: Vec<Admitted>,
+    pub(super) keks: Vec<Candidate>,
     pub(super) refused: Vec<Refused>,
+}
+
+/// A key that is a KEK by what the token says of it.
+pub(super) struct Candidate {
+    /// For people.
+    key: String,
+    pub(super) kek: Admitted,
+    pub(super) attributes: Attributes,
 }
 
 impl Lane {
@@ -72,9 +82,9 @@ impl Lane {
                     Class::Doubtful | Class::BadInput => error.settled(Class::Token),
                     _ => error,
                 })?;
-                unwrap().map_err(
-                    |again| if is_clear(&again) { again } else { in_spite_of_proof(again, &self.connected.profile.errors) },
-                )
+                unwrap().map_err(|again| {
+                    if is_clear(&again) { again } else { in_spite_of_proof(again, &self.connected.profile.errors) }
+                })
             }
             settled => settled,
         }
@@ -223,19 +233,22 @@ impl Lane {
         let found = self.candidates(rules, now, &mut refused)?;
         let mut keks = Vec::new();
         let mut doubtful = None;
-        for (n, (key, kek)) in found.iter().enumerate() {
-            let key = key.clone();
-            let spec = rules.spec_of(kek);
-            let identity = Some(spec.identity);
-            if found.iter().enumerate().any(|(m, (_, other))| m != n && other.rank.id == kek.rank.id) {
-                let reason = "another key has the same CKA_ID: remove the one that is not meant".into();
-                refused.push(Refused { key, identity, reason });
+        let twins: Vec<bool> = found
+            .iter()
+            .map(|one| found.iter().filter(|other| other.kek.rank.id == one.kek.rank.id).count() > 1)
+            .collect();
+        for (candidate, is_ambiguous) in found.into_iter().zip(twins) {
+            let spec = rules.spec_of(&candidate.kek);
+            let refusal =
+                |reason| Refused { key: candidate.key.clone(), identity: Some(spec.identity), reason, is_ambiguous };
+            if is_ambiguous {
+                refused.push(refusal("another key has the same CKA_ID: remove the one that is not meant".into()));
                 continue;
             }
             match self.prove(&spec) {
-                Ok(()) => keks.push(kek.clone()),
+                Ok(()) => keks.push(candidate),
                 Err(error) if matches!(self.class(&error), Class::Refused | Class::BadInput | Class::Doubtful) => {
-                    refused.push(Refused { key, identity, reason: error.to_string() });
+                    refused.push(refusal(error.to_string()));
                     doubtful = doubtful.or((self.class(&error) == Class::Doubtful).then_some(error));
                 }
                 Err(error) => return Err(error),
@@ -254,7 +267,7 @@ impl Lane {
         rules: &Rules,
         now: Timestamp,
         refused: &mut Vec<Refused>,
-    ) -> Result<Vec<(String, Admitted)>, CallError> {
+    ) -> Result<Vec<Candidate>, CallError> {
         let label = Attribute::Label(rules.label.clone().into_bytes());
         let mut candidates = Vec::new();
         let mut gone = self.connected.proved().clone();
@@ -265,16 +278,17 @@ impl Lane {
                 Ok(said) => said,
                 Err(error) if self.class(&error) == Class::Refused => {
                     let reason = format!("what the token says of it cannot be read: {error}");
-                    refused.push(Refused { key: named(None), identity: None, reason });
+                    refused.push(Refused { key: named(None), identity: None, reason, is_ambiguous: false });
                     continue;
                 }
                 Err(error) => return Err(error),
             };
             let identity = said.id().map(Identity::of_pkcs11);
             identity.map(|identity| gone.remove(&identity));
+            let key = named(said.id());
             match rules.admit(&said, now) {
-                Ok(kek) => candidates.push((named(said.id()), kek)),
-                Err(reason) => refused.push(Refused { key: named(said.id()), identity, reason }),
+                Ok(kek) => candidates.push(Candidate { key, kek, attributes: said.attributes() }),
+                Err(reason) => refused.push(Refused { key, identity, reason, is_ambiguous: false }),
             }
         }
         match gone.first() {
@@ -301,35 +315,9 @@ impl Lane {
         Ok(self.session.destroy_object(handle)?)
     }
 
-    /// Makes a KEK in the token: 256-bit AES that never leaves it, and whose attributes nobody changes.
+    /// Makes a KEK in the token.
     pub(super) fn generate(&self, kek: &KekSpec) -> Result<(), CallError> {
-        let wraps_objects = kek.mode.wraps_objects();
-        let profile = &self.connected.profile;
-        let mut template = vec![
-            Attribute::Class(ObjectClass::SECRET_KEY),
-            Attribute::KeyType(KeyType::AES),
-            Attribute::ValueLen(32.into()),
-            Attribute::Label(kek.label.clone().into_bytes()),
-            Attribute::Id(kek.id.clone()),
-            Attribute::Token(true),
-            Attribute::Private(true),
-            Attribute::Sensitive(true),
-            Attribute::Extractable(false),
-            Attribute::Modifiable(false),
-            Attribute::Copyable(false),
-            Attribute::Wrap(wraps_objects),
-            Attribute::Unwrap(wraps_objects),
-            Attribute::Encrypt(!wraps_objects),
-            Attribute::Decrypt(!wraps_objects),
-            Attribute::Sign(false),
-            Attribute::Verify(false),
-            Attribute::Derive(false),
-            // The token itself then refuses every other use of the key, such as CBC or ECB.
-            Attribute::AllowedMechanisms(vec![raw::mechanism_type(profile.mechanism(kek.mode))]),
-        ];
-        let omitted: Vec<_> = profile.omit_attributes.iter().copied().map(admission::omitted).collect();
-        template.retain(|attribute| !omitted.contains(&attribute.attribute_type()));
-        self.session.generate_key(&cryptoki::mechanism::Mechanism::AesKeyGen, &template)?;
+        self.session.generate_key(&Mechanism::AesKeyGen, &attributes::template(&self.connected.profile, kek))?;
         Ok(())
     }
 }
