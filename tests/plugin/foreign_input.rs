@@ -4,6 +4,7 @@ use std::fs;
 
 use tempfile::TempDir;
 use tonic::Code;
+use trousseau::envelope::{self, Envelope};
 
 use crate::plugin::{Host, Plugin};
 use crate::token::{Family, Token};
@@ -231,12 +232,15 @@ fn a_key_id_is_checked_before_anything_else_of_a_whole_envelope() {
         let answer = plugin.decrypt(&damaged, &key_id).unwrap_err();
         assert_eq!((answer.code, answer.message.as_str()), (Code::InvalidArgument, own), "{case}");
     }
-    for (length, fits) in [(0, false), (1, true), (886, true), (887, false), (4096, false)] {
+    // 886 bytes for AES-KW.
+    let algorithm = Envelope::parse(&ciphertext).unwrap().recipients[0].algorithm;
+    let most = envelope::plaintext_limit(1024, &[algorithm]);
+    for (length, fits) in [(0, false), (1, true), (most, true), (most + 1, false), (4096, false)] {
         let answer = plugin.encrypt(&vec![7; length]);
         assert_eq!(answer.is_ok(), fits, "{length} bytes: {answer:?}");
         if let Err(answer) = answer {
             assert_eq!(answer.code, Code::InvalidArgument);
-            assert!(answer.message.contains("1 to 886"), "{}", answer.message);
+            assert!(answer.message.contains(&format!("1 to {most}")), "{}", answer.message);
         }
     }
 }

@@ -211,7 +211,10 @@ impl Token {
             let unreleased = before.as_ref().is_some_and(|before| before.try_recv() == Err(TryRecvError::Empty));
             let waits = unreleased || matches!(connected, Err(NotConnected::Hangs(_)));
             if connected.is_ok() || !waits {
-                (before, *lock(&self.waiting_since)) = (None, None);
+                if before.take().is_some() {
+                    self.is_spent.store(Module::is_spent(&self.address.module), Ordering::Relaxed);
+                }
+                *lock(&self.waiting_since) = None;
             }
             let next = match connected {
                 Ok(connected) => {
