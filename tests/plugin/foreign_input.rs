@@ -163,8 +163,8 @@ fn a_profile_says_what_a_code_means() {
         ("doubtful", Code::InvalidArgument),
         ("refused", Code::InvalidArgument),
         ("session", Code::Unavailable),
-        ("token", Code::InvalidArgument), // no stored value takes the service down
-        ("fatal", Code::InvalidArgument),
+        ("token", Code::Unavailable), // and yet no stored value takes the service down
+        ("fatal", Code::Unavailable),
     ] {
         all(class);
         let plugin = host.serve_healthy();

@@ -145,7 +145,7 @@ fn a_plugin_that_is_ready_for_a_kek_proves_it_before_the_instant() {
     host.generate("0s");
     let mut plugin = host.serve_healthy();
     let (_, old_key_id) = plugin.round_trip();
-    let kek = host.generate("15s");
+    let kek = host.generate("25s");
     let (id, identity) = (kek["id"].as_str().unwrap(), kek["identity"].as_str().unwrap());
     let marks = fs::read(host.path("state/active.json")).unwrap();
     let socket = host.path("kms.sock");
