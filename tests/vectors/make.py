@@ -118,7 +118,7 @@ def bad():
     yield "wrapped DEK of AES-KWP one block short", "parse", seal(DEK, NONCE, header(SET_C, [(ID_C, 2, KWP_C[2][:32])]), SEED)
     yield "wrapped DEK of AES-KWP one block long", "parse", seal(DEK, NONCE, header(SET_C, [(ID_C, 2, KWP_C[2] + bytes(8))]), SEED)
     kwp = seal(DEK, NONCE, header(SET_C, [KWP_C]), SEED)
-    yield "AES-KWP named AES-KW", "open", kwp[:36] + b"\x01" + kwp[37:]
+    yield "AES-KWP named AES-KW", "open", kwp[:35] + b"\x01" + kwp[36:]
     yield "sealed under another DEK", "open", seal(pattern(0x11, 32), NONCE, head, SEED)
 
 
