@@ -101,10 +101,11 @@ impl Pool {
 
     /// Worker threads at most, those whose call does not return among them.
     ///
-    /// When all of them hang the process leaves: two lots of calls must have hung one after the other, each for the
-    /// callers' deadline and a second more, which is eight seconds with deadlines of three. To leave after the first lot
-    /// would take five, and would be wrong with every HSM that says nothing for a few seconds while another one takes
-    /// over, and then answers. Callers gain nothing by it either: Status tells of the hang within two seconds.
+    /// When all of them hang the process leaves: two lots of calls must have hung one after the other, each for its
+    /// caller's deadline and a second more. That is eight seconds with deadlines of three, and twelve when one of the
+    /// keyring's own calls is among them, which have ten. To leave after the first lot would take five, and would be wrong
+    /// with every HSM that says nothing for a few seconds while another one takes over, and then answers. Callers gain
+    /// nothing by it either: Status tells of the hang within two seconds.
     pub(super) fn most_workers(&self) -> usize {
         2 * self.sessions
     }
