@@ -165,6 +165,15 @@ impl Keyring {
         if enough { Ok(()) } else { Err(KeyringError::Unavailable(faults.join("; "))) }
     }
 
+    /// The key set that is active, if Encrypt and Decrypt under it would work.
+    ///
+    /// # Errors
+    /// Why there is none, or they would not.
+    pub fn well(&self, now: Timestamp) -> Result<KeySet, KeyringError> {
+        let set = self.active(now)?;
+        self.health(&set).map(|()| set.key_set)
+    }
+
     /// Seals `plaintext` into an envelope of at most `limit` bytes: a DEK of its own, wrapped under every KEK of `set`.
     ///
     /// # Errors

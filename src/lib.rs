@@ -14,8 +14,8 @@
 //!
 //! Arrows point down only. Beside that way stand [`identity`], the names that live as long as the data; [`secret`],
 //! the types that wipe themselves; [`state`], what one host remembers; [`health`], what Status says; [`config`], which
-//! is checked once and ends at the constructors; [`systemd`] and [`telemetry`], what others are told; and [`cli`], a
-//! file for each verb.
+//! is checked once and ends at the constructors; [`systemd`], [`telemetry`] and [`observe`], what
+//! others are told; and [`cli`], a file for each verb.
 //!
 //! # Who may know what
 //!
@@ -35,6 +35,7 @@ pub mod envelope;
 pub mod health;
 pub mod identity;
 pub mod keyring;
+pub mod observe;
 pub mod provider;
 pub mod runtime;
 pub mod secret;

@@ -18,7 +18,7 @@ use crate::runtime::{self, Leader};
 use crate::service::listener::Listener;
 use crate::service::requests::Requests;
 use crate::state::State;
-use crate::{service, systemd};
+use crate::{observe, service, systemd};
 
 pub(super) const EXAMPLES: &str =
     "The socket is served before the token is reached: an HSM that is late does not hold \
@@ -94,6 +94,7 @@ async fn serve_with(
         () = daemon.reload_at(&mut hangup) => Ok(()),
         () = daemon.keep_systemd_informed() => Ok(()),
         () = daemon.feed_watchdog() => Ok(()),
+        () = observe::serve(config.observe, &daemon.requests) => Ok(()),
     };
     match lost {
         Some(reason) => {
@@ -216,8 +217,7 @@ fn drop_elsewhere(keyring: Arc<Keyring>) {
 
 /// The `key_id`, or why there is none to be had.
 fn health(keyring: &Keyring) -> Result<String, String> {
-    let well = keyring.active(Timestamp::now()).and_then(|set| keyring.health(&set).map(|()| set.key_set.to_string()));
-    well.map_err(|why| why.to_string())
+    keyring.well(Timestamp::now()).map(|key_set| key_set.to_string()).map_err(|why| why.to_string())
 }
 
 async fn is_well(keyring: &Keyring) {

@@ -15,6 +15,8 @@ pub(super) struct File {
     pub(super) listen: Listen,
     pub(super) keyring: Keyring,
     #[serde(default)]
+    pub(super) observe: Observe,
+    #[serde(default)]
     pub(super) provider: Vec<Provider>,
 }
 
@@ -56,6 +58,12 @@ pub(super) struct Keyring {
     #[serde(default = "ninety_days")]
     pub(super) max_age: String,
     pub(super) state: Option<PathBuf>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub(super) struct Observe {
+    pub(super) http: Option<String>,
 }
 
 #[derive(Deserialize)]

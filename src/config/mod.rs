@@ -11,6 +11,7 @@ mod profile;
 mod uri;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -48,6 +49,8 @@ pub struct Config {
     pub listen: Listen,
     /// What holds for all KEKs.
     pub keyring: KeyringConfig,
+    /// Where metrics are served. `None`: nowhere.
+    pub observe: Option<SocketAddr>,
     /// Where KEKs are: at least one, of which at least one seals.
     pub providers: Vec<ProviderConfig>,
 }
@@ -144,7 +147,8 @@ impl Config {
             .map(|provider| check.provider(provider, &keyring.cluster))
             .collect::<Result<_, _>>()?;
         check.providers_together(&providers)?;
-        Ok(Self { listen: check.listen(file.listen)?, keyring, providers })
+        let observe = check.observe(file.observe)?;
+        Ok(Self { listen: check.listen(file.listen)?, keyring, observe, providers })
     }
 }
 
@@ -226,6 +230,15 @@ impl Check<'_> {
         })?;
         let max_age = (!max_age.is_zero()).then_some(max_age);
         Ok(KeyringConfig { cluster: file.cluster, seal_under: file.seal_under, max_age, state })
+    }
+
+    fn observe(&self, file: file::Observe) -> Result<Option<SocketAddr>, ConfigError> {
+        let Some(text) = file.http else { return Ok(None) };
+        let wrong = |_| {
+            let what = format!("observe.http `{text}` is not an address and a port");
+            self.error(what, "write for example \"127.0.0.1:9990\", or \"[::1]:9990\"")
+        };
+        text.parse().map(Some).map_err(wrong)
     }
 
     fn provider(&self, file: file::Provider, cluster: &str) -> Result<ProviderConfig, ConfigError> {

@@ -293,7 +293,7 @@ fn the_reference_configuration_is_good_and_so_is_every_example_in_it() {
         .replace("/etc/trousseau/pin", host.path("pin").to_str().unwrap())
         .replace("/usr/lib/softhsm/libsofthsm2.so", host.token.family.module().to_str().unwrap());
     let is_example =
-        |line: &str| line.starts_with("# [[") || line.starts_with("# ") && line.contains(" = ") && !line.contains(": ");
+        |line: &str| line.starts_with("# [") || line.starts_with("# ") && line.contains(" = ") && !line.contains(": ");
     let with_examples: Vec<&str> =
         reference.lines().map(|line| if is_example(line) { line.trim_start_matches("# ") } else { line }).collect();
     for (case, text) in [("as it is", reference.clone()), ("with its examples", with_examples.join("\n"))] {

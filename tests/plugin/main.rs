@@ -23,6 +23,7 @@ mod habits;
 mod hangs;
 mod keys;
 mod load;
+mod observe;
 mod pin;
 mod plugin;
 mod providers;

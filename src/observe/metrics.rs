@@ -1,0 +1,107 @@
+//! The text of `/metrics`: OpenMetrics 1.0.0. Every label has as many values as there are KEKs and tokens, and no more.
+
+use std::fmt::Write;
+
+use jiff::Timestamp;
+use sha2::{Digest, Sha256};
+
+use crate::keyring::{KekDescription, Keyring};
+
+/// What can be told without asking a token.
+pub(super) fn text(keyring: &Keyring, now: Timestamp) -> String {
+    let mut text = Text::default();
+    text.gauge("trousseau_build_info", "The version that runs");
+    text.sample("trousseau_build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1);
+    let well = keyring.well(now);
+    text.gauge("trousseau_ready", "Whether Encrypt and Decrypt would work, as Status says it");
+    text.sample("trousseau_ready", &[], well.is_ok().into());
+    text.gauge("trousseau_key_id_info", "The key_id, hashed as the API server's own metrics hash it");
+    if let Ok(key_set) = well {
+        text.sample("trousseau_key_id_info", &[("key_id_hash", &hash(&key_set.to_string()))], 1);
+    }
+    text.gauge("trousseau_gaps", "Tokens that are out of reach, and KEKs that a token lacks");
+    text.sample("trousseau_gaps", &[], count(keyring.gaps().len()));
+    text.gauge("trousseau_concerns", "What somebody should see to: `trousseau key list` says what");
+    text.sample("trousseau_concerns", &[], count(keyring.concerns(now).len()));
+    let (keks, refused) = keyring.describe(now);
+    text.gauge("trousseau_keys_refused", "Keys under the KEKs' label that are not used");
+    text.sample("trousseau_keys_refused", &[], count(refused.len()));
+    text.keks(&keks);
+    text.0 + "# EOF\n"
+}
+
+/// As kube-apiserver labels `key_id_hash`: SHA-256 in hex, after the hash's name.
+fn hash(key_id: &str) -> String {
+    format!("sha256:{}", base16ct::lower::encode_string(&Sha256::digest(key_id)))
+}
+
+fn count(of: usize) -> i64 {
+    of.try_into().unwrap_or(i64::MAX)
+}
+
+#[derive(Default)]
+struct Text(String);
+
+impl Text {
+    fn keks(&mut self, keks: &[KekDescription]) {
+        let name = "trousseau_kek_not_before_timestamp_seconds";
+        self.gauge(name, "When a KEK may begin to wrap");
+        for kek in keks {
+            let identity = kek.identity.to_string();
+            let labels = [("provider", kek.provider.as_str()), ("kek", &identity), ("state", kek.state.as_str())];
+            self.sample(name, &labels, kek.not_before.as_second());
+        }
+        let name = "trousseau_kek_period_end_timestamp_seconds";
+        self.gauge(name, "When the period of an active KEK is over (keyring.max-age)");
+        for (kek, ends) in keks.iter().filter_map(|kek| Some((kek, kek.period_ends?))) {
+            self.sample(name, &[("provider", &kek.provider), ("kek", &kek.identity.to_string())], ends.as_second());
+        }
+        let name = "trousseau_kek_lacking";
+        self.gauge(name, "A token within reach that lacks a KEK of its replicas");
+        for (kek, token) in keks.iter().flat_map(|kek| kek.lacked_by.iter().map(move |token| (kek, token))) {
+            let identity = kek.identity.to_string();
+            self.sample(name, &[("provider", &kek.provider), ("kek", &identity), ("token", token)], 1);
+        }
+    }
+
+    fn gauge(&mut self, name: &str, help: &str) {
+        self.line(format_args!("# TYPE {name} gauge\n# HELP {name} {help}"));
+    }
+
+    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: i64) {
+        let labels: Vec<String> = labels.iter().map(|(name, value)| format!("{name}=\"{}\"", escaped(value))).collect();
+        match labels.as_slice() {
+            [] => self.line(format_args!("{name} {value}")),
+            labels => self.line(format_args!("{name}{{{}}} {value}", labels.join(","))),
+        }
+    }
+
+    fn line(&mut self, line: std::fmt::Arguments<'_>) {
+        let Self(text) = self;
+        // A String takes everything.
+        writeln!(text, "{line}").unwrap_or_default();
+    }
+}
+
+/// A label's value (OpenMetrics 1.0.0, section 3.1.4): a provider's name is the administrator's own.
+fn escaped(value: &str) -> String {
+    value.replace('\\', r"\\").replace('"', "\\\"").replace('\n', r"\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_stay_within_their_quotes() {
+        let mut text = Text::default();
+        text.sample("a", &[("b", "c\"} 7\nd\\")], 1);
+        assert_eq!(text.0, "a{b=\"c\\\"} 7\\nd\\\\\"} 1\n");
+    }
+
+    #[test]
+    fn a_key_id_is_hashed_as_the_api_server_hashes_it() {
+        // echo -n '1' | sha256sum, the label of Kubernetes' own tests
+        assert_eq!(hash("1"), "sha256:6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b");
+    }
+}
