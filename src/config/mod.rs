@@ -20,7 +20,7 @@ use serde::Deserialize;
 pub use self::codes::{Class, Code, Codes};
 pub use self::credential::{Credential, CredentialError};
 pub use self::error::ConfigError;
-pub use self::profile::{Mode, Profile, Status};
+pub use self::profile::{Mode, Omissible, Profile, Status};
 pub use self::uri::TokenUri;
 use crate::envelope::{MAX_RECIPIENTS, WrapAlgorithm};
 

@@ -1,5 +1,6 @@
 //! Profiles: what is known of a family of tokens, as data (`hsm-profiles/*.toml`). The code knows no device by name.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -17,15 +18,19 @@ pub enum Mode {
     Encrypt,
     /// C_Encrypt with CKM_AES_GCM over the DEK's bytes, with an IV of ours.
     Gcm,
+    /// RSA-OAEP with the public key, and a signature by a second RSA key of the token (CKM_RSA_PKCS); C_Decrypt with
+    /// CKM_RSA_PKCS_OAEP.
+    Oaep,
 }
 
 impl Mode {
-    /// What the mode makes.
+    /// What the mode makes: for `oaep` that of the larger keys.
     #[must_use]
     pub const fn algorithm(self) -> WrapAlgorithm {
         match self {
             Self::Wrapkey | Self::Encrypt => WrapAlgorithm::AesKw,
             Self::Gcm => WrapAlgorithm::AesGcm,
+            Self::Oaep => WrapAlgorithm::RsaOaep3072,
         }
     }
 
@@ -36,6 +41,7 @@ impl Mode {
             Self::Wrapkey => "wrapkey",
             Self::Encrypt => "encrypt",
             Self::Gcm => "gcm",
+            Self::Oaep => "oaep",
         }
     }
 }
@@ -66,10 +72,39 @@ pub struct Profile {
     /// initialized again, because it does not free what they took before that.
     #[serde(default)]
     pub renew_after: Option<u64>,
+    /// Attributes that are left out when a KEK is made.
+    #[serde(default)]
+    pub omit_attributes: BTreeSet<Omissible>,
+    /// Bits in the RSA keys of a new KEK: 2048 or 3072.
+    #[serde(default = "three_thousand")]
+    pub rsa_bits: u16,
+}
+
+/// An attribute that some tokens do not let anybody set on a key that they make.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+#[expect(missing_docs, reason = "the standard's names")]
+pub enum Omissible {
+    CkaPrivate,
+    CkaSensitive,
+    CkaModifiable,
+    CkaCopyable,
+    CkaEncrypt,
+    CkaDecrypt,
+    CkaWrap,
+    CkaUnwrap,
+    CkaSign,
+    CkaVerify,
+    CkaDerive,
+    CkaAllowedMechanisms,
 }
 
 fn yes() -> bool {
     true
+}
+
+fn three_thousand() -> u16 {
+    3072
 }
 
 /// Where the keys of a profile are explained.
@@ -84,9 +119,11 @@ pub enum Status {
 }
 
 /// Profiles that every binary carries; a file of the same name in the configuration's `hsm-profiles/` goes first.
-const SHIPPED: [(&str, &str); 2] = [
+const SHIPPED: [(&str, &str); 4] = [
     ("kryoptic", include_str!("../../hsm-profiles/kryoptic.toml")),
+    ("opencryptoki", include_str!("../../hsm-profiles/opencryptoki.toml")),
     ("softhsm", include_str!("../../hsm-profiles/softhsm.toml")),
+    ("tpm2", include_str!("../../hsm-profiles/tpm2.toml")),
 ];
 
 impl Profile {
@@ -123,6 +160,10 @@ impl Profile {
         }
         if profile.renew_after == Some(0) {
             return Err(ConfigError::new(path, "renew-after is 0", "leave it out, or give a number of objects"));
+        }
+        if ![2048, 3072].contains(&profile.rsa_bits) {
+            // Two times 4096 bits are more than a v2 answer holds.
+            return Err(ConfigError::new(path, format!("rsa-bits is {}", profile.rsa_bits), "write 2048 or 3072"));
         }
         Ok(Self { name: name.to_owned(), ..profile })
     }

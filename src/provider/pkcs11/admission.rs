@@ -4,17 +4,22 @@
 //! only if the token vouches that it was born there and cannot leave.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use cryptoki::mechanism::MechanismType;
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass};
 use jiff::{SignedDuration, Timestamp};
 
-use crate::config::Mode;
+use super::error::{CallError, Class};
+use super::halves;
+use super::oaep::Pair;
+use crate::config::{Mode, Omissible};
+use crate::envelope::WrapAlgorithm;
 use crate::identity::Identity;
 use crate::provider::Rank;
 
 /// What is asked of every object that has the KEKs' label.
-pub(super) const ASKED: [AttributeType; 14] = [
+pub(super) const ASKED: [AttributeType; 17] = [
     AttributeType::Class,
     AttributeType::KeyType,
     AttributeType::ValueLen,
@@ -29,6 +34,9 @@ pub(super) const ASKED: [AttributeType; 14] = [
     AttributeType::Wrap,
     AttributeType::Unwrap,
     AttributeType::AllowedMechanisms,
+    AttributeType::Sign,
+    AttributeType::Modulus,
+    AttributeType::PublicExponent,
 ];
 
 /// How a provider recognises and uses its KEKs.
@@ -38,17 +46,59 @@ pub(super) struct Rules {
     pub(super) modes: Vec<Mode>,
     /// KEKs made elsewhere, by CKA_ID.
     pub(super) admitted: BTreeMap<Vec<u8>, Timestamp>,
+    /// Attributes that the token lets nobody set.
+    pub(super) omitted: Vec<AttributeType>,
+    pub(super) rsa_bits: u64,
 }
 
 impl Rules {
-    pub(super) fn admit(&self, said: &Said, now: Timestamp) -> Result<Admitted, String> {
-        let not_before = said.id().and_then(|id| self.admitted.get(id)).copied();
-        admit(said, &self.modes, not_before, now)
+    /// Decides about all objects that have the label.
+    pub(super) fn decide(&self, objects: Vec<Said>, now: Timestamp) -> Vec<Decision> {
+        let pairs = self.modes.contains(&Mode::Oaep);
+        let (halves, others): (Vec<_>, Vec<_>) =
+            objects.into_iter().partition(|said| pairs && halves::is_half(said));
+        let alone = |said: &Said| {
+            let not_before = said.id().and_then(|id| self.admitted.get(id)).copied();
+            let identity = said.id().map(Identity::of_pkcs11);
+            let verdict = admit(said, &self.modes, not_before, now);
+            Decision { id: said.id().map(<[u8]>::to_vec), identity, verdict }
+        };
+        let others = others.iter().filter(|said| !(pairs && halves::is_public(said)));
+        others.map(alone).chain(halves::decide(&halves, self, now)).collect()
     }
 
     pub(super) fn spec_of(&self, kek: &Admitted) -> KekSpec {
-        let identity = Identity::of_pkcs11(&kek.rank.id);
-        KekSpec { identity, id: kek.rank.id.clone(), label: self.label.clone(), mode: kek.mode }
+        let Admitted { rank: Rank { id, .. }, mode, pair } = kek;
+        let identity = pair.as_ref().map_or_else(|| Identity::of_pkcs11(id), |pair| pair.identity);
+        KekSpec { identity, id: id.clone(), label: self.label.clone(), mode: *mode, pair: pair.clone() }
+    }
+}
+
+/// What is to become of a key.
+pub(super) struct Decision {
+    /// CKA_ID.
+    pub(super) id: Option<Vec<u8>>,
+    /// The identity that it has, or would have, if that can be told.
+    pub(super) identity: Option<Identity>,
+    /// Or why it is not used, and what to do.
+    pub(super) verdict: Result<Admitted, String>,
+}
+
+/// What an attribute is that a profile says to leave out.
+pub(super) const fn omitted(omissible: Omissible) -> AttributeType {
+    match omissible {
+        Omissible::CkaPrivate => AttributeType::Private,
+        Omissible::CkaSensitive => AttributeType::Sensitive,
+        Omissible::CkaModifiable => AttributeType::Modifiable,
+        Omissible::CkaCopyable => AttributeType::Copyable,
+        Omissible::CkaEncrypt => AttributeType::Encrypt,
+        Omissible::CkaDecrypt => AttributeType::Decrypt,
+        Omissible::CkaWrap => AttributeType::Wrap,
+        Omissible::CkaUnwrap => AttributeType::Unwrap,
+        Omissible::CkaSign => AttributeType::Sign,
+        Omissible::CkaVerify => AttributeType::Verify,
+        Omissible::CkaDerive => AttributeType::Derive,
+        Omissible::CkaAllowedMechanisms => AttributeType::AllowedMechanisms,
     }
 }
 
@@ -61,6 +111,20 @@ pub(super) struct KekSpec {
     /// CKA_LABEL.
     pub(super) label: String,
     pub(super) mode: Mode,
+    /// Its public keys, in the mode `oaep`.
+    pub(super) pair: Option<Arc<Pair>>,
+}
+
+impl KekSpec {
+    pub(super) fn algorithm(&self) -> WrapAlgorithm {
+        self.pair.as_ref().map_or_else(|| self.mode.algorithm(), |pair| pair.algorithm)
+    }
+
+    /// # Errors
+    /// It has none: then its mode is another one.
+    pub(super) fn pair(&self) -> Result<&Pair, CallError> {
+        self.pair.as_deref().ok_or_else(|| CallError::new(Class::Refused, "the KEK has no public keys"))
+    }
 }
 
 /// What a token says of an object.
@@ -71,6 +135,7 @@ pub(super) struct Said(pub(super) Vec<Attribute>);
 pub(super) struct Admitted {
     pub(super) rank: Rank,
     pub(super) mode: Mode,
+    pub(super) pair: Option<Arc<Pair>>,
 }
 
 /// No CKA_ID of ours is older: this plugin did not exist.
@@ -95,26 +160,17 @@ fn admit(said: &Said, modes: &[Mode], not_before: Option<Timestamp>, now: Timest
         return Err("it is not an AES key of 256 bits: give it another label".into());
     }
     let id = said.id().ok_or("it has no CKA_ID: KEKs are made with `trousseau key generate`")?;
-    said.requires("SENSITIVE", &Attribute::Sensitive(true))?;
-    said.requires("EXTRACTABLE=false", &Attribute::Extractable(false))?;
-    let not_before = match not_before {
-        Some(instant) => instant,
-        None => {
-            said.requires("ALWAYS_SENSITIVE", &Attribute::AlwaysSensitive(true))?;
-            said.requires("NEVER_EXTRACTABLE", &Attribute::NeverExtractable(true))?;
-            said.requires("LOCAL", &Attribute::Local(true))?;
-            instant_of(id, now)?
-        }
-    };
+    said.requires_secrecy(not_before.is_none())?;
+    let not_before = not_before.map_or_else(|| instant_of(id, now), Ok)?;
     let mode = modes
         .iter()
         .find(|mode| said.permits(**mode))
         .ok_or("its usage attributes fit no mode of the profile: KEKs are made with `trousseau key generate`")?;
-    Ok(Admitted { rank: Rank { not_before, id: id.to_vec() }, mode: *mode })
+    Ok(Admitted { rank: Rank { not_before, id: id.to_vec() }, mode: *mode, pair: None })
 }
 
 /// The activation instant in a CKA_ID: it is a UUIDv7 (RFC 9562 section 5.7).
-fn instant_of(id: &[u8], now: Timestamp) -> Result<Timestamp, String> {
+pub(super) fn instant_of(id: &[u8], now: Timestamp) -> Result<Timestamp, String> {
     let [a, b, c, d, e, f, version, _, variant, ..] = *id else {
         return Err(foreign_id("is not a UUIDv7"));
     };
@@ -158,6 +214,18 @@ impl Said {
         })
     }
 
+    /// That it is secret; with `ever`, that it always was.
+    pub(super) fn requires_secrecy(&self, ever: bool) -> Result<(), String> {
+        self.requires("SENSITIVE", &Attribute::Sensitive(true))?;
+        self.requires("EXTRACTABLE=false", &Attribute::Extractable(false))?;
+        if ever {
+            self.requires("ALWAYS_SENSITIVE", &Attribute::AlwaysSensitive(true))?;
+            self.requires("NEVER_EXTRACTABLE", &Attribute::NeverExtractable(true))?;
+            self.requires("LOCAL", &Attribute::Local(true))?;
+        }
+        Ok(())
+    }
+
     fn requires(&self, name: &str, wanted: &Attribute) -> Result<(), String> {
         if self.0.contains(wanted) {
             return Ok(());
@@ -181,7 +249,7 @@ impl Said {
     }
 
     /// CKA_ALLOWED_MECHANISMS. SoftHSM says an empty list of a key that may do everything.
-    fn pinned(&self) -> Option<&[MechanismType]> {
+    pub(super) fn pinned(&self) -> Option<&[MechanismType]> {
         self.0.iter().find_map(|attribute| match attribute {
             Attribute::AllowedMechanisms(mechanisms) if !mechanisms.is_empty() => Some(mechanisms.as_slice()),
             _ => None,
@@ -235,7 +303,7 @@ mod tests {
     fn a_key_of_our_own_making_is_a_kek() {
         let id = new_id(now()).unwrap();
         let admitted = admit(&Said(kek(&id)), &MODES, None, now()).unwrap();
-        assert_eq!(admitted, Admitted { rank: Rank { not_before: now(), id: id.to_vec() }, mode: Mode::Wrapkey });
+        assert_eq!(admitted, Admitted { rank: Rank { not_before: now(), id: id.to_vec() }, mode: Mode::Wrapkey, pair: None });
     }
 
     #[test]

@@ -8,7 +8,6 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use cryptoki::context::Pkcs11;
 use cryptoki::session::Session;
 use cryptoki::slot::{Slot, TokenInfo};
 use secrecy::SecretString;
@@ -87,12 +86,12 @@ impl Address {
     /// [`NotConnected`]
     pub(super) fn connect(&self, released: Sender<()>) -> Result<Connected, NotConnected> {
         let in_use = Module::acquire(&self.module, self.reinitialize)?;
-        let (slot, info) = self.find_slot(in_use.library())?;
+        let (slot, info) = self.find_slot(&in_use)?;
         let pin = self.pin.read().map_err(|error| format!("{error}: {}", error.remedy()))?;
         let opened = in_use.library().open_rw_session(slot).map_err(CallError::from);
         let session = opened.map_err(|error| format!("no session can be opened: {error}"))?;
         let latch = self.latch(&info);
-        let logged_in = latch.log_in(in_use.library(), slot, &session, &pin);
+        let logged_in = latch.log_in(&in_use, slot, &session, &pin);
         logged_in.map_err(|error| NotConnected::LoginFailed(format!("login failed: {error}")))?;
         let anchor = Mutex::new(Anchor { session, pin });
         let codes = self.codes.clone();
@@ -115,7 +114,7 @@ impl Address {
     /// The token is not there, or the state directory cannot be used.
     pub(super) fn allow_retry(&self, final_try_ok: bool) -> Result<Retry, String> {
         let in_use = Module::acquire(&self.module, self.reinitialize)?;
-        let (_, info) = self.find_slot(in_use.library())?;
+        let (_, info) = self.find_slot(&in_use)?;
         self.latch(&info).allow_retry(&info, final_try_ok).map_err(|error| error.to_string())
     }
 
@@ -124,15 +123,15 @@ impl Address {
     }
 
     /// The one slot whose token the URI means.
-    fn find_slot(&self, library: &Pkcs11) -> Result<(Slot, TokenInfo), String> {
-        let slots = library.get_slots_with_token().map_err(|error| CallError::from(error).to_string())?;
+    fn find_slot(&self, in_use: &InUse) -> Result<(Slot, TokenInfo), String> {
+        let slots = in_use.library().get_slots_with_token().map_err(|error| CallError::from(error).to_string())?;
         let mut tokens = Vec::new();
         let mut unread = String::new();
         for slot in slots {
-            match library.get_token_info(slot) {
+            match in_use.token_info(slot) {
                 Ok(info) if info.token_initialized() => tokens.push((slot, info)),
                 Ok(_) => (),
-                Err(error) => unread = format!("; slot {}: {}", slot.id(), CallError::from(error)),
+                Err(error) => unread = format!("; slot {}: {error}", slot.id()),
             }
         }
         let meant = |info: &TokenInfo| {
@@ -166,7 +165,7 @@ impl Connected {
 
     /// What the token's flags say that they should not (CK_TOKEN_INFO, PKCS#11 v3.1 section 3.2), with what to do.
     pub(super) fn complaints(&self) -> Result<Vec<(&'static str, &'static str)>, CallError> {
-        let info = self.in_use.library().get_token_info(self.slot)?;
+        let info = self.in_use.token_info(self.slot)?;
         let few_tries = "log in once with the right PIN, so that the count begins anew";
         let said = [
             (!info.login_required(), "needs no login: anybody may use its keys", "initialize it with a user PIN"),
@@ -213,6 +212,6 @@ impl Connected {
     /// Logs in again after the token forgot the login; a PIN that it then refuses is latched for all.
     pub(super) fn log_in_again(&self) -> Result<(), CallError> {
         let anchor = lock(&self.anchor);
-        self.latch.log_in(self.in_use.library(), self.slot, &anchor.session, &anchor.pin)
+        self.latch.log_in(&self.in_use, self.slot, &anchor.session, &anchor.pin)
     }
 }

@@ -6,24 +6,26 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use cryptoki::object::{Attribute, KeyType, ObjectClass, ObjectHandle};
+use cryptoki::object::{Attribute, KeyType, ObjectClass};
 use cryptoki::session::Session;
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 
-use super::admission::{self, Admitted, KekSpec, Rules, Said};
+use super::admission::{self, Admitted, Decision, KekSpec, Rules, Said};
 use super::connection::Connected;
 use super::error::{CallError, Class};
-use super::mechanism;
+use super::mechanism::{self, Handles};
+use super::oaep::{self, Pair, Recipe};
+use crate::config::Mode;
 use crate::identity::Identity;
-use crate::provider::Refused;
+use crate::provider::{Rank, Refused};
 use crate::secret::Dek;
 use crate::state::{Reference, State, StateError};
 
 /// A session of a worker. It is closed before the connection that it came from is let go.
 pub(super) struct Lane {
     session: Session,
-    handles: HashMap<Identity, ObjectHandle>,
+    handles: HashMap<Identity, Handles>,
     pub(super) connected: Arc<Connected>,
     state: Arc<State>,
 }
@@ -47,9 +49,9 @@ impl Lane {
 
     /// Wraps a DEK under the KEK.
     pub(super) fn wrap(&mut self, kek: &KekSpec, dek: &Dek) -> Result<Vec<u8>, CallError> {
-        let handle = self.handle(kek)?;
+        let handles = self.handles(kek)?;
         self.count(kek);
-        mechanism::wrap(kek.mode, &self.session, handle, kek.identity, dek).map_err(|error| self.of_our_own(error))
+        mechanism::wrap(kek, &self.session, handles, dek).map_err(|error| self.of_our_own(error))
     }
 
     /// Unwraps a DEK that the KEK is said to have wrapped.
@@ -59,15 +61,15 @@ impl Lane {
     /// the answer was no lie. If it can, the input is tried once more, and only then is it bad. Three calls at most;
     /// no stored value can make more of itself.
     pub(super) fn unwrap(&mut self, kek: &KekSpec, wrapped: &[u8]) -> Result<Dek, CallError> {
-        let handle = self.handle(kek)?;
+        let handles = self.handles(kek)?;
         self.count(kek);
-        let unwrap = || mechanism::unwrap(kek.mode, &self.session, handle, kek.identity, wrapped);
+        let unwrap = || mechanism::unwrap(kek, &self.session, handles, wrapped);
         let is_clear = |error: &CallError| {
             matches!(self.class(error), Class::BadInput | Class::Session | Class::Login | Class::Pin)
         };
         match unwrap() {
             Err(first) if !is_clear(&first) => {
-                self.still_works(kek, handle).map_err(|error| match self.class(&error) {
+                self.still_works(kek, handles).map_err(|error| match self.class(&error) {
                     Class::Doubtful | Class::BadInput => error.settled(Class::Token),
                     _ => error,
                 })?;
@@ -84,24 +86,24 @@ impl Lane {
         }
     }
 
-    /// The handle of the KEK, which has proved to be the key that it was.
-    fn handle(&mut self, kek: &KekSpec) -> Result<ObjectHandle, CallError> {
-        if let Some(handle) = self.handles.get(&kek.identity) {
-            return Ok(*handle);
+    /// The handles of the KEK, which has proved to be the key that it was.
+    fn handles(&mut self, kek: &KekSpec) -> Result<Handles, CallError> {
+        if let Some(handles) = self.handles.get(&kek.identity) {
+            return Ok(*handles);
         }
-        let handle = self.find_recognised(kek).map_err(|error| self.of_our_own(error))?;
-        self.handles.insert(kek.identity, handle);
+        let handles = self.find_recognised(kek).map_err(|error| self.of_our_own(error))?;
+        self.handles.insert(kek.identity, handles);
         self.connected.proved().insert(kek.identity);
-        Ok(handle)
+        Ok(handles)
     }
 
-    fn find_recognised(&self, kek: &KekSpec) -> Result<ObjectHandle, CallError> {
-        let handle = self.find(kek)?;
+    fn find_recognised(&self, kek: &KekSpec) -> Result<Handles, CallError> {
+        let handles = self.find(kek)?;
         match self.reference(kek)? {
-            Some(reference) => self.recognise(kek, handle, &reference)?,
-            None => self.make_reference(kek, handle)?,
+            Some(reference) => self.recognise(kek, handles, &reference)?,
+            None => self.make_reference(kek, handles)?,
         }
-        Ok(handle)
+        Ok(handles)
     }
 
     /// Nothing foreign went in: what the token calls damaged is its own doing.
@@ -112,38 +114,46 @@ impl Lane {
         }
     }
 
-    fn find(&self, kek: &KekSpec) -> Result<ObjectHandle, CallError> {
-        let found = self.session.find_objects(&[
-            Attribute::Class(ObjectClass::SECRET_KEY),
-            Attribute::KeyType(KeyType::AES),
-            Attribute::Token(true),
-            Attribute::Label(kek.label.clone().into_bytes()),
-            Attribute::Id(kek.id.clone()),
-        ])?;
-        match *found.as_slice() {
-            [handle] => Ok(handle),
-            [] if self.connected.proved().contains(&kek.identity) => Err(is_gone(kek.identity)),
-            [] => Err(CallError::new(Class::Refused, format!("the token has no key {}", hex(&kek.id)))),
-            _ => Err(CallError::new(Class::Refused, format!("the token has several keys {}", hex(&kek.id)))),
+    fn find(&self, kek: &KekSpec) -> Result<Handles, CallError> {
+        let find = |class: ObjectClass, key_type: KeyType, id: Vec<u8>| {
+            let wanted = [
+                Attribute::Class(class),
+                Attribute::KeyType(key_type),
+                Attribute::Token(true),
+                Attribute::Label(kek.label.clone().into_bytes()),
+                Attribute::Id(id.clone()),
+            ];
+            match *self.session.find_objects(&wanted)?.as_slice() {
+                [handle] => Ok(handle),
+                [] if self.connected.proved().contains(&kek.identity) => Err(is_gone(kek.identity)),
+                [] => Err(CallError::new(Class::Refused, format!("the token has no key {}", hex(&id)))),
+                _ => Err(CallError::new(Class::Refused, format!("the token has several keys {}", hex(&id)))),
+            }
+        };
+        if kek.mode == Mode::Oaep {
+            let find = |id| find(ObjectClass::PRIVATE_KEY, KeyType::RSA, id);
+            return Ok(Handles { key: find(kek.id.clone())?, signing: find(oaep::signer_id(&kek.id))? });
         }
+        let key = find(ObjectClass::SECRET_KEY, KeyType::AES, kek.id.clone())?;
+        Ok(Handles { key, signing: key })
     }
 
     /// The KEK wraps a random value and unwraps it again: its mode works here, and from now on it can be recognised.
-    fn make_reference(&self, kek: &KekSpec, handle: ObjectHandle) -> Result<(), CallError> {
-        let reference = self.round_trip(kek, handle)?;
+    fn make_reference(&self, kek: &KekSpec, handles: Handles) -> Result<(), CallError> {
+        let reference = self.round_trip(kek, handles)?;
         let kept = self.state.keep_reference(kek.identity, reference.clone()).map_err(damaged_state)?;
         if kept != reference {
-            self.recognise(kek, handle, &kept)?; // another process was first
+            self.recognise(kek, handles, &kept)?; // another process was first
         }
         Ok(())
     }
 
     /// The key unwraps the KEK's reference. A key that does not, twice, and yet works, is another one.
-    fn recognise(&self, kek: &KekSpec, handle: ObjectHandle, reference: &Reference) -> Result<(), CallError> {
-        match self.check_reference(kek, handle, reference) {
+    fn recognise(&self, kek: &KekSpec, handles: Handles, reference: &Reference) -> Result<(), CallError> {
+        match self.check_reference(kek, handles, reference) {
             Err(error) if matches!(self.class(&error), Class::Doubtful | Class::BadInput) => {
-                self.round_trip(kek, handle)?;
-                self.check_reference(kek, handle, reference).map_err(|again| match self.class(&again) {
+                self.round_trip(kek, handles)?;
+                self.check_reference(kek, handles, reference).map_err(|again| match self.class(&again) {
                     Class::Doubtful | Class::BadInput => another_key(),
                     _ => again,
                 })
@@ -153,28 +163,28 @@ impl Lane {
     }
 
     /// After a doubtful answer: whether the KEK, which has been recognised, still unwraps its reference.
-    fn still_works(&self, kek: &KekSpec, handle: ObjectHandle) -> Result<(), CallError> {
+    fn still_works(&self, kek: &KekSpec, handles: Handles) -> Result<(), CallError> {
         let reference = self.reference(kek)?.ok_or_else(another_key)?;
-        self.check_reference(kek, handle, &reference)
+        self.check_reference(kek, handles, &reference)
     }
 
     fn reference(&self, kek: &KekSpec) -> Result<Option<Reference>, CallError> {
         self.state.reference(kek.identity).map_err(damaged_state)
     }
 
-    fn round_trip(&self, kek: &KekSpec, handle: ObjectHandle) -> Result<Reference, CallError> {
+    fn round_trip(&self, kek: &KekSpec, handles: Handles) -> Result<Reference, CallError> {
         let value = Dek::generate()?;
-        let wrapped = mechanism::wrap(kek.mode, &self.session, handle, kek.identity, &value)?;
-        let unwrapped = mechanism::unwrap(kek.mode, &self.session, handle, kek.identity, &wrapped)?;
+        let wrapped = mechanism::wrap(kek, &self.session, handles, &value)?;
+        let unwrapped = mechanism::unwrap(kek, &self.session, handles, &wrapped)?;
         if sha256(&unwrapped) != sha256(&value) {
             return Err(CallError::new(Class::Refused, "the token unwrapped another value than it had wrapped"));
         }
         Ok(Reference { wrapped: hex(&wrapped), sha256: sha256(&value) })
     }
 
-    fn check_reference(&self, kek: &KekSpec, handle: ObjectHandle, reference: &Reference) -> Result<(), CallError> {
+    fn check_reference(&self, kek: &KekSpec, handles: Handles, reference: &Reference) -> Result<(), CallError> {
         let wrapped = base16ct::lower::decode_vec(&reference.wrapped).map_err(|_| another_key())?;
-        let value = mechanism::unwrap(kek.mode, &self.session, handle, kek.identity, &wrapped)?;
+        let value = mechanism::unwrap(kek, &self.session, handles, &wrapped)?;
         if sha256(&value) == reference.sha256 { Ok(()) } else { Err(another_key()) }
     }
 
@@ -217,25 +227,28 @@ impl Lane {
         refused: &mut Vec<Refused>,
     ) -> Result<Vec<(String, Admitted)>, CallError> {
         let label = Attribute::Label(rules.label.clone().into_bytes());
-        let mut candidates = Vec::new();
-        let mut gone = self.connected.proved().clone();
+        let named = |id: Option<&[u8]>| {
+            format!("key {} with label {}", id.map_or("without id".into(), hex), rules.label)
+        };
+        let mut objects = Vec::new();
         for handle in self.session.find_objects(&[Attribute::Token(true), label])? {
-            let named =
-                |id: Option<&[u8]>| format!("key {} with label {}", id.map_or("without id".into(), hex), rules.label);
-            let said = match self.session.get_attributes(handle, &admission::ASKED).map_err(CallError::from) {
-                Ok(attributes) => Said(attributes),
+            match self.session.get_attributes(handle, &admission::ASKED).map_err(CallError::from) {
+                Ok(attributes) => objects.push(Said(attributes)),
                 Err(error) if self.class(&error) == Class::Refused => {
                     let reason = format!("what the token says of it cannot be read: {error}");
                     refused.push(Refused { key: named(None), identity: None, reason });
-                    continue;
                 }
                 Err(error) => return Err(error),
-            };
-            let identity = said.id().map(Identity::of_pkcs11);
+            }
+        }
+        let mut candidates = Vec::new();
+        let mut gone = self.connected.proved().clone();
+        for Decision { id, identity, verdict } in rules.decide(objects, now) {
             identity.map(|identity| gone.remove(&identity));
-            match rules.admit(&said, now) {
-                Ok(kek) => candidates.push((named(said.id()), kek)),
-                Err(reason) => refused.push(Refused { key: named(said.id()), identity, reason }),
+            let key = named(id.as_deref());
+            match verdict {
+                Ok(kek) => candidates.push((key, kek)),
+                Err(reason) => refused.push(Refused { key, identity, reason }),
             }
         }
         match gone.first() {
@@ -247,17 +260,40 @@ impl Lane {
     /// Finds the KEK anew, since a handle may have outlived its key, and has it unwrap its reference.
     fn prove(&mut self, kek: &KekSpec) -> Result<(), CallError> {
         self.handles.remove(&kek.identity);
-        self.handle(kek).map(|_| ())
+        self.handles(kek).map(|_| ())
     }
 
     /// Removes the KEK that was just made and does not work.
     pub(super) fn remove(&self, kek: &KekSpec) -> Result<(), CallError> {
-        let handle = self.find(kek)?;
-        Ok(self.session.destroy_object(handle)?)
+        if kek.mode == Mode::Oaep {
+            return oaep::remove(&self.session, &kek.label, &kek.id);
+        }
+        Ok(self.session.destroy_object(self.find(kek)?.key)?)
     }
 
-    /// Makes a KEK in the token: 256-bit AES that never leaves it, and whose attributes nobody changes.
-    pub(super) fn generate(&self, kek: &KekSpec) -> Result<(), CallError> {
+    /// Makes a KEK in the token. It never leaves it, and nobody changes its attributes.
+    pub(super) fn generate(&self, rules: &Rules, mode: Mode, rank: Rank) -> Result<KekSpec, CallError> {
+        if mode != Mode::Oaep {
+            let kek = rules.spec_of(&Admitted { rank, mode, pair: None });
+            return self.generate_aes(&kek).map(|()| kek);
+        }
+        let recipe = Recipe { label: &rules.label, id: &rank.id, bits: rules.rsa_bits, omitted: &rules.omitted };
+        let made = recipe.make(&self.session)?;
+        let said = |handle| Ok(Said(self.session.get_attributes(handle, &admission::ASKED)?));
+        let pair = said(made.key).and_then(|key| Ok((key, said(made.signing)?))).and_then(|(key, signing)| {
+            Pair::new(&rank.id, &key, &signing).map_err(|what| CallError::new(Class::Refused, what))
+        });
+        match pair {
+            Ok(pair) => Ok(rules.spec_of(&Admitted { rank, mode, pair: Some(Arc::new(pair)) })),
+            Err(error) => {
+                oaep::remove(&self.session, &rules.label, &rank.id)?;
+                Err(error)
+            }
+        }
+    }
+
+    /// 256-bit AES.
+    fn generate_aes(&self, kek: &KekSpec) -> Result<(), CallError> {
         let wraps_objects = kek.mode.wraps_objects();
         self.session.generate_key(
             &cryptoki::mechanism::Mechanism::AesKeyGen,

@@ -8,7 +8,9 @@ use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHan
 use cryptoki::session::Session;
 use zeroize::Zeroizing;
 
+use super::admission::KekSpec;
 use super::error::{CallError, Class};
+use super::oaep;
 use crate::config::Mode;
 use crate::identity::Identity;
 use crate::secret::Dek;
@@ -22,6 +24,7 @@ impl Mode {
         match self {
             Self::Wrapkey | Self::Encrypt => MechanismType::AES_KEY_WRAP,
             Self::Gcm => MechanismType::AES_GCM,
+            Self::Oaep => MechanismType::RSA_PKCS_OAEP,
         }
     }
 
@@ -31,20 +34,25 @@ impl Mode {
     }
 }
 
-/// Wraps `dek` under the KEK `kek`, which has this identity.
-pub(super) fn wrap(
-    mode: Mode,
-    session: &Session,
-    kek: ObjectHandle,
-    identity: Identity,
-    dek: &Dek,
-) -> Result<Vec<u8>, CallError> {
-    let wrapped = match mode {
-        Mode::Wrapkey => wrap_object(session, kek, dek)?,
-        Mode::Encrypt => session.encrypt(&Mechanism::AesKeyWrap, kek, dek.expose())?,
-        Mode::Gcm => encrypt_gcm(session, kek, identity, dek)?,
+/// The objects that a KEK consists of.
+#[derive(Clone, Copy)]
+pub(super) struct Handles {
+    /// The key that wraps, or at least unwraps.
+    pub(super) key: ObjectHandle,
+    /// In the mode `oaep` the private key that signs; otherwise the same.
+    pub(super) signing: ObjectHandle,
+}
+
+/// Wraps `dek` under the KEK.
+pub(super) fn wrap(kek: &KekSpec, session: &Session, handles: Handles, dek: &Dek) -> Result<Vec<u8>, CallError> {
+    let Handles { key, signing } = handles;
+    let wrapped = match kek.mode {
+        Mode::Wrapkey => wrap_object(session, key, dek)?,
+        Mode::Encrypt => session.encrypt(&Mechanism::AesKeyWrap, key, dek.expose())?,
+        Mode::Gcm => encrypt_gcm(session, key, kek.identity, dek)?,
+        Mode::Oaep => oaep::wrap(session, signing, kek.pair()?, dek)?,
     };
-    let expected = mode.algorithm().wrapped_len();
+    let expected = kek.algorithm().wrapped_len();
     if wrapped.len() != expected {
         let what = format!("the token wrapped a DEK into {} bytes where {expected} were due", wrapped.len());
         return Err(CallError::new(Class::Refused, what));
@@ -53,17 +61,13 @@ pub(super) fn wrap(
 }
 
 /// Unwraps what [`wrap`] made.
-pub(super) fn unwrap(
-    mode: Mode,
-    session: &Session,
-    kek: ObjectHandle,
-    identity: Identity,
-    wrapped: &[u8],
-) -> Result<Dek, CallError> {
-    let bytes = match mode {
-        Mode::Wrapkey => unwrap_object(session, kek, wrapped)?,
-        Mode::Encrypt => Zeroizing::new(session.decrypt(&Mechanism::AesKeyWrap, kek, wrapped)?),
-        Mode::Gcm => decrypt_gcm(session, kek, identity, wrapped)?,
+pub(super) fn unwrap(kek: &KekSpec, session: &Session, handles: Handles, wrapped: &[u8]) -> Result<Dek, CallError> {
+    let Handles { key, .. } = handles;
+    let bytes = match kek.mode {
+        Mode::Wrapkey => unwrap_object(session, key, wrapped)?,
+        Mode::Encrypt => Zeroizing::new(session.decrypt(&Mechanism::AesKeyWrap, key, wrapped)?),
+        Mode::Gcm => decrypt_gcm(session, key, kek.identity, wrapped)?,
+        Mode::Oaep => oaep::unwrap(session, key, kek.pair()?, wrapped)?,
     };
     let length = || CallError::new(Class::BadInput, format!("an unwrapped DEK has {} bytes", bytes.len()));
     Dek::from_bytes(&bytes).ok_or_else(length)

@@ -2,26 +2,30 @@
 //!
 //! From top to bottom: this room knows tokens and their KEKs; [`token`] keeps one connected, by its supervisor
 //! thread; [`pool`] has work done by its session threads; [`link`] is what these tell each other; [`lane`] is what one
-//! session does; [`mechanism`] is how a KEK wraps; [`connection`] finds a token, and [`login`] logs in to it unless its
-//! PIN was refused; [`module`] loads a library. [`pace`] knows how long calls take, [`timing`] measures them without the
+//! session does; [`mechanism`] is how a KEK wraps, and [`oaep`] how one of two RSA pairs does; [`connection`] finds a token, and [`login`] logs in to it unless its
+//! PIN was refused; [`module`] loads a library, and
+//! [`token_info`] reads what its tokens say of themselves. [`pace`] knows how long calls take, [`timing`] measures them without the
 //! pool, [`admission`] decides which keys are KEKs, and [`error`] says what failed. They are the only rooms that know
 //! the cryptoki crate.
 
 mod admission;
 mod connection;
 mod error;
+mod halves;
 mod kek;
 mod lane;
 mod link;
 mod login;
 mod mechanism;
 mod module;
+mod oaep;
 mod pace;
 mod pool;
 mod queue;
 pub mod setup;
 mod timing;
 mod token;
+mod token_info;
 mod wraps;
 
 use std::collections::HashMap;
@@ -38,7 +42,7 @@ use tokio::sync::Notify;
 use tokio::time::timeout;
 
 pub use self::admission::LONGEST_WAIT;
-use self::admission::{Admitted, KekSpec};
+use self::admission::KekSpec;
 use self::connection::Address;
 use self::kek::Pkcs11Kek;
 use self::lane::Inventory;
@@ -50,6 +54,7 @@ use self::token::Token;
 use self::wraps::WrapCounter;
 use super::{Answer, Kek, KekError, Provider, Rank, Refused, Sighting};
 use crate::config::{Mode, ProviderConfig, TokenUri};
+use crate::envelope::WrapAlgorithm;
 use crate::identity::Identity;
 use crate::runtime::Leader;
 use crate::state::State;
@@ -62,6 +67,7 @@ const PATIENCE: Duration = Duration::from_secs(3);
 pub struct Pkcs11 {
     name: String,
     modes: Vec<Mode>,
+    longest_algorithm: WrapAlgorithm,
     tokens: Vec<Arc<Token>>,
     state: Arc<State>,
     changed: Arc<Notify>,
@@ -117,7 +123,8 @@ impl Pkcs11 {
         let start = |uri: &TokenUri| Token::start(uri.clone(), config, state, leader, Arc::clone(&changed));
         let tokens = config.tokens.iter().map(start).collect::<Result<_, _>>()?;
         let (name, modes) = (config.name.clone(), config.profile.modes.clone());
-        Ok(Self { name, modes, tokens, state: Arc::clone(state), changed, keks: Mutex::default() })
+        let longest_algorithm = config.longest_algorithm();
+        Ok(Self { name, modes, longest_algorithm, tokens, state: Arc::clone(state), changed, keks: Mutex::default() })
     }
 
     /// Waits until every token was tried once.
@@ -173,9 +180,8 @@ impl Pkcs11 {
         let first = self.tokens.first().ok_or_else(|| refused("it has no token".into()))?;
         let id = admission::new_id(not_before).map_err(|error| refused(error.to_string()))?;
         let rank = Rank { not_before, id: id.to_vec() };
-        let kek = first.rules.spec_of(&Admitted { rank, mode });
-        let template = kek.clone();
-        first.run(deadline, move |lane| lane.generate(&template)).await?;
+        let of = Arc::clone(first);
+        let kek = first.run(deadline, move |lane| lane.generate(&of.rules, mode, rank.clone())).await?;
         let sighting = self.look(deadline).await?;
         let made = sighting.keks.iter().find(|made| made.identity() == kek.identity);
         let Some(held_by) = made.map(|made| made.held_by()) else {
@@ -270,6 +276,10 @@ impl Drop for Pkcs11 {
 impl Provider for Pkcs11 {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn longest_algorithm(&self) -> WrapAlgorithm {
+        self.longest_algorithm
     }
 
     fn settled(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {

@@ -19,9 +19,11 @@ use std::thread;
 use std::time::Duration;
 
 use super::error::CallError;
+use super::token_info::TokenInfos;
 use crate::sync::lock;
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
 use cryptoki::error::Error;
+use cryptoki::slot::{Slot, TokenInfo};
 
 /// Every library that this process has loaded; none is ever unloaded, since some leave threads behind.
 static LOADED: Mutex<BTreeMap<PathBuf, Arc<Module>>> = Mutex::new(BTreeMap::new());
@@ -34,6 +36,7 @@ const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
 /// A loaded library.
 pub(super) struct Module {
     library: Pkcs11,
+    token_infos: TokenInfos,
     in_use: Mutex<InUseBy>,
     given_up: Condvar,
 }
@@ -91,7 +94,8 @@ impl Module {
         }
         refuse_if_writable_by_others(&path)?;
         let library = Pkcs11::new(&path).map_err(|error| load_error(&path, &error))?;
-        let module = Arc::new(Self { library, in_use: Mutex::default(), given_up: Condvar::new() });
+        let token_infos = TokenInfos::load(&path).map_err(|error| load_error(&path, &error))?;
+        let module = Arc::new(Self { library, token_infos, in_use: Mutex::default(), given_up: Condvar::new() });
         loaded.insert(path, Arc::clone(&module));
         Ok(module)
     }
@@ -100,6 +104,11 @@ impl Module {
 impl InUse {
     pub(super) fn library(&self) -> &Pkcs11 {
         &self.0.library
+    }
+
+    /// What the token in the slot says of itself.
+    pub(super) fn token_info(&self, slot: Slot) -> Result<TokenInfo, CallError> {
+        Ok(self.0.token_infos.of(slot)?)
     }
 
     /// From now on everybody is to give the library up for a moment.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
-use super::admission::Rules;
+use super::admission::{self, Rules};
 use super::connection::{Address, NotConnected};
 use super::error::CallError;
 use super::lane::Lane;
@@ -69,6 +69,8 @@ impl Token {
                 label: provider.label.clone(),
                 modes: provider.profile.modes.clone(),
                 admitted: provider.admitted.clone(),
+                omitted: provider.profile.omit_attributes.iter().copied().map(admission::omitted).collect(),
+                rsa_bits: provider.profile.rsa_bits.into(),
             },
             link: Arc::clone(&link),
             address: Address::new(uri, provider, state),
