@@ -111,8 +111,7 @@ impl Member {
             not_before: kek.rank().not_before,
             id: base16ct::lower::encode_string(&kek.rank().id),
         };
-        let active =
-            ActiveKek { identity: new_mark.identity, algorithm: kek.algorithm(), kek: Ok(Arc::clone(kek)) };
+        let active = ActiveKek { identity: new_mark.identity, algorithm: kek.algorithm(), kek: Ok(Arc::clone(kek)) };
         Ok((active, (mark != Some(&new_mark)).then_some(new_mark)))
     }
 

@@ -1,6 +1,7 @@
 //! The plugin through its public door: the real binary, a throw-away token of a real module, a real client.
 //!
-//! `TROUSSEAU_TEST_TOKEN` chooses the token: `softhsm` (default), or `kryoptic` with `TROUSSEAU_KRYOPTIC_MODULE`.
+//! `TROUSSEAU_TEST_TOKEN` chooses the token: `softhsm` (default), `kryoptic` with `TROUSSEAU_KRYOPTIC_MODULE`,
+//! `opencryptoki` (as root) or `tpm2`. A test that does not apply to a token says why, and is skipped.
 #![allow(
     missing_docs,
     unreachable_pub,

@@ -131,8 +131,8 @@ sessions = {sessions}
 
     /// A command of the plugin in the token's environment.
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_trousseau"));
-        command.args(arguments).env(self.token.variable.0, &self.token.variable.1).env_remove("STATE_DIRECTORY");
+        let mut command = self.token.command(env!("CARGO_BIN_EXE_trousseau"));
+        command.args(arguments).env_remove("STATE_DIRECTORY");
         command
     }
 
@@ -185,8 +185,8 @@ sessions = {sessions}
 
     /// A command of the shell's in the token's environment.
     pub fn shell(&self, script: &str) -> Command {
-        let mut command = Command::new("sh");
-        command.args(["-c", script]).env(self.token.variable.0, &self.token.variable.1);
+        let mut command = self.token.command("sh");
+        command.args(["-c", script]);
         command
     }
 

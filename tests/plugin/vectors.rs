@@ -25,7 +25,7 @@ fn host_with(keks: &[(Vec<u8>, Vec<u8>, WrapAlgorithm)]) -> Host {
         .map(|(id, value, algorithm)| Key {
             value: Some(value.clone()),
             wraps: wraps(*algorithm),
-            allowed: Some(*algorithm as u8),
+            allowed: Some(algorithm.number()),
             ..Key::generated(id, "trousseau-test")
         })
         .collect();

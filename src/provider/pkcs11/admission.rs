@@ -55,8 +55,7 @@ impl Rules {
     /// Decides about all objects that have the label.
     pub(super) fn decide(&self, objects: Vec<Said>, now: Timestamp) -> Vec<Decision> {
         let pairs = self.modes.contains(&Mode::Oaep);
-        let (halves, others): (Vec<_>, Vec<_>) =
-            objects.into_iter().partition(|said| pairs && halves::is_half(said));
+        let (halves, others): (Vec<_>, Vec<_>) = objects.into_iter().partition(|said| pairs && halves::is_half(said));
         let alone = |said: &Said| {
             let not_before = said.id().and_then(|id| self.admitted.get(id)).copied();
             let identity = said.id().map(Identity::of_pkcs11);
@@ -303,7 +302,10 @@ mod tests {
     fn a_key_of_our_own_making_is_a_kek() {
         let id = new_id(now()).unwrap();
         let admitted = admit(&Said(kek(&id)), &MODES, None, now()).unwrap();
-        assert_eq!(admitted, Admitted { rank: Rank { not_before: now(), id: id.to_vec() }, mode: Mode::Wrapkey, pair: None });
+        assert_eq!(
+            admitted,
+            Admitted { rank: Rank { not_before: now(), id: id.to_vec() }, mode: Mode::Wrapkey, pair: None }
+        );
     }
 
     #[test]

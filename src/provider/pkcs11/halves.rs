@@ -54,21 +54,19 @@ fn admit(half: &Said, signer: &Said, rules: &Rules, now: Timestamp) -> Result<Ad
         key.requires_secrecy(not_before.is_none())?;
     }
     let (decrypts, signs) = (Attribute::Decrypt(true), Attribute::Sign(true));
+    let only = |key: &Said, is: &Attribute, is_not: &Attribute, mechanism: MechanismType| {
+        // What the token lets nobody set, it cannot deny either.
+        let denied = rules.omitted.contains(&is_not.attribute_type()) || !key.0.contains(is_not);
+        key.0.contains(is) && denied && key.pinned().is_none_or(|pinned| pinned.contains(&mechanism))
+    };
     if !only(half, &decrypts, &signs, Mode::Oaep.mechanism()) || !only(signer, &signs, &decrypts, oaep::SIGNING) {
-        return Err("its keys are not such that one only decrypts with OAEP and the other only signs: KEKs are made with \
+        return Err(
+            "its keys are not such that one only decrypts with OAEP and the other only signs: KEKs are made with \
                     `trousseau key generate`"
-            .into());
+                .into(),
+        );
     }
     let not_before = not_before.map_or_else(|| instant_of(id, now), Ok)?;
     let pair = Some(Arc::new(Pair::new(id, half, signer)?));
     Ok(Admitted { rank: Rank { not_before, id: id.to_vec() }, mode: Mode::Oaep, pair })
-}
-
-/// Whether the key may be used so, and not in the other's way. Tokens that give each key every use say in
-/// CKA_ALLOWED_MECHANISMS that it is pinned to one mechanism.
-fn only(key: &Said, use_: &Attribute, other: &Attribute, mechanism: MechanismType) -> bool {
-    let pinned = key.pinned();
-    key.0.contains(use_)
-        && pinned.is_none_or(|pinned| pinned.contains(&mechanism))
-        && (pinned == Some(&[mechanism]) || !key.0.contains(other))
 }

@@ -227,9 +227,8 @@ impl Lane {
         refused: &mut Vec<Refused>,
     ) -> Result<Vec<(String, Admitted)>, CallError> {
         let label = Attribute::Label(rules.label.clone().into_bytes());
-        let named = |id: Option<&[u8]>| {
-            format!("key {} with label {}", id.map_or("without id".into(), hex), rules.label)
-        };
+        let named =
+            |id: Option<&[u8]>| format!("key {} with label {}", id.map_or("without id".into(), hex), rules.label);
         let mut objects = Vec::new();
         for handle in self.session.find_objects(&[Attribute::Token(true), label])? {
             match self.session.get_attributes(handle, &admission::ASKED).map_err(CallError::from) {

@@ -41,8 +41,8 @@ use jiff::Timestamp;
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
-pub use self::admission::LONGEST_WAIT;
 use self::admission::KekSpec;
+pub use self::admission::LONGEST_WAIT;
 use self::connection::Address;
 use self::kek::Pkcs11Kek;
 use self::lane::Inventory;

@@ -30,9 +30,8 @@ pub(super) const SIGNING: MechanismType = MechanismType::RSA_PKCS;
 const SIGNED: &[u8] = b"trousseau rsa-oaep v1\0";
 
 /// Before a SHA-256 hash it makes a DigestInfo (RFC 8017 section 9.2, note 1): CKM_RSA_PKCS wants that done.
-const DIGEST_INFO: [u8; 19] = [
-    0x30, 0x31, 0x30, 0x0d, 0x06, 0x09, 0x60, 0x86, 0x48, 0x01, 0x65, 0x03, 0x04, 0x02, 0x01, 0x05, 0x00, 0x04, 0x20,
-];
+const DIGEST_INFO: [u8; 19] =
+    [0x30, 0x31, 0x30, 0x0d, 0x06, 0x09, 0x60, 0x86, 0x48, 0x01, 0x65, 0x03, 0x04, 0x02, 0x01, 0x05, 0x00, 0x04, 0x20];
 
 /// The CKA_ID of the signing pair, from that of the KEK: some tokens give no two pairs one.
 pub(super) fn signer_id(id: &[u8]) -> Vec<u8> {
@@ -66,8 +65,7 @@ impl Pair {
             return Err("both its RSA keys are the same: make a KEK with `trousseau key generate`".into());
         }
         let der = |key: &PublicKey| key.to_public_key_der().map_err(|error| error.to_string());
-        let identity =
-            Identity::of_pkcs11_pair(id, der(&encryption)?.as_bytes(), der(&verification)?.as_bytes());
+        let identity = Identity::of_pkcs11_pair(id, der(&encryption)?.as_bytes(), der(&verification)?.as_bytes());
         Ok(Self { identity, algorithm, encryption, verification })
     }
 
@@ -131,8 +129,7 @@ pub(super) fn unwrap(
     wrapped: &[u8],
 ) -> Result<Zeroizing<Vec<u8>>, CallError> {
     let ciphertext = pair.verified(wrapped)?;
-    let parameters =
-        PkcsOaepParams::new(MechanismType::SHA256, PkcsMgfType::MGF1_SHA256, PkcsOaepSource::empty());
+    let parameters = PkcsOaepParams::new(MechanismType::SHA256, PkcsMgfType::MGF1_SHA256, PkcsOaepSource::empty());
     Ok(Zeroizing::new(session.decrypt(&Mechanism::RsaPkcsOaep(parameters), decrypting, ciphertext)?))
 }
 
