@@ -22,6 +22,7 @@ mod foreign_input;
 mod hangs;
 mod keys;
 mod load;
+mod oaep;
 mod pin;
 mod plugin;
 mod providers;

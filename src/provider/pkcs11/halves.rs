@@ -70,3 +70,109 @@ fn admit(half: &Said, signer: &Said, rules: &Rules, now: Timestamp) -> Result<Ad
     let pair = Some(Arc::new(Pair::new(id, half, signer)?));
     Ok(Admitted { rank: Rank { not_before, id: id.to_vec() }, mode: Mode::Oaep, pair })
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::indexing_slicing)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use cryptoki::object::AttributeType;
+
+    use super::super::admission::new_id;
+    use super::*;
+
+    fn now() -> Timestamp {
+        "2026-11-24T06:00:00Z".parse().unwrap()
+    }
+
+    fn rules(omitted: Vec<AttributeType>) -> Rules {
+        let (label, modes, admitted) = (String::new(), vec![Mode::Oaep], BTreeMap::new());
+        Rules { label, modes, admitted, omitted, rsa_bits: 2048 }
+    }
+
+    fn half(id: Vec<u8>, decrypts: bool) -> Vec<Attribute> {
+        let mut modulus = vec![0xff; 256];
+        modulus[1] = u8::from(decrypts);
+        vec![
+            Attribute::Class(ObjectClass::PRIVATE_KEY),
+            Attribute::KeyType(KeyType::RSA),
+            Attribute::Id(id),
+            Attribute::Sensitive(true),
+            Attribute::AlwaysSensitive(true),
+            Attribute::Extractable(false),
+            Attribute::NeverExtractable(true),
+            Attribute::Local(true),
+            Attribute::Decrypt(decrypts),
+            Attribute::Sign(!decrypts),
+            Attribute::Modulus(modulus),
+            Attribute::PublicExponent(vec![1, 0, 1]),
+        ]
+    }
+
+    /// A KEK of our own making: the half that decrypts, and the half that signs.
+    fn kek() -> [Vec<Attribute>; 2] {
+        let id = new_id(now()).unwrap();
+        [half(id.to_vec(), true), half(oaep::signer_id(&id), false)]
+    }
+
+    fn verdicts(halves: Vec<Vec<Attribute>>, rules: &Rules) -> Vec<Result<Admitted, String>> {
+        let halves: Vec<Said> = halves.into_iter().map(Said).collect();
+        decide(&halves, rules, now()).into_iter().map(|decision| decision.verdict).collect()
+    }
+
+    #[test]
+    fn two_pairs_of_our_own_making_are_one_kek() {
+        let [key, signer] = kek();
+        for halves in [vec![key.clone(), signer.clone()], vec![signer, key]] {
+            let verdicts = verdicts(halves, &rules(vec![]));
+            assert_eq!(verdicts.len(), 1);
+            let kek = verdicts[0].as_ref().unwrap();
+            assert_eq!((kek.rank.not_before, kek.mode), (now(), Mode::Oaep));
+        }
+    }
+
+    #[test]
+    fn other_pairs_are_refused_with_the_reason() {
+        let [key, signer] = kek();
+        let with = |half: &[Attribute], changed: Attribute| {
+            let mut half = half.to_vec();
+            half.retain(|attribute| attribute.attribute_type() != changed.attribute_type());
+            half.push(changed);
+            half
+        };
+        for (halves, reason) in [
+            (vec![key.clone()], "to sign"),
+            (vec![signer.clone()], "to sign"),
+            (vec![key.clone(), signer.clone(), signer.clone()], "several keys"),
+            (vec![with(&key, Attribute::Sensitive(false)), signer.clone()], "SENSITIVE"),
+            (vec![key.clone(), with(&signer, Attribute::Extractable(true))], "EXTRACTABLE"),
+            (vec![key.clone(), with(&signer, Attribute::Local(false))], "LOCAL"),
+            (vec![with(&key, Attribute::KeyType(KeyType::EC)), signer.clone()], "not an RSA key"),
+            (vec![with(&key, Attribute::Sign(true)), signer.clone()], "only decrypts"),
+            (vec![with(&key, Attribute::Decrypt(false)), signer.clone()], "only decrypts"),
+            (vec![key.clone(), with(&signer, Attribute::Decrypt(true))], "only signs"),
+            (
+                vec![key.clone(), with(&signer, Attribute::AllowedMechanisms(vec![MechanismType::RSA_X_509]))],
+                "only signs",
+            ),
+            (vec![key.clone(), with(&signer, Attribute::Modulus(vec![0xff; 128]))], "bits"),
+            (vec![half(vec![1], true), half(vec![1, 1], false)], "UUIDv7"),
+        ] {
+            let verdicts = verdicts(halves, &rules(vec![]));
+            let error = verdicts[0].as_ref().unwrap_err();
+            assert!(verdicts.len() == 1 && error.contains(reason), "{reason}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_use_that_the_token_lets_nobody_set_is_not_held_against_a_key() {
+        let every_use = kek().map(|mut half| {
+            half.retain(|attribute| !matches!(attribute, Attribute::Decrypt(_) | Attribute::Sign(_)));
+            half.extend([Attribute::Decrypt(true), Attribute::Sign(true)]);
+            half
+        });
+        let omitted = vec![AttributeType::Sign, AttributeType::Decrypt];
+        assert!(verdicts(every_use.to_vec(), &rules(omitted))[0].is_ok());
+        assert!(verdicts(every_use.to_vec(), &rules(vec![]))[0].is_err());
+    }
+}

@@ -198,3 +198,89 @@ pub(super) fn remove(session: &Session, label: &str, id: &[u8]) -> Result<(), Ca
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use rsa::PrivateKey;
+    use serde::Deserialize;
+
+    use super::*;
+    use crate::config::Codes;
+
+    #[derive(Deserialize)]
+    struct Vector {
+        bits: u32,
+        cka_id: String,
+        modulus: String,
+        signing_modulus: String,
+        identity: Identity,
+        dek: String,
+        good: String,
+        private_exponent: String,
+        bad: Vec<Bad>,
+    }
+
+    #[derive(Deserialize)]
+    struct Bad {
+        name: String,
+        wrapped: String,
+    }
+
+    fn bytes(hex: &str) -> Vec<u8> {
+        base16ct::lower::decode_vec(hex).unwrap()
+    }
+
+    fn vectors() -> Vec<(Vector, Pair)> {
+        let vectors: Vec<Vector> = serde_json::from_str(include_str!("../../../tests/vectors/oaep-1.json")).unwrap();
+        vectors
+            .into_iter()
+            .map(|vector| {
+                let pair = Pair::new(&bytes(&vector.cka_id), &key(&vector.modulus), &key(&vector.signing_modulus));
+                (vector, pair.unwrap())
+            })
+            .collect()
+    }
+
+    fn key(modulus: &str) -> Said {
+        Said(vec![Attribute::Modulus(bytes(modulus)), Attribute::PublicExponent(vec![1, 0, 1])])
+    }
+
+    #[test]
+    fn golden_keks_have_their_identity_and_only_what_they_signed_goes_to_the_token() {
+        for (vector, pair) in vectors() {
+            assert_eq!(pair.identity, vector.identity);
+            let good = bytes(&vector.good);
+            assert_eq!(good.len(), pair.algorithm.wrapped_len());
+            assert_eq!(pair.verified(&good).unwrap(), &good[..good.len() / 2]);
+            for Bad { name, wrapped } in vector.bad {
+                let error = pair.verified(&bytes(&wrapped)).unwrap_err();
+                assert_eq!(error.class(&Codes::default()), Class::BadInput, "{} bits, {name}: {error}", vector.bits);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_encrypted_here_and_there_is_decrypted_alike() {
+        for (vector, pair) in vectors() {
+            let private = BoxedUint::from_be_slice_vartime(&bytes(&vector.private_exponent));
+            let (n, e) = (pair.encryption.n().clone().get(), pair.encryption.e().clone());
+            let private = PrivateKey::from_components(n, e, private, vec![]).unwrap();
+            let decrypt = |ciphertext: &[u8]| private.decrypt(Oaep::<Sha256>::new(), ciphertext).unwrap();
+            assert_eq!(decrypt(pair.verified(&bytes(&vector.good)).unwrap()), bytes(&vector.dek));
+            let dek = Dek::generate().unwrap();
+            assert_eq!(decrypt(&pair.encrypt(&dek).unwrap()), dek.expose());
+        }
+    }
+
+    #[test]
+    fn keys_of_another_size_or_twice_the_same_are_no_kek() {
+        let all = vectors();
+        let (small, large) = (&all.first().unwrap().0, &all.last().unwrap().0);
+        let halves = |one: &str, other: &str| Pair::new(&[1], &key(one), &key(other)).unwrap_err();
+        assert!(halves(&small.modulus, &large.signing_modulus).contains("2048 and 3072 bits"));
+        assert!(halves(&small.modulus, &small.modulus).contains("the same"));
+        assert!(halves(&small.modulus[..256], &small.modulus[..256]).contains("bits"));
+        assert!(halves("", &small.modulus).contains("public key"));
+    }
+}
