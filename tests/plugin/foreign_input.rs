@@ -20,6 +20,9 @@ fn assert_says(plugin: &mut Plugin, words: &[&str]) {
 
 #[test]
 fn a_token_that_comes_late_is_waited_for() {
+    if Family::chosen().sees_no_new_keys() {
+        return;
+    }
     let directory = TempDir::new().unwrap();
     let token = Token::place(directory.path());
     let host = Host::with(directory, token);
@@ -35,6 +38,10 @@ fn a_token_that_comes_late_is_waited_for() {
 
 #[test]
 fn two_tokens_of_one_name_are_refused_with_their_serial_numbers() {
+    if matches!(Family::chosen(), Family::OpenCryptoki | Family::Tpm2) {
+        eprintln!("skipped: all tokens of {:?} have one serial number", Family::chosen());
+        return;
+    }
     let host = Host::new();
     host.token.initialize(&["trousseau"]);
     assert_says(&mut host.serve(), &["2 tokens match", "serial"]);
@@ -61,8 +68,8 @@ fn a_module_that_is_missing_or_is_none_is_named() {
 
 #[test]
 fn a_kek_that_the_token_has_lost_inside_takes_the_others_nowhere() {
-    if Family::chosen() == Family::Kryoptic {
-        eprintln!("skipped: kryoptic keeps all keys in one database");
+    if Family::chosen() != Family::SoftHsm {
+        eprintln!("skipped: only SoftHSM keeps each key in a file whose content a test can change");
         return;
     }
     let host = Host::new();
@@ -105,8 +112,8 @@ fn a_wrong_pin_is_tried_once_and_a_new_one_at_once() {
 
 #[test]
 fn a_token_that_goes_away_is_reported_and_taken_back() {
-    if Family::chosen() == Family::Kryoptic {
-        eprintln!("skipped: kryoptic keeps its database open and does not notice that the file is away");
+    if Family::chosen() != Family::SoftHsm {
+        eprintln!("skipped: only SoftHSM notices that its files are away, and that they are there again");
         return;
     }
     let host = Host::new();
@@ -126,8 +133,8 @@ fn a_token_that_goes_away_is_reported_and_taken_back() {
 
 #[test]
 fn a_token_that_is_lost_ends_the_process_if_its_module_must_not_be_initialized_again() {
-    if Family::chosen() == Family::Kryoptic {
-        eprintln!("skipped: kryoptic keeps its database open and does not notice that the file is away");
+    if Family::chosen() != Family::SoftHsm {
+        eprintln!("skipped: only SoftHSM notices that its files are away, and that they are there again");
         return;
     }
     let host = Host::new();
@@ -147,6 +154,10 @@ fn a_token_that_is_lost_ends_the_process_if_its_module_must_not_be_initialized_a
 
 #[test]
 fn a_profile_says_what_a_code_means() {
+    if Family::chosen().modes() == ["oaep"] {
+        eprintln!("skipped: what the KEK has not signed never reaches the token");
+        return;
+    }
     let host = Host::new();
     host.generate("0s");
     let (mut damaged, key_id) = host.serve_healthy().round_trip();
@@ -231,12 +242,18 @@ fn a_key_id_is_checked_before_anything_else_of_a_whole_envelope() {
         let answer = plugin.decrypt(&damaged, &key_id).unwrap_err();
         assert_eq!((answer.code, answer.message.as_str()), (Code::InvalidArgument, own), "{case}");
     }
-    for (length, fits) in [(0, false), (1, true), (886, true), (887, false), (4096, false)] {
+    // What a v2 answer holds, less the envelope of nothing.
+    let longest = match (Family::chosen().modes(), Family::chosen()) {
+        (["oaep"], Family::Tpm2) => 1024 - 610,
+        (["oaep"], _) => 1024 - 866,
+        _ => 1024 - 138,
+    };
+    for (length, fits) in [(0, false), (1, true), (longest, true), (longest + 1, false), (4096, false)] {
         let answer = plugin.encrypt(&vec![7; length]);
         assert_eq!(answer.is_ok(), fits, "{length} bytes: {answer:?}");
         if let Err(answer) = answer {
             assert_eq!(answer.code, Code::InvalidArgument);
-            assert!(answer.message.contains("1 to 886"), "{}", answer.message);
+            assert!(answer.message.contains(&format!("1 to {longest}")), "{}", answer.message);
         }
     }
 }

@@ -107,6 +107,9 @@ fn a_mode_that_the_profile_does_not_know_is_refused_by_name() {
 
 #[test]
 fn a_new_kek_unwraps_at_once_and_wraps_from_its_instant_on() {
+    if Family::chosen().sees_no_new_keys() {
+        return;
+    }
     let host = Host::new();
     let first = host.generate("0s");
     let mut plugin = host.serve_healthy();
@@ -136,6 +139,9 @@ fn a_new_kek_unwraps_at_once_and_wraps_from_its_instant_on() {
 
 #[test]
 fn an_identity_that_is_not_known_yet_is_looked_for_at_once() {
+    if Family::chosen().sees_no_new_keys() {
+        return;
+    }
     let host = Host::new();
     host.generate("0s");
     let plugin = host.serve_healthy();
@@ -149,6 +155,9 @@ fn an_identity_that_is_not_known_yet_is_looked_for_at_once() {
 
 #[test]
 fn a_host_that_lost_its_active_kek_stops_writing_names_it_and_still_reads() {
+    if Family::chosen().sees_no_new_keys() {
+        return;
+    }
     let host = Host::new();
     host.generate("0s");
     let (old, old_key_id) = host.serve_healthy().round_trip();

@@ -59,9 +59,10 @@ impl Host {
         host
     }
 
-    /// KEKs that are made from now on wrap in this mode.
+    /// KEKs that are made from now on wrap in this mode, if the token knows it.
     pub fn with_mode(self, mode: &'static str) -> Self {
-        Self { mode: Some(mode), ..self }
+        let known = self.token.family.modes().contains(&mode);
+        Self { mode: known.then_some(mode), ..self }
     }
 
     /// Another host with the same token and configuration, and nothing else in common.

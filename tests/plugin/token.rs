@@ -68,6 +68,15 @@ impl Family {
         lacks
     }
 
+    /// Whether the module shows only what it found when it was initialized. It says so.
+    pub fn sees_no_new_keys(self) -> bool {
+        let blind = self == Self::Tpm2;
+        if blind {
+            eprintln!("skipped: tpm2-pkcs11 sees what another process made only when it is initialized again");
+        }
+        blind
+    }
+
     pub fn module(self) -> PathBuf {
         match self {
             Self::SoftHsm => "/usr/lib/softhsm/libsofthsm2.so".into(),

@@ -61,9 +61,16 @@ impl Lane {
     /// the answer was no lie. If it can, the input is tried once more, and only then is it bad. Three calls at most;
     /// no stored value can make more of itself.
     pub(super) fn unwrap(&mut self, kek: &KekSpec, wrapped: &[u8]) -> Result<Dek, CallError> {
+        if let Some(pair) = &kek.pair {
+            pair.verified(wrapped)?; // before the token is asked anything
+        }
         let handles = self.handles(kek)?;
         self.count(kek);
-        let unwrap = || mechanism::unwrap(kek, &self.session, handles, wrapped);
+        let signed = kek.pair.is_some();
+        let unwrap = || {
+            let unwrapped = mechanism::unwrap(kek, &self.session, handles, wrapped);
+            unwrapped.map_err(|error| if signed { self.of_our_own(error) } else { error })
+        };
         let is_clear = |error: &CallError| {
             matches!(self.class(error), Class::BadInput | Class::Session | Class::Login | Class::Pin)
         };

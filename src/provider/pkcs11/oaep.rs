@@ -80,7 +80,7 @@ impl Pair {
     ///
     /// # Errors
     /// It has not: the input is bad.
-    fn verified<'a>(&self, wrapped: &'a [u8]) -> Result<&'a [u8], CallError> {
+    pub(super) fn verified<'a>(&self, wrapped: &'a [u8]) -> Result<&'a [u8], CallError> {
         let forged = || CallError::new(Class::BadInput, "its signature is not the KEK's");
         let (ciphertext, signature) = wrapped.split_at_checked(self.encryption.size()).ok_or_else(forged)?;
         let scheme = Pkcs1v15Sign::new::<Sha256>();
@@ -115,13 +115,13 @@ pub(super) fn wrap(session: &Session, signing: ObjectHandle, pair: &Pair, dek: &
     let to_sign = [&DIGEST_INFO[..], &pair.hash(&ciphertext)].concat();
     let signature = session.sign(&Mechanism::RsaPkcs, signing, &to_sign)?;
     let wrapped = [ciphertext, signature].concat();
-    // A wrong signature would lie in etcd, and nobody could read what is under it.
+    // A wrong signature would lie in etcd, and nobody could read what is under it. The handle is found again.
     let signed = pair.verified(&wrapped).map(drop);
-    signed.map_err(|_| CallError::new(Class::Refused, "the token signed with another key than the KEK's"))?;
+    signed.map_err(|_| CallError::new(Class::Session, "the token signed with another key than the KEK's"))?;
     Ok(wrapped)
 }
 
-/// Verifies here, and has the token decrypt.
+/// Verifies here, and has the token decrypt. A damaged reference goes this way too.
 pub(super) fn unwrap(
     session: &Session,
     decrypting: ObjectHandle,
