@@ -1,6 +1,7 @@
 //! Modules, tokens and PINs that are missing or wrong: the plugin serves, and says what to do.
 
 use std::fs;
+use std::path::Path;
 
 use tempfile::TempDir;
 use tonic::Code;
@@ -256,4 +257,27 @@ fn a_key_id_is_checked_before_anything_else_of_a_whole_envelope() {
             assert!(answer.message.contains(&format!("1 to {longest}")), "{}", answer.message);
         }
     }
+}
+
+#[test]
+fn nss_is_refused_with_the_reason_and_nothing_is_lost() {
+    // Its softokn hands a key out that says CKA_EXTRACTABLE=false. It does not come so far: it wants a string with
+    // C_Initialize, which is nothing of PKCS#11.
+    let module = format!("/usr/lib/{}-linux-gnu/libsoftokn3.so", std::env::consts::ARCH);
+    if !Path::new(&module).exists() {
+        assert!(std::env::var_os("TROUSSEAU_TEST_REQUIRE").is_none(), "{module}: install libnss3");
+        eprintln!("skipped: it lacks {module} (libnss3)");
+        return;
+    }
+    let host = Host::new();
+    host.generate("0s");
+    let (sealed, key_id) = host.serve_healthy().round_trip();
+    let own = host.token.family.module().display().to_string();
+    let mut plugin = host.serve_with(&host.configuration().replace(&own, &module));
+    assert_says(&mut plugin, &["libsoftokn3.so", "C_Initialize answered"]);
+    let answer = plugin.decrypt(&sealed, &key_id).unwrap_err();
+    assert_eq!(answer.code, Code::Unavailable, "{}", answer.message);
+    assert!(answer.message.contains("the object is intact"), "{}", answer.message);
+    assert_eq!(plugin.stop().code(), Some(0));
+    host.serve_healthy().decrypt(&sealed, &key_id).unwrap();
 }

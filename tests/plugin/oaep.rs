@@ -54,7 +54,7 @@ fn an_unsigned_or_re_signed_recipient_is_refused_and_the_token_decrypts_nothing(
     ] {
         let mut forged = sealed.clone();
         forged[WRAPPED..WRAPPED + 2 * half].copy_from_slice(&wrapped);
-        // A look at the token may come between, in which it decrypts its reference.
+        // A look at the token may come between, or a probe: these decrypt something of the plugin's own.
         let mut asked = (0..5).map(|_| {
             let before = calls().len();
             let Answer { code, message } = plugin.decrypt(&forged, &key_id).unwrap_err();
@@ -62,7 +62,7 @@ fn an_unsigned_or_re_signed_recipient_is_refused_and_the_token_decrypts_nothing(
             assert!(message.starts_with("the ciphertext is damaged or is not one of this"), "{case}: {message}");
             calls()[before..].to_owned()
         });
-        let asked = asked.find(|asked| !asked.contains("C_FindObjects")).unwrap();
+        let asked = asked.find(|asked| !asked.contains("C_FindObjects") && !asked.contains("C_Sign")).unwrap();
         assert!(!asked.contains("C_Decrypt"), "{case}: {asked}");
     }
     let before = calls().len();

@@ -117,9 +117,10 @@ sessions = {sessions}
         let name = format!("hsm-profiles/{}.toml", self.token.family.profile());
         let shipped = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(&name)).unwrap();
         fs::create_dir_all(self.path("hsm-profiles")).unwrap();
-        // A key can be there once.
-        let shipped: Vec<&str> = shipped.lines().filter(|line| !line.starts_with("renew-after")).collect();
-        let text = format!("{}\n{more}\n", shipped.join("\n"));
+        // A key or a table can be there once.
+        let kept = |line: &&str| !line.starts_with("renew-after") && !line.starts_with("reinitialize");
+        let shipped = shipped.lines().take_while(|line| !line.starts_with('[')).filter(kept);
+        let text = format!("{}\n{more}\n", shipped.collect::<Vec<_>>().join("\n"));
         self.write_secret(&name, &text);
         text
     }
