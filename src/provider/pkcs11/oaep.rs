@@ -200,7 +200,7 @@ pub(super) fn remove(session: &Session, label: &str, id: &[u8]) -> Result<(), Ca
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
+#[allow(clippy::unwrap_used, clippy::indexing_slicing)]
 mod tests {
     use rsa::PrivateKey;
     use serde::Deserialize;
