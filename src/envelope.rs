@@ -47,6 +47,8 @@ pub const MAX_RECIPIENTS: usize = 8;
 pub enum WrapAlgorithm {
     /// Number 1: AES-KW (RFC 3394, SP 800-38F), default initial value.
     AesKw,
+    /// Number 2: AES-KWP (RFC 5649, SP 800-38F), default initial value.
+    AesKwp,
     /// Number 3: AES-256-GCM (SP 800-38D): 12-byte IV ‖ ciphertext ‖ 16-byte tag, the KEK identity as AAD.
     AesGcm,
     /// Number 4: RSA-OAEP (RFC 8017 section 7.1; SHA-256, MGF1 with SHA-256, no label), signed: ciphertext ‖ signature,
@@ -61,13 +63,14 @@ impl WrapAlgorithm {
     /// The one whose wrapped DEK is the longest.
     pub const LONGEST: Self = Self::RsaOaep3072;
 
-    const ALL: [Self; 4] = [Self::AesKw, Self::AesGcm, Self::RsaOaep2048, Self::RsaOaep3072];
+    const ALL: [Self; 5] = [Self::AesKw, Self::AesKwp, Self::AesGcm, Self::RsaOaep2048, Self::RsaOaep3072];
 
     /// The number that stands in an envelope.
     #[must_use]
     pub const fn number(self) -> u8 {
         match self {
             Self::AesKw => 1,
+            Self::AesKwp => 2,
             Self::AesGcm => 3,
             Self::RsaOaep2048 | Self::RsaOaep3072 => 4,
         }
@@ -77,7 +80,7 @@ impl WrapAlgorithm {
     #[must_use]
     pub const fn wrapped_len(self) -> usize {
         match self {
-            Self::AesKw => Dek::LEN + 8,
+            Self::AesKw | Self::AesKwp => Dek::LEN + 8,
             Self::AesGcm => NONCE_LEN + Dek::LEN + TAG_LEN,
             Self::RsaOaep2048 => 2 * 2048 / 8,
             Self::RsaOaep3072 => 2 * 3072 / 8,

@@ -5,6 +5,7 @@
 //! `key_id`. What was refused before any token call, and why, is decided here and in [`crate::envelope`].
 
 pub mod activation;
+mod concerns;
 mod description;
 mod errors;
 mod flights;
@@ -16,12 +17,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use futures_util::future::join_all;
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use tokio::sync::watch;
 
+pub use self::concerns::Reminder;
 pub use self::description::{KekDescription, KekState};
 pub use self::errors::KeyringError;
 use self::flights::Flights;
+pub use self::looks::LOOK_SOON;
 use self::looks::Looks;
 use self::member::{ActiveKek, Member};
 use self::opening::Sealed;
@@ -37,6 +40,7 @@ use crate::state::{Mark, State};
 pub struct Keyring {
     cluster: String,
     seal_under: SealUnder,
+    max_age: Option<SignedDuration>,
     members: Vec<Member>,
     state: Arc<State>,
     health: Health,
@@ -61,6 +65,7 @@ impl Keyring {
         Self {
             cluster: config.cluster.clone(),
             seal_under: config.seal_under,
+            max_age: config.max_age,
             members: providers.into_iter().map(|(provider, seals)| Member::new(provider, seals)).collect(),
             state,
             health: Health::default(),
@@ -92,6 +97,34 @@ impl Keyring {
         }
         let identities: Vec<Identity> = keks.iter().map(|active| active.identity).collect();
         Ok(ActiveSet { key_set: KeySet::of(&self.cluster, &identities), keks })
+    }
+
+    /// What will be active at this instant, as far as can be told now: with this KEK in its provider's place, if one is
+    /// named. No mark is moved.
+    ///
+    /// # Errors
+    /// See [`Keyring::active`].
+    pub fn foresee(&self, at: Timestamp, kek: Option<Identity>) -> Result<KeySet, KeyringError> {
+        let mut identities = Vec::new();
+        for member in self.members.iter().filter(|member| member.seals) {
+            let has_it = |kek: &Identity| member.seen().keks.iter().any(|seen| seen.identity() == *kek);
+            identities.push(match kek.filter(has_it) {
+                Some(kek) => kek,
+                None => self.active_of(member, at)?.0.identity,
+            });
+        }
+        Ok(KeySet::of(&self.cluster, &identities))
+    }
+
+    /// This key set, and of its KEKs one alone: for a trial of that KEK.
+    #[must_use]
+    pub fn alone(&self, key_set: KeySet, kek: Identity) -> Option<ActiveSet> {
+        let find = |member: &Member| member.seen().keks.iter().find(|seen| seen.identity() == kek).map(Arc::clone);
+        let found = self.members.iter().find_map(find)?;
+        Some(ActiveSet {
+            key_set,
+            keks: vec![ActiveKek { identity: kek, algorithm: found.algorithm(), kek: Ok(found) }],
+        })
     }
 
     fn active_of(&self, member: &Member, now: Timestamp) -> Result<(ActiveKek, Option<Mark>), KeyringError> {

@@ -151,6 +151,14 @@ tpm2_tests() {
     cargo test --locked --no-fail-fast --test plugin -- --test-threads 2 keys:: oaep:: foreign_input:: command_line::
 }
 
+# mode_tests TOKEN MODE: what depends on how a KEK wraps, in another mode than the token's first.
+mode_tests() {
+    TROUSSEAU_FAULT_LIB=$(tests/tokens/build.sh fault)
+    TROUSSEAU_KRYOPTIC_MODULE=$(tests/tokens/build.sh kryoptic)
+    export TROUSSEAU_FAULT_LIB TROUSSEAU_KRYOPTIC_MODULE TROUSSEAU_TEST_TOKEN=$1 TROUSSEAU_TEST_MODE=$2
+    cargo test --locked --test plugin -- keys:: vectors:: faults:: foreign_input::
+}
+
 fault_module_tests() { cargo test --locked --manifest-path tests/tokens/fault/Cargo.toml; }
 
 container_tests() { tests/containers/run.sh cargo test --locked --test containers; }
@@ -191,6 +199,8 @@ part "Rust, SoftHSM token" rust_tests
 part "Rust, kryoptic token" kryoptic_tests
 part "Rust, openCryptoki token" opencryptoki_tests
 part "Rust, TPM 2.0 token" tpm2_tests
+part "Rust, SoftHSM in gcm mode" mode_tests softhsm gcm
+part "Rust, kryoptic in encrypt-kwp mode" mode_tests kryoptic encrypt-kwp
 part "the units, in containers" container_tests
 for target in fuzz/fuzz_targets/*.rs; do
     part "fuzz $(basename "$target" .rs), $fuzz_seconds s" fuzz "$(basename "$target" .rs)"

@@ -42,6 +42,8 @@ struct ProviderSummary {
     seal: bool,
     profile: String,
     profile_status: Status,
+    /// That nobody has run the profile, if that is so.
+    profile_caveat: Option<String>,
     module: PathBuf,
     tokens: Vec<String>,
     label: String,
@@ -73,6 +75,7 @@ fn summary(config: &Config) -> Summary {
                 seal: provider.seal,
                 profile: provider.profile.name.clone(),
                 profile_status: provider.profile.status,
+                profile_caveat: provider.profile.caveat(),
                 module: provider.module.clone(),
                 tokens: provider.tokens.iter().map(ToString::to_string).collect(),
                 label: provider.label.clone(),
@@ -103,6 +106,9 @@ fn text(file: &Path, summary: &Summary) -> String {
             provider.label,
             provider.module.display(),
         );
+        if let Some(caveat) = &provider.profile_caveat {
+            let _infallible = write!(text, "\n              {caveat}");
+        }
         for token in &provider.tokens {
             let _infallible = write!(text, "\n              token  {token}");
         }

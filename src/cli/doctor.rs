@@ -101,6 +101,7 @@ async fn examine(args: &DoctorArgs, findings: &mut Findings) {
         Err(error) => return findings.failed("configuration", &error.into()),
     };
     findings.good("configuration", format!("{file} and the files that it names are good"));
+    examine_profiles(&config, findings);
     let state = assemble::state(&config);
     let providers = state.and_then(|state| Ok((assemble::providers(&config, &state, &Leader::default())?, state)));
     match providers {
@@ -118,6 +119,22 @@ async fn examine(args: &DoctorArgs, findings: &mut Findings) {
     examine_socket(&config.listen, findings).await;
     examine_api_servers(&config.listen, findings);
     examine_unit(findings);
+}
+
+/// How far each provider's profile can be trusted, and what it says that no program can check.
+fn examine_profiles(config: &Config, findings: &mut Findings) {
+    for profile in config.providers.iter().map(|provider| &provider.profile) {
+        match profile.caveat() {
+            Some(caveat) => {
+                let remedy = format!("try each verb before you rely on it; it is from: {}", profile.sources.join(", "));
+                findings.warning("profile", caveat, remedy);
+            }
+            None => findings.good("profile", format!("{} is tested", profile.name)),
+        }
+        for note in &profile.notes {
+            findings.good("profile", format!("{}: {note}", profile.name));
+        }
+    }
 }
 
 /// The module, the slot, the login, and what the token says of itself.
@@ -163,6 +180,9 @@ fn report_keys(keyring: &Keyring, findings: &mut Findings) {
     }
     for refused in refused {
         findings.warning("KEK", format!("{} is not used: {}", refused.key, refused.reason), "");
+    }
+    for concern in keyring.concerns(Timestamp::now()) {
+        findings.warning("KEK", concern, "");
     }
     if !keks.iter().any(|kek| kek.state == KekState::Active) && keyring.outages().is_empty() {
         findings.failure("KEK", "no KEK is active", "make one with `trousseau key generate`");

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -12,7 +12,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use super::assemble;
 use super::output::Failure;
 use crate::config::{Config, Listen};
-use crate::keyring::Keyring;
+use crate::keyring::{Keyring, Reminder};
 use crate::provider::pkcs11;
 use crate::runtime::{self, Leader};
 use crate::service::listener::Listener;
@@ -52,12 +52,22 @@ pub(super) fn serve(
     runtime::run(|leader| serve_with(leader, file, config, ready)).map_err(super::no_runtime)?
 }
 
+/// What nobody has run is said where it is used.
+fn warn_of_profiles(config: &Config) {
+    for provider in &config.providers {
+        if let Some(caveat) = provider.profile.caveat() {
+            tracing::warn!(provider = provider.name, "{caveat}: try it before you rely on it");
+        }
+    }
+}
+
 async fn serve_with(
     leader: Leader,
     file: PathBuf,
     config: Config,
     ready: impl FnOnce() -> Result<(), Failure> + Send,
 ) -> Result<(), Failure> {
+    warn_of_profiles(&config);
     let state = assemble::state(&config)?;
     let keyring = Arc::new(assemble::keyring(&config, Arc::clone(&state), &leader)?);
     let listener = Listener::open(&config.listen)?;
@@ -119,6 +129,7 @@ impl Daemon {
     /// Exchanges the keyring, once the new one is as well as the old one.
     async fn reload(&self) -> Result<(), Failure> {
         let config = Config::load(&self.file)?;
+        warn_of_profiles(&config);
         // What its disk did not take would be forgotten with it.
         let is_same = config.keyring.state == self.state.directory();
         let state = if is_same { Arc::clone(&self.state) } else { assemble::state(&config)? };
@@ -169,13 +180,18 @@ impl Daemon {
         }
     }
 
-    /// Tells systemd how we are. Never returns.
+    /// Tells systemd how we are, and the log what somebody should see to. Never returns.
     async fn keep_systemd_informed(&self) {
         let mut told = String::new();
+        let mut reminder = Reminder::default();
         loop {
             let keyring = self.requests.keyring();
+            let concerns = keyring.concerns(Timestamp::now());
+            for concern in reminder.due(&concerns, Instant::now()) {
+                tracing::warn!("{concern}");
+            }
             let status = match health(&keyring) {
-                Ok(key_id) => [vec![format!("serving, key_id {key_id}")], keyring.gaps()].concat().join("; "),
+                Ok(key_id) => [vec![format!("serving, key_id {key_id}")], keyring.gaps(), concerns].concat().join("; "),
                 Err(why) => format!("UNAVAILABLE: {why}"),
             };
             if status != told {

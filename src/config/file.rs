@@ -53,6 +53,8 @@ pub(super) struct Keyring {
     pub(super) cluster: String,
     #[serde(default)]
     pub(super) seal_under: super::SealUnder,
+    #[serde(default = "ninety_days")]
+    pub(super) max_age: String,
     pub(super) state: Option<PathBuf>,
 }
 
@@ -70,7 +72,7 @@ pub(super) struct Provider {
     _type: ProviderType,
     #[serde(default = "yes")]
     pub(super) seal: bool,
-    pub(super) profile: String,
+    pub(super) profile: Option<String>,
     pub(super) module: Option<PathBuf>,
     pub(super) tokens: Vec<String>,
     pub(super) label: Option<String>,
@@ -90,6 +92,11 @@ pub(super) struct AdmittedKek {
 
 fn yes() -> bool {
     true
+}
+
+/// A habit that people keep: four times a year.
+fn ninety_days() -> String {
+    "90d".to_owned()
 }
 
 fn four() -> usize {

@@ -13,14 +13,15 @@ mod uri;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Span, SpanRelativeTo, Timestamp};
 use serde::Deserialize;
 
 pub use self::codes::{Class, Code, Codes};
 pub use self::credential::{Credential, CredentialError};
 pub use self::error::ConfigError;
-pub use self::profile::{Mode, Omissible, Profile, Status};
+pub use self::profile::{Excusable, GcmIv, Mode, Omissible, Profile, Status};
 pub use self::uri::TokenUri;
 use crate::envelope::{MAX_RECIPIENTS, WrapAlgorithm};
 
@@ -73,6 +74,8 @@ pub struct KeyringConfig {
     pub cluster: String,
     /// What Encrypt does while a provider is out of reach.
     pub seal_under: SealUnder,
+    /// How long a KEK is to wrap, before somebody is told that it is old. `None`: for ever.
+    pub max_age: Option<SignedDuration>,
     /// The directory of the small state files.
     pub state: PathBuf,
 }
@@ -96,7 +99,7 @@ pub struct ProviderConfig {
     /// Whether its active KEK wraps new DEKs; otherwise its KEKs only unwrap.
     pub seal: bool,
     /// What is known of its tokens.
-    pub profile: Profile,
+    pub profile: Arc<Profile>,
     /// The module's file. It need not exist yet.
     pub module: PathBuf,
     /// The tokens, replicas of each other, in the order of preference: at least one.
@@ -160,6 +163,12 @@ fn refuse_if_writable_by_others(path: &Path) -> Result<(), ConfigError> {
     Ok(())
 }
 
+/// A length of time such as `90d` or `12h`: days have 24 hours here, and months have no length.
+fn period(text: &str) -> Option<SignedDuration> {
+    let span: Span = text.parse().ok()?;
+    span.to_duration(SpanRelativeTo::days_are_24_hours()).ok().filter(|period| !period.is_negative())
+}
+
 /// Makes the parts of a file into their typed forms; it knows the file's name for the errors.
 struct Check<'a> {
     path: &'a Path,
@@ -211,14 +220,23 @@ impl Check<'_> {
         if !state.is_absolute() {
             return Err(self.error(format!("keyring.state `{}` is relative", state.display()), "write the whole path"));
         }
-        Ok(KeyringConfig { cluster: file.cluster, seal_under: file.seal_under, state })
+        let max_age = period(&file.max_age).ok_or_else(|| {
+            let what = format!("keyring.max-age `{}` is not a length of time", file.max_age);
+            self.error(what, "write for example \"90d\", or \"0d\" if no age is too great")
+        })?;
+        let max_age = (!max_age.is_zero()).then_some(max_age);
+        Ok(KeyringConfig { cluster: file.cluster, seal_under: file.seal_under, max_age, state })
     }
 
     fn provider(&self, file: file::Provider, cluster: &str) -> Result<ProviderConfig, ConfigError> {
         let name = file.name;
         let wrong =
             |field: &str, what: &str, remedy: &str| self.error(format!("provider {name}: {field}: {what}"), remedy);
-        let profile = Profile::load(&file.profile, &self.profiles, self.path)?;
+        let profile = match (&file.profile, &file.module) {
+            (Some(profile), _) => Profile::load(profile, &self.profiles, self.path)?,
+            (None, Some(module)) => Profile::of_module(module, &self.profiles, self.path)?,
+            (None, None) => return Err(wrong("profile", "not named, and no module either", "name the token's family")),
+        };
         let module = match file.module.or_else(|| profile.find_module().cloned()) {
             Some(module) if module.is_absolute() => module,
             Some(module) => {
@@ -226,8 +244,11 @@ impl Check<'_> {
             }
             None => {
                 let paths: Vec<_> = profile.module_paths.iter().map(|path| path.display().to_string()).collect();
-                let what = format!("{} is not installed: none of {} exists", profile.title, paths.join(", "));
-                return Err(wrong("module", &what, "install it, or name its file with `module = …`"));
+                let what = match paths.as_slice() {
+                    [] => format!("the profile {} knows no module", profile.name),
+                    paths => format!("{} is not installed: none of {} exists", profile.title, paths.join(", ")),
+                };
+                return Err(wrong("module", &what, "install it, and name its file with `module = …`"));
             }
         };
         let tokens: Vec<TokenUri> = file
@@ -245,13 +266,18 @@ impl Check<'_> {
         if !(1..=256).contains(&file.sessions) {
             return Err(wrong("sessions", "not a number from 1 to 256", "4 is a good start"));
         }
+        if let Some(most) = profile.max_sessions.filter(|most| file.sessions >= *most) {
+            let what =
+                format!("the tokens of profile {} give {most} sessions, one of which holds the login", profile.name);
+            return Err(wrong("sessions", &what, &format!("write {} at most", most - 1)));
+        }
         let pin = Credential::parse(&file.pin_file).map_err(|what| wrong("pin-file", &what, "name the PIN's file"))?;
         pin.read().map_err(|error| wrong("pin-file", &error.to_string(), error.remedy()))?;
         let admitted = file.kek.into_iter().map(|kek| self.admitted(&name, &kek)).collect::<Result<_, _>>()?;
         let label = file.label.unwrap_or_else(|| format!("trousseau-{cluster}"));
         Ok(ProviderConfig {
             seal: file.seal,
-            profile,
+            profile: Arc::new(profile),
             module,
             tokens,
             label,

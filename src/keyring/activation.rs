@@ -86,6 +86,23 @@ mod tests {
                 ],
             ),
             (
+                "the clock is an hour ahead and then set right: the switch is early, and there is only one",
+                &[
+                    (&[FIRST, SECOND], 3_650, Some(2)),
+                    (&[FIRST, SECOND], 60, Some(2)),
+                    (&[FIRST, SECOND], 3_660, Some(2)),
+                    (&[FIRST, SECOND], 200, Some(2)),
+                ],
+            ),
+            (
+                "the clock is an hour behind and then set right: the switch is late, and there is only one",
+                &[
+                    (&[FIRST, (4_000, 2)], 400, Some(1)),
+                    (&[FIRST, (4_000, 2)], 4_000, Some(2)),
+                    (&[FIRST, (4_000, 2)], 410, Some(2)),
+                ],
+            ),
+            (
                 "the token is restored from an older copy, then from the right one",
                 &[(&[FIRST, SECOND], 250, Some(2)), (&[FIRST], 260, None), (&[FIRST, SECOND], 270, Some(2))],
             ),
@@ -117,6 +134,23 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_clock_that_is_an_hour_off_now_and_then_makes_each_kek_active_once_at_most(
+            keks in prop::collection::btree_map(any::<u8>(), 0i64..7200, 1..6),
+            off in prop::collection::vec((-1i64..=1, 1i64..600), 1..60),
+        ) {
+            let keks: Vec<(i64, u8)> = keks.into_iter().map(|(id, second)| (second, id)).collect();
+            let (mut host, mut second, mut was_active) = (Host::default(), 0, Vec::new());
+            for (hours, step) in off {
+                second += step;
+                let active = host.active(&keks, second + hours * 3600);
+                if was_active.last() != Some(&active) {
+                    prop_assert!(!was_active.contains(&active), "{active:?} again after {was_active:?}");
+                    was_active.push(active);
+                }
+            }
+        }
+
         #[test]
         fn a_host_never_goes_back_and_all_hosts_agree_in_the_end(
             keks in prop::collection::btree_map(any::<u8>(), 0i64..1000, 1..6),

@@ -1,11 +1,13 @@
 //! The keyring as people see it.
 
+use std::collections::BTreeMap;
+
 use jiff::Timestamp;
 use serde::Serialize;
 
 use super::Keyring;
 use crate::identity::Identity;
-use crate::provider::Refused;
+use crate::provider::{Kek, Refused, Value};
 
 /// A KEK as people see it.
 #[derive(Clone, Debug, Serialize)]
@@ -23,8 +25,14 @@ pub struct KekDescription {
     pub state: KekState,
     /// How it wraps.
     pub mode: String,
+    /// When its period is over, if it is active and has one.
+    pub period_ends: Option<Timestamp>,
     /// The tokens that hold it.
     pub held_by: Vec<String>,
+    /// Those within reach that do not, although they should.
+    pub lacked_by: Vec<String>,
+    /// What each token that holds it says of it.
+    pub attributes: BTreeMap<String, BTreeMap<&'static str, Value>>,
 }
 
 /// What a KEK does at the moment.
@@ -73,23 +81,37 @@ impl Keyring {
             let active = self.active_of(member, now).ok().map(|(active, _)| active.identity);
             let seen = member.seen();
             refused.extend(seen.refused.iter().cloned());
-            keks.extend(seen.keks.iter().map(|kek| KekDescription {
-                provider: member.provider.name().to_owned(),
-                identity: kek.identity(),
-                id: base16ct::lower::encode_string(&kek.rank().id),
-                not_before: kek.rank().not_before,
-                state: match active {
+            keks.extend(seen.keks.iter().map(|kek| {
+                let state = match active {
                     Some(active) if member.seals && active == kek.identity() => KekState::Active,
                     _ if member.seals && kek.rank().not_before > now => KekState::Waiting,
                     _ => KekState::UnwrapOnly,
-                },
-                mode: kek.mode().to_owned(),
-                held_by: kek.held_by(),
+                };
+                self.describe_kek(member.provider.name(), kek.as_ref(), state)
             }));
         }
         keks.sort_by(|one, other| {
             (&one.provider, one.not_before, &one.id).cmp(&(&other.provider, other.not_before, &other.id))
         });
         (keks, refused)
+    }
+
+    fn describe_kek(&self, provider: &str, kek: &dyn Kek, state: KekState) -> KekDescription {
+        let holders = kek.held_by();
+        KekDescription {
+            provider: provider.to_owned(),
+            identity: kek.identity(),
+            id: base16ct::lower::encode_string(&kek.rank().id),
+            not_before: kek.rank().not_before,
+            state,
+            mode: kek.mode().to_owned(),
+            period_ends: (state == KekState::Active).then(|| self.end_of_period(kek.rank().not_before)).flatten(),
+            held_by: holders.iter().map(|holder| holder.name.clone()).collect(),
+            lacked_by: kek.lacked_by(),
+            attributes: holders
+                .into_iter()
+                .map(|holder| (holder.name, holder.attributes.into_iter().collect()))
+                .collect(),
+        }
     }
 }

@@ -19,7 +19,7 @@ const BREATH: Duration = Duration::from_millis(100);
 /// How often while nothing can be encrypted.
 const UNWELL: Duration = Duration::from_millis(500);
 /// How often at most an unknown identity makes the keyring look at once.
-const LOOK_SOON: Duration = Duration::from_secs(5);
+pub const LOOK_SOON: Duration = Duration::from_secs(5);
 /// How long the first look waits for providers that are still being connected to.
 const FIRST_CONNECTION: Duration = Duration::from_secs(5);
 /// How long a look, and the round trip after it, may take.

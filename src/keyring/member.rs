@@ -25,7 +25,7 @@ pub(super) struct Seen {
     pub(super) outage: Option<String>,
     /// Tokens that are out of reach while others are not.
     pub(super) partly_out: Vec<String>,
-    /// Which token lacks which KEK.
+    /// Which token lacks which KEK that another one holds.
     pub(super) incomplete: Vec<String>,
 }
 
@@ -74,10 +74,19 @@ impl Member {
         for outage in sighting.out_of_reach.iter().filter(|outage| !seen.partly_out.contains(outage)) {
             tracing::warn!(provider, outage, "replica is out of reach");
         }
-        for gap in sighting.incomplete.iter().filter(|gap| !seen.incomplete.contains(gap)) {
+        let Sighting { keks, refused, out_of_reach } = sighting;
+        let gap = |token: String, kek: Identity| {
+            format!("token {token} of provider {provider} lacks KEK {kek}: clone it there")
+        };
+        let gaps = |kek: &Arc<dyn Kek>| {
+            let identity = kek.identity();
+            kek.lacked_by().into_iter().map(move |token| gap(token, identity))
+        };
+        let mut incomplete: Vec<String> = keks.iter().flat_map(gaps).collect();
+        incomplete.sort_unstable(); // who hears of them need not hear again
+        for gap in incomplete.iter().filter(|gap| !seen.incomplete.contains(gap)) {
             tracing::warn!(provider, gap, "replicas are not alike");
         }
-        let Sighting { keks, refused, out_of_reach, incomplete } = sighting;
         *seen = Seen { keks, refused, outage: None, partly_out: out_of_reach, incomplete };
     }
 

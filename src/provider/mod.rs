@@ -3,6 +3,7 @@
 
 pub mod pkcs11;
 
+use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -41,7 +42,10 @@ pub trait Kek: Send + Sync {
     fn mode(&self) -> &'static str;
 
     /// The tokens that hold it, or whatever else its provider consists of.
-    fn held_by(&self) -> Vec<String>;
+    fn held_by(&self) -> Vec<Holder>;
+
+    /// Those within reach that do not, although they should.
+    fn lacked_by(&self) -> Vec<String>;
 
     /// Whether it can be used, as far as is known without asking its provider.
     ///
@@ -54,6 +58,41 @@ pub trait Kek: Send + Sync {
 
     /// Unwraps what [`Kek::wrap_dek`] made.
     fn unwrap_dek(&self, wrapped: &[u8], deadline: Instant) -> Answer<'_, Dek>;
+}
+
+/// A token that holds a KEK.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// What the configuration calls it.
+    pub name: String,
+    /// What it says of the KEK.
+    pub attributes: Attributes,
+}
+
+/// What is said of a key, in order: the name of each property, and its value. What a token does not say is not there.
+pub type Attributes = Vec<(&'static str, Value)>;
+
+/// The value of a key's property.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(untagged)]
+pub enum Value {
+    /// Whether it has the property.
+    Flag(bool),
+    /// Of several names, or none.
+    Names(Vec<String>),
+    /// Of another kind.
+    Text(String),
+}
+
+impl fmt::Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Flag(flag) => write!(f, "{flag}"),
+            Self::Names(names) if names.is_empty() => f.write_str("none"),
+            Self::Names(names) => f.write_str(&names.join(",")),
+            Self::Text(text) => f.write_str(text),
+        }
+    }
 }
 
 /// One entry of the configuration: a service that holds KEKs.
@@ -86,12 +125,11 @@ pub struct Sighting {
     pub refused: Vec<Refused>,
     /// Why tokens could not be looked at, while others could.
     pub out_of_reach: Vec<String>,
-    /// Which token lacks which KEK that another one holds.
-    pub incomplete: Vec<String>,
 }
 
 /// A key that looks like a KEK and is not one.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct Refused {
     /// What the key is called, and where.
     pub key: String,
@@ -99,6 +137,8 @@ pub struct Refused {
     pub identity: Option<Identity>,
     /// Why it is not used, and what to do.
     pub reason: String,
+    /// Whether another key there has the same name, so that nobody can tell which one is meant.
+    pub is_ambiguous: bool,
 }
 
 /// Why a KEK, or its provider, did not do what was asked. The texts are for people, and hold nothing secret.

@@ -53,6 +53,15 @@ pub enum ClientError {
 }
 
 impl ClientError {
+    /// The code that the plugin answered with, if it did.
+    #[must_use]
+    pub fn code(&self) -> Option<Code> {
+        match self {
+            Self::Answer { status, .. } => Some(status.code()),
+            Self::Unreachable(..) | Self::Closed(_) => None,
+        }
+    }
+
     /// Whether the plugin, or its token, is out of reach, as against a request that it refuses.
     #[must_use]
     pub fn is_outage(&self) -> bool {

@@ -6,7 +6,9 @@
 
 pub mod authority;
 pub mod client;
+mod codec;
 mod connection;
+mod dispatch;
 pub mod listener;
 pub mod requests;
 mod v1beta1;
@@ -18,6 +20,7 @@ use std::time::Duration;
 
 use tonic::transport::Server;
 
+use self::dispatch::Dispatch;
 use self::listener::Listener;
 use self::requests::Requests;
 
@@ -54,12 +57,13 @@ pub async fn serve(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
     let (drain, draining) = tokio::sync::oneshot::channel::<()>();
-    let server = Server::builder()
-        .add_service(v2::service(Arc::clone(requests)))
-        .add_optional_service(with_v1beta1.then(|| v1beta1::service(Arc::clone(requests))))
-        .serve_with_incoming_shutdown(listener.connections(), async {
-            let _told = draining.await;
-        });
+    let services = Dispatch {
+        v2: v2::service(Arc::clone(requests)),
+        v1beta1: with_v1beta1.then(|| v1beta1::service(Arc::clone(requests))),
+    };
+    let server = Server::builder().serve_with_incoming_shutdown(services, listener.connections(), async {
+        let _told = draining.await;
+    });
     tokio::pin!(server);
     tokio::select! {
         ended = &mut server => return ended,

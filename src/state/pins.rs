@@ -1,5 +1,6 @@
 //! What this host remembers of a token's PIN: that it worked, or that it must not be tried again. Never the PIN itself.
 
+use std::fs;
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -83,6 +84,14 @@ impl State {
     /// # Errors
     /// There is one, and it is damaged.
     pub fn pin_record(&self, token: &str) -> Result<Option<PinRecord>, StateError> {
+        let noted = self.noted_login(token);
+        Ok(self.kept_pin_record(token)?.map(|mut record| {
+            record.refused.extend(noted.map(|at| RefusedPin { hash: None, at, answer: None, again: true }));
+            record
+        }))
+    }
+
+    fn kept_pin_record(&self, token: &str) -> Result<Option<PinRecord>, StateError> {
         let on_disk = self.read(&file_of(token))?;
         let unwritten = lock(&self.remembered).unwritten_pins.remove(token);
         // Somebody else has changed it since: a disk that took that is the better witness.
@@ -101,15 +110,42 @@ impl State {
     /// The disk does not take it.
     pub fn write_pin_record(&self, token: &str, record: &PinRecord) -> io::Result<()> {
         let _lock = self.lock_directory()?;
-        self.write(&file_of(token), record)
+        self.write(&file_of(token), record)?;
+        self.forget_noted_login(token);
+        Ok(())
     }
 
     /// Keeps a token's record: on the disk or, if it does not take it, in memory until it does.
     pub fn keep_pin_record(&self, token: &str, record: &PinRecord) {
-        if self.locked(|| self.write(&file_of(token), record)).is_err() {
-            let on_disk = self.read(&file_of(token)).unwrap_or_default();
-            self.remember(token, on_disk, record);
+        match self.locked(|| self.write(&file_of(token), record)) {
+            Ok(()) => self.forget_noted_login(token),
+            // The note stays, and latches in its place.
+            Err(_) => self.remember(token, self.read(&file_of(token)).unwrap_or_default(), record),
         }
+    }
+
+    /// Notes that a login begins, without a wait for the disk: should this process end before the login does,
+    /// [`State::pin_record`] has a [`RefusedPin`] without hash and answer. A loss of power may take the note along.
+    ///
+    /// # Errors
+    /// The disk does not take it.
+    pub fn note_login(&self, token: &str) -> io::Result<()> {
+        self.open_file(&note_of(token), OpenOptions::new().write(true).create_new(true)).map(drop)
+    }
+
+    /// The login has ended.
+    pub fn forget_noted_login(&self, token: &str) {
+        match fs::remove_file(self.directory.join(note_of(token))) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(token, %error, "the note of a login stays: the next start takes this one for a crash");
+            }
+            _ => (),
+        }
+    }
+
+    fn noted_login(&self, token: &str) -> Option<Timestamp> {
+        let noted = fs::symlink_metadata(self.directory.join(note_of(token))).ok().filter(fs::Metadata::is_file)?;
+        Some(noted.modified().ok().and_then(|at| at.try_into().ok()).unwrap_or_else(Timestamp::now))
     }
 
     fn remember(&self, token: &str, on_disk: Option<PinRecord>, record: &PinRecord) {
@@ -120,4 +156,8 @@ impl State {
 
 fn file_of(token: &str) -> String {
     format!("{token}.json")
+}
+
+fn note_of(token: &str) -> String {
+    format!("{token}.login")
 }

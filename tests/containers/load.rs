@@ -65,12 +65,17 @@ pub struct Load {
 impl Load {
     /// Begins, and waits for the first answers.
     pub fn begin(socket: PathBuf) -> Self {
+        Self::across(vec![socket])
+    }
+
+    /// The same with several services: each in turn encrypts, and all decrypt that at once.
+    pub fn across(sockets: Vec<PathBuf>) -> Self {
         let (answered, ends) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
         let thread = {
             let (answered, ends) = (Arc::clone(&answered), Arc::clone(&ends));
             thread::spawn(move || {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-                let workers = (0..WORKERS).map(|_| work(&socket, &answered, &ends));
+                let workers = (0..WORKERS).map(|_| work(&sockets, &answered, &ends));
                 runtime.block_on(async { futures_util::future::join_all(workers).await.concat() })
             })
         };
@@ -95,18 +100,28 @@ impl Load {
     }
 }
 
-async fn work(socket: &Path, answered: &AtomicUsize, ends: &AtomicBool) -> Vec<String> {
-    let mut peer = Peer::new(socket);
+async fn work(sockets: &[PathBuf], answered: &AtomicUsize, ends: &AtomicBool) -> Vec<String> {
+    let mut peers: Vec<Peer> = sockets.iter().map(|socket| Peer::new(socket)).collect();
     let mut failures = Vec::new();
     while !ends.load(Ordering::Relaxed) {
-        match peer.round_trip().await {
+        match round_trip(&mut peers).await {
             Ok(()) => {
-                answered.fetch_add(2, Ordering::Relaxed);
+                answered.fetch_add(1 + peers.len(), Ordering::Relaxed);
             }
             Err(status) => failures.push(status.to_string()),
         }
+        peers.rotate_left(1);
     }
     failures
+}
+
+/// The first one encrypts, and all decrypt.
+async fn round_trip(peers: &mut [Peer]) -> Result<(), Status> {
+    let (ciphertext, key_id) = peers[0].encrypt().await?;
+    for peer in peers {
+        assert_eq!(peer.decrypt(&ciphertext, &key_id).await?, SEED);
+    }
+    Ok(())
 }
 
 struct Peer(Grpc<Channel>);
@@ -123,13 +138,16 @@ impl Peer {
         Self(Grpc::new(endpoint.connect_with_connector_lazy(connector)))
     }
 
-    async fn round_trip(&mut self) -> Result<(), Status> {
+    async fn encrypt(&mut self) -> Result<(Vec<u8>, String), Status> {
         let encrypt = EncryptRequest { plaintext: SEED.to_vec(), uid: "test".into() };
         let EncryptResponse { ciphertext, key_id } = self.call("/v2.KeyManagementService/Encrypt", encrypt).await?;
-        let decrypt = DecryptRequest { ciphertext, uid: "test".into(), key_id };
+        Ok((ciphertext, key_id))
+    }
+
+    async fn decrypt(&mut self, ciphertext: &[u8], key_id: &str) -> Result<Vec<u8>, Status> {
+        let decrypt = DecryptRequest { ciphertext: ciphertext.to_vec(), uid: "test".into(), key_id: key_id.into() };
         let opened: DecryptResponse = self.call("/v2.KeyManagementService/Decrypt", decrypt).await?;
-        assert_eq!(opened.plaintext, SEED);
-        Ok(())
+        Ok(opened.plaintext)
     }
 
     async fn call<Q, A>(&mut self, method: &'static str, request: Q) -> Result<A, Status>

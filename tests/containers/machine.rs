@@ -137,11 +137,11 @@ impl Machine {
     }
 
     /// Runs a command beside the service, in the way that the unit's comments give.
-    fn run_as_service(&self, command: &str) {
+    pub fn run_as_service(&self, command: &str) -> String {
         self.run(&format!(
             "systemd-run --pipe --wait --quiet -p User=trousseau -p StateDirectory=trousseau \
              -p LoadCredential=pin:/etc/trousseau/pin -p SupplementaryGroups=softhsm {command}"
-        ));
+        ))
     }
 
     /// Has all of its processes stand still, while its clocks go on.

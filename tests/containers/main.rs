@@ -16,5 +16,6 @@ mod boot;
 mod changes;
 mod load;
 mod machine;
+mod rotation;
 mod supervision;
 mod units;

@@ -27,6 +27,9 @@ fn a_bad_configuration_is_refused_with_its_place_and_a_remedy() {
         ("v1beta1 = true", "allow-uids = [65534]", &["65534", "user namespace"]),
         ("socket = \"", "socket = \"relative", &["listen.socket", "absolute"]),
         ("state = \"", "state = \"relative", &["keyring.state"]),
+        ("state =", "max-age = \"ninety days\"\nstate =", &["keyring.max-age `ninety days`", "90d"]),
+        ("state =", "max-age = \"3mo\"\nstate =", &["keyring.max-age `3mo`"]),
+        ("state =", "max-age = \"-1d\"\nstate =", &["keyring.max-age `-1d`"]),
         ("sessions = 2", "seal = false", &["no [[provider]] seals"]),
         ("sessions = 2", "[[provider.kek]]\nid = \"XY\"\nnot-before = 2026-01-01T00:00:00Z", &["kek.id `XY`"]),
         ("sessions = 2", "[[provider.kek]]\nid = \"01\"\nnot-before = 2026-01-01", &["kek.not-before", "zone"]),
@@ -98,8 +101,13 @@ fn a_bad_profile_is_refused_with_its_place_and_a_remedy() {
         ("reinitialize = \"no\"", &["line", "invalid type"]),
         ("renew-after = 1\nreinitialize = false", &["renew-after contradicts reinitialize = false", "remove one"]),
         ("renew-after = 0", &["renew-after is 0"]),
+        ("gcm-iv = \"constant\"", &["line", "unknown variant `constant`", "hsm-profiles/README.md"]),
+        ("omit-attributes = [\"CKA_SENSITIV\"]", &["line", "did you mean `CKA_SENSITIVE`"]),
+        ("excuses = [\"CKA_EXTRACTABLE\"]", &["line", "unknown variant `CKA_EXTRACTABLE`"]),
+        ("max-sessions = 1", &["max-sessions is less than 2"]),
+        ("max-sessions = 2", &["provider hsm: sessions", "give 2 sessions", "write 1 at most"]),
         ("errors.CKR_DEVICE_EROR = \"token\"", &["line", "`CKR_DEVICE_EROR`", "did you mean `CKR_DEVICE_ERROR`"]),
-        ("errors.DEVICE = \"token\"", &["line", "unknown return code `DEVICE`", "README.md, under Profiles"]),
+        ("errors.DEVICE = \"token\"", &["line", "unknown return code `DEVICE`", "hsm-profiles/README.md"]),
         ("errors.0x = \"token\"", &["line", "unknown return code `0x`"]),
         ("errors.0x0 = \"token\"", &["line", "0x0 is CKR_OK"]),
         ("errors.CKR_DEVICE_ERROR = \"tokn\"", &["line", "unknown variant `tokn`", "did you mean `token`"]),
@@ -110,6 +118,51 @@ fn a_bad_profile_is_refused_with_its_place_and_a_remedy() {
         let said: Vec<&str> = said.iter().map(|words| if *words == "line" { line.as_str() } else { words }).collect();
         assert_refused(&host, more, &said);
     }
+}
+
+#[test]
+fn a_profile_that_is_not_named_is_that_of_the_module_if_it_is_one() {
+    let host = Host::new();
+    let profile = format!("profile = \"{}\"\n", host.token.family.profile());
+    let module = format!("module = \"{}\"\n", host.token.family.module().display());
+    let without = host.configuration().replace(&profile, "");
+    host.write_secret("trousseau.toml", &without.replace(&module, ""));
+    assert_refused(&host, "neither", &["provider hsm: profile", "name the token's family"]);
+    host.write_secret("trousseau.toml", &without.replace(&module, "module = \"/no/such/library.so\"\n"));
+    assert_refused(&host, "a module of nobody's", &["no profile has the module /no/such/library.so", "generic"]);
+
+    // The shipped ones know the libraries of real tokens; the tests' kryoptic has a name of its own.
+    let known = host.configuration().contains("softhsm").then_some("softhsm");
+    if let Some(known) = known {
+        host.write_secret("trousseau.toml", &without);
+        let file = host.path("trousseau.toml");
+        let done = host.command(&["check", "--config", file.to_str().unwrap()]).output().unwrap();
+        assert!(String::from_utf8_lossy(&done.stdout).contains(&format!("profile {known}")), "{done:?}");
+        fs::create_dir_all(host.path("hsm-profiles")).unwrap();
+        host.write_secret("hsm-profiles/mine.toml", &fs::read_to_string("hsm-profiles/softhsm.toml").unwrap());
+        assert_refused(&host, "two", &["more than one profile has the module", "mine or softhsm"]);
+    }
+}
+
+#[test]
+fn a_profile_that_nobody_ran_says_so() {
+    let host = Host::new();
+    let named = |profile: &str| format!("profile = \"{profile}\"");
+    let configuration = host.configuration().replace(&named(host.token.family.profile()), &named("generic"));
+    host.write_secret("trousseau.toml", &configuration);
+    let file = host.path("trousseau.toml");
+    let said = |arguments: &[&str]| {
+        let done = host.command(arguments).arg("--config").arg(&file).output().unwrap();
+        String::from_utf8_lossy(&done.stdout).into_owned()
+    };
+    for arguments in [&["check"][..], &["check", "--output", "json"], &["doctor"], &["doctor", "--output", "json"]] {
+        let said = said(arguments).split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(said.contains("profile generic was written from documentation"), "{arguments:?}: {said}");
+    }
+    let checked: serde_json::Value = serde_json::from_str(&said(&["check", "--output", "json"])).unwrap();
+    assert_eq!(checked["providers"][0]["profile-status"], "documented");
+    let plugin = host.serve_with(&configuration);
+    assert!(plugin.log().contains("nobody has run it yet: try it before you rely on it"), "{}", plugin.log());
 }
 
 #[test]

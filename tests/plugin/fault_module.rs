@@ -35,12 +35,17 @@ impl Faults<'_> {
 
     /// `serve` over the module.
     pub fn command(&self) -> Command {
+        self.verb(&["serve"])
+    }
+
+    /// A verb over the module.
+    pub fn verb(&self, verb: &[&str]) -> Command {
         let real = self.host.token.family.module();
         let between = |module: &Path| format!("module = \"{}\"", module.display());
         let configuration = self.host.configuration().replace(&between(&real), &between(self.library));
         self.host.write_secret("trousseau.toml", &configuration);
-        let mut command = self.host.command(&["serve", "--config"]);
-        command.arg(self.host.path("trousseau.toml")).stdin(Stdio::null());
+        let mut command = self.host.command(verb);
+        command.arg("--config").arg(self.host.path("trousseau.toml")).stdin(Stdio::null());
         command.env("TROUSSEAU_FAULT_MODULE", real).env("TROUSSEAU_FAULT_RULES", self.host.path("rules"));
         command
     }

@@ -136,6 +136,29 @@ const SCENARIOS: &[Scenario] = &[
         decrypt: Nothing, // the call is made again after the KEK has proved well
     },
     Scenario {
+        name: "the token is removed by turns",
+        mode: "gcm",
+        // In the middle of a Decrypt the KEK opens its reference: two calls, the first for the length.
+        rules: "C_Decrypt return CKR_DEVICE_REMOVED times 1
+                C_Decrypt return CKR_DEVICE_REMOVED after 2 times 1",
+        encrypt: Nothing,
+        decrypt: Error(Code::Unavailable),
+    },
+    Scenario {
+        name: "answers are longer than they should be",
+        mode: "gcm",
+        rules: "C_{} pad 12",
+        encrypt: Error(Code::Unavailable),
+        decrypt: Error(Code::Unavailable),
+    },
+    Scenario {
+        name: "answers are cut, wrapkey",
+        mode: "wrapkey",
+        rules: "C_WrapKey truncate 8",
+        encrypt: Error(Code::Unavailable),
+        decrypt: Nothing,
+    },
+    Scenario {
         name: "calls hang",
         mode: "gcm",
         rules: "C_{} hang",

@@ -15,6 +15,7 @@ use trousseau::service::client::ClientError;
 use crate::caller::{Caller, Ends, Load};
 use crate::fault_module::{Faults, library};
 use crate::plugin::Host;
+use crate::replicas;
 use crate::supervisor::Supervisor;
 
 const HANG: &str = "C_Encrypt hang\nC_Decrypt hang";
@@ -25,6 +26,10 @@ const STATUS: Duration = Duration::from_secs(1);
 const NOTICED: Duration = Duration::from_secs(2);
 /// From the end of a process to the first answer of the next, the supervisor's half second included.
 const BACK: Duration = Duration::from_secs(2);
+/// From the start to the first answer while another token's slot hangs: a second for the slot, and a busy machine's.
+const CONNECTED: Duration = Duration::from_secs(10);
+/// What `pin retry` waits for a module, with what a busy machine adds.
+const PIN_RETRY: Duration = Duration::from_secs(18);
 /// From SIGTERM to the end: the deadline of what was accepted, and three seconds for the calls.
 const STOPPED: Duration = Duration::from_secs(8);
 
@@ -157,6 +162,54 @@ fn a_session_whose_call_hangs_is_replaced_until_it_returns() {
         assert_eq!(failed.len(), 2, "{failed:?}");
         assert!(failed.iter().all(|request| request.took < DEADLINE), "{failed:?}");
     });
+}
+
+#[test]
+fn a_slot_that_hangs_keeps_no_other_token_away() {
+    let Some(library) = library() else { return };
+    let Some(host) = replicas::host() else { return };
+    let faults = Faults { host: &host, library: &library };
+    let hang = "C_GetTokenInfo hang token second";
+    faults.set(hang);
+    let began = Instant::now();
+    let mut plugin = faults.serve_healthy();
+    eprintln!("connected beside a slot that hangs: {:?}", began.elapsed());
+    assert!(began.elapsed() < CONNECTED, "{:?}", began.elapsed());
+    plugin.round_trip();
+    let before = threads(plugin.pid());
+    for lost in 0..3 {
+        faults.set(&format!("{hang}\nC_EncryptInit return CKR_DEVICE_REMOVED token trousseau after {lost} times 1"));
+        drop(plugin.encrypt(b"a"));
+        let mended = Instant::now();
+        plugin.wait_until("it is connected to again", |plugin| plugin.encrypt(b"a").is_ok());
+        assert!(mended.elapsed() < CONNECTED, "{:?}", mended.elapsed());
+    }
+    plugin.wait_until("one thread waits for the slot", |plugin| threads(plugin.pid()) <= before);
+    assert!(plugin.log().contains("does not answer"), "the log says which slot hangs");
+    faults.set("* return CKR_DEVICE_ERROR token trousseau");
+    plugin.wait_until("the other one serves", |plugin| plugin.encrypt(b"a").is_ok());
+}
+
+#[test]
+fn a_slot_that_takes_longer_than_others_wait_for_it_is_connected_to_all_the_same() {
+    let Some(library) = library() else { return };
+    let host = host(2);
+    let faults = Faults { host: &host, library: &library };
+    faults.set("C_GetTokenInfo delay 1300ms");
+    faults.serve_healthy().round_trip();
+}
+
+#[test]
+fn pin_retry_does_not_wait_for_ever() {
+    let Some(library) = library() else { return };
+    let host = Host::new();
+    let faults = Faults { host: &host, library: &library };
+    faults.set("C_GetSlotList hang");
+    let began = Instant::now();
+    let done = faults.verb(&["pin", "retry"]).output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.code() == Some(69) && said.contains("its module has not answered for 15 s"), "{said}");
+    assert!(began.elapsed() < PIN_RETRY, "{:?}", began.elapsed());
 }
 
 fn threads(pid: u32) -> usize {

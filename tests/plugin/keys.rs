@@ -41,6 +41,9 @@ fn a_key_that_is_no_kek_never_wraps_and_is_named_with_the_reason() {
         assert_eq!(plugin.stop().code(), Some(0), "{case}");
 
         // A real KEK beside it works, and the other is still not used.
+        if keys.len() > 1 {
+            continue; // none is made while nobody knows which one of the two is meant
+        }
         host.generate("0s");
         host.serve_healthy().round_trip();
         assert_eq!(host.list()["keks"].as_array().unwrap().len(), 1, "{case}");
@@ -62,6 +65,14 @@ fn a_key_made_elsewhere_is_a_kek_if_the_configuration_admits_it() {
     host.token.make_keys(&[Key { id: b"ceremony".to_vec(), value: Some(vec![7; 32]), ..planted() }]);
     host.extra = admit(b"ceremony");
     host.serve_healthy().round_trip();
+
+    // One that no token has is missed by name.
+    host.extra.push_str(&admit(b"absent"));
+    let listing = host.list();
+    assert_eq!(listing["keks"].as_array().unwrap().len(), 1, "{listing}");
+    let reason = &listing["refused"][0];
+    let absent = base16ct::lower::encode_string(b"absent");
+    assert!(reason["key"].to_string().contains(&absent) && reason["reason"].to_string().contains("no token has it"));
 
     // An extractable one is not, whatever the configuration says.
     host.token.make_keys(&[Key { id: b"open".to_vec(), extractable: true, ..planted() }]);

@@ -2,6 +2,7 @@
 //!
 //! `TROUSSEAU_TEST_TOKEN` chooses the token: `softhsm` (default), `kryoptic` with `TROUSSEAU_KRYOPTIC_MODULE`,
 //! `opencryptoki` (as root) or `tpm2`. A test that does not apply to a token says why, and is skipped.
+//! `TROUSSEAU_TEST_MODE` chooses the mode of KEKs where a test does not: one of the profile's, by default its first.
 #![allow(
     missing_docs,
     unreachable_pub,
@@ -19,6 +20,7 @@ mod disk;
 mod fault_module;
 mod faults;
 mod foreign_input;
+mod habits;
 mod hangs;
 mod keys;
 mod load;
@@ -28,6 +30,7 @@ mod plugin;
 mod providers;
 mod renewal;
 mod replicas;
+mod rotation;
 mod socket;
 mod supervisor;
 mod token;

@@ -284,9 +284,9 @@ fn verbs_that_log_in_at_one_moment_do_not_take_each_other_for_a_crash() {
 fn without_a_note_on_disk_only_a_pin_is_tried_that_has_worked_here() {
     let host = Host::new();
     host.generate("0s");
-    // The name under which every note is first written: a full disk for this file alone, even for root.
-    let obstacle = record_file(&host).with_extension("json.new");
-    fs::create_dir(&obstacle).unwrap();
+    // The names under which notes are first written: a full disk for these files alone, even for root.
+    let obstacles = ["json.new", "login"].map(|name| record_file(&host).with_extension(name));
+    obstacles.iter().for_each(|obstacle| fs::create_dir(obstacle).unwrap());
     host.serve_healthy().round_trip();
 
     host.write_secret("pin", WRONG);
@@ -299,8 +299,23 @@ fn without_a_note_on_disk_only_a_pin_is_tried_that_has_worked_here() {
     host.token.try_wrong_pins(until_low());
     let mut plugin = host.serve();
     wait_until_status_says(&mut plugin, "the state directory does not take a note");
-    fs::remove_dir(&obstacle).unwrap();
+    obstacles.iter().for_each(|obstacle| fs::remove_dir(obstacle).unwrap());
     plugin.wait_until("it is healthy", |plugin| plugin.status().is_ok());
+}
+
+#[test]
+fn a_disk_that_takes_the_note_of_a_login_and_not_its_outcome_costs_one_try() {
+    let host = Host::new();
+    host.generate("0s");
+    host.serve_healthy().round_trip();
+    fs::create_dir(record_file(&host).with_extension("json.new")).unwrap();
+    host.write_secret("pin", WRONG);
+    for _ in 0..3 {
+        let mut plugin = host.serve();
+        plugin.wait_until("the PIN is held back", |plugin| plugin.log().contains("not tried again"));
+        plugin.kill();
+    }
+    assert_counted(&host, 1..=1);
 }
 
 #[test]

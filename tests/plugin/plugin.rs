@@ -1,5 +1,6 @@
 //! The real binary over a throw-away token, and a client to it.
 
+use std::env;
 use std::fs::{self, File, Permissions};
 use std::io::Write;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
@@ -52,7 +53,7 @@ impl Host {
             label: "trousseau-test".into(),
             tokens: r#""pkcs11:token=trousseau""#.into(),
             sessions: 2,
-            mode: None,
+            mode: env::var("TROUSSEAU_TEST_MODE").ok().map(|mode| &*mode.leak()),
             v1beta1: true,
         };
         host.write_secret("pin", PIN);
@@ -118,7 +119,8 @@ sessions = {sessions}
         let shipped = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(&name)).unwrap();
         fs::create_dir_all(self.path("hsm-profiles")).unwrap();
         // A key or a table can be there once.
-        let kept = |line: &&str| !line.starts_with("renew-after") && !line.starts_with("reinitialize");
+        let kept =
+            |line: &&str| !["renew-after", "reinitialize", "omit-attributes"].iter().any(|key| line.starts_with(key));
         let shipped = shipped.lines().take_while(|line| !line.starts_with('[')).filter(kept);
         let text = format!("{}\n{more}\n", shipped.collect::<Vec<_>>().join("\n"));
         self.write_secret(&name, &text);

@@ -17,6 +17,10 @@ const FAILOVER: Duration = Duration::from_millis(500);
 /// A replica that is well again is asked again after so long.
 const USED_AGAIN: Duration = Duration::from_secs(1);
 
+/// How many requests are served at least in the last half of the second in which a replica is sick. A token that takes
+/// 200 ms for a call serves two or three by itself.
+const SERVED: usize = 5;
+
 /// Two tokens in one module, with one KEK.
 ///
 /// `None`: the token's KEKs are not such that a test can put one into both; this says so.
@@ -94,10 +98,13 @@ fn play(rules: &str, faults: &Faults) {
         load.goes_on(100);
         let (before, after): (Vec<_>, Vec<_>) = load.end().into_iter().partition(|request| request.at < sick);
         let (usual, slow) = (slowest(&before), slowest(&after));
-        eprintln!("{rules:?}: slowest {usual:?}, with the fault {slow:?}; used again after {used_again:?}");
+        let half = mended - Duration::from_millis(500)..mended;
+        let served = after.iter().filter(|request| half.contains(&(request.at + request.took))).count();
+        eprintln!("{rules:?}: slowest {usual:?}, with the fault {slow:?}, {served} served; again after {used_again:?}");
         let failed: Vec<_> = before.iter().chain(&after).filter(|request| request.outcome.is_err()).collect();
         assert!(failed.is_empty(), "{rules}: {failed:?}");
         assert!(slow < usual + FAILOVER, "{rules}: {slow:?} instead of {usual:?}");
+        assert!(served > SERVED, "{rules}: {served} served");
         assert!(used_again < USED_AGAIN, "{rules}: used again after {used_again:?}");
     });
 }

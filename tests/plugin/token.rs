@@ -3,7 +3,7 @@
 //! A module reads its configuration from the environment of its process. So a child of this very test binary, with
 //! that environment, does what is to be done inside the token.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::{OsStr, OsString, c_ulong};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -13,13 +13,14 @@ use std::{env, fs, thread};
 
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
 use cryptoki::error::{Error, RvError};
-use cryptoki::mechanism::{Mechanism, MechanismType};
-use cryptoki::object::{Attribute, KeyType, ObjectClass};
+use cryptoki::mechanism::Mechanism;
+use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass};
 use cryptoki::session::UserType;
 use cryptoki::slot::Slot;
 use rustix::process::{Pid, Signal, kill_process};
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
+use trousseau::envelope::WrapAlgorithm;
 
 /// Which token family the suite runs on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -53,8 +54,8 @@ impl Family {
     /// The modes of its profile.
     pub fn modes(self) -> &'static [&'static str] {
         match self {
-            Self::SoftHsm => &["wrapkey", "gcm"],
-            Self::Kryoptic => &["encrypt", "wrapkey", "gcm"],
+            Self::SoftHsm => &["wrapkey", "wrapkey-kwp", "gcm"],
+            Self::Kryoptic => &["encrypt", "encrypt-kwp", "wrapkey", "wrapkey-kwp", "gcm"],
             Self::OpenCryptoki | Self::Tpm2 => &["oaep"],
         }
     }
@@ -143,8 +144,8 @@ pub struct Key {
     pub extractable: bool,
     /// C_WrapKey and C_UnwrapKey; otherwise C_Encrypt and C_Decrypt.
     pub wraps: bool,
-    /// The wrap algorithm of the envelope that CKA_ALLOWED_MECHANISMS pins, if it pins one.
-    pub allowed: Option<u8>,
+    /// The mechanism that CKA_ALLOWED_MECHANISMS pins, if it pins one.
+    pub allowed: Option<c_ulong>,
 }
 
 impl Key {
@@ -265,9 +266,20 @@ impl Token {
         tried.parse().unwrap()
     }
 
-    /// Whether the profile's first mode with AES-KW is C_WrapKey.
+    /// Whether the profile's first mode that makes AES-KW or AES-KWP is C_WrapKey.
     pub fn kw_wraps_objects(&self) -> bool {
         self.family == Family::SoftHsm
+    }
+
+    /// The code by which it knows what makes a wrap algorithm of the envelope.
+    pub fn mechanism(&self, algorithm: WrapAlgorithm) -> c_ulong {
+        match algorithm {
+            WrapAlgorithm::AesKw => 0x2109,
+            WrapAlgorithm::AesKwp if self.family == Family::SoftHsm => 0x210a,
+            WrapAlgorithm::AesKwp => 0x210b,
+            WrapAlgorithm::AesGcm => 0x1087,
+            WrapAlgorithm::RsaOaep2048 | WrapAlgorithm::RsaOaep3072 => panic!("such a KEK is two keys"),
+        }
     }
 
     /// Where the module looks for the token's data.
@@ -381,9 +393,10 @@ fn make_key(session: &cryptoki::session::Session, key: &Key) {
             Attribute::Decrypt(!key.wraps),
         ]);
     }
-    if let Some(algorithm) = key.allowed {
-        let mechanism = if algorithm == 3 { MechanismType::AES_GCM } else { MechanismType::AES_KEY_WRAP };
-        template.push(Attribute::AllowedMechanisms(vec![mechanism]));
+    if let Some(code) = key.allowed {
+        // CKA_ALLOWED_MECHANISMS: cryptoki has no name for CKM_AES_KEY_WRAP_KWP.
+        let attribute = AttributeType::VendorDefined(0x4000_0600);
+        template.push(Attribute::VendorDefined((attribute, code.to_ne_bytes().to_vec())));
     }
     match &key.value {
         Some(value) => {

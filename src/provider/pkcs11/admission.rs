@@ -11,14 +11,14 @@ use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass};
 use jiff::{SignedDuration, Timestamp};
 
 use super::error::{CallError, Class};
-use super::halves;
 use super::oaep::Pair;
-use crate::config::{Mode, Omissible};
+use super::{halves, raw};
+use crate::config::{Excusable, Mode, Omissible, Profile};
 use crate::envelope::WrapAlgorithm;
 use crate::identity::Identity;
-use crate::provider::Rank;
+use crate::provider::{Attributes, Rank};
 
-/// What is asked of every object that has the KEKs' label.
+/// What is asked of every object that has the KEKs' label, besides CKA_ALLOWED_MECHANISMS.
 pub(super) const ASKED: [AttributeType; 17] = [
     AttributeType::Class,
     AttributeType::KeyType,
@@ -29,11 +29,11 @@ pub(super) const ASKED: [AttributeType; 17] = [
     AttributeType::Extractable,
     AttributeType::NeverExtractable,
     AttributeType::Local,
+    AttributeType::Modifiable,
     AttributeType::Encrypt,
     AttributeType::Decrypt,
     AttributeType::Wrap,
     AttributeType::Unwrap,
-    AttributeType::AllowedMechanisms,
     AttributeType::Sign,
     AttributeType::Modulus,
     AttributeType::PublicExponent,
@@ -43,24 +43,20 @@ pub(super) const ASKED: [AttributeType; 17] = [
 #[derive(Debug)]
 pub(super) struct Rules {
     pub(super) label: String,
-    pub(super) modes: Vec<Mode>,
+    pub(super) profile: Arc<Profile>,
     /// KEKs made elsewhere, by CKA_ID.
     pub(super) admitted: BTreeMap<Vec<u8>, Timestamp>,
-    /// Attributes that the token lets nobody set.
-    pub(super) omitted: Vec<AttributeType>,
-    pub(super) rsa_bits: u64,
 }
 
 impl Rules {
     /// Decides about all objects that have the label.
     pub(super) fn decide(&self, objects: Vec<Said>, now: Timestamp) -> Vec<Decision> {
-        let pairs = self.modes.contains(&Mode::Oaep);
+        let pairs = self.profile.modes.contains(&Mode::Oaep);
         let (halves, others): (Vec<_>, Vec<_>) = objects.into_iter().partition(|said| pairs && halves::is_half(said));
         let alone = |said: &Said| {
             let not_before = said.id().and_then(|id| self.admitted.get(id)).copied();
             let identity = said.id().map(Identity::of_pkcs11);
-            let verdict = admit(said, &self.modes, not_before, now);
-            Decision { id: said.id().map(<[u8]>::to_vec), identity, verdict }
+            Decision::new(said, identity, admit(said, &self.profile, not_before, now))
         };
         let others = others.iter().filter(|said| !(pairs && halves::is_public(said)));
         others.map(alone).chain(halves::decide(&halves, self, now)).collect()
@@ -79,25 +75,15 @@ pub(super) struct Decision {
     pub(super) id: Option<Vec<u8>>,
     /// The identity that it has, or would have, if that can be told.
     pub(super) identity: Option<Identity>,
+    /// What the token says of it, for people.
+    pub(super) attributes: Attributes,
     /// Or why it is not used, and what to do.
     pub(super) verdict: Result<Admitted, String>,
 }
 
-/// What an attribute is that a profile says to leave out.
-pub(super) const fn omitted(omissible: Omissible) -> AttributeType {
-    match omissible {
-        Omissible::CkaPrivate => AttributeType::Private,
-        Omissible::CkaSensitive => AttributeType::Sensitive,
-        Omissible::CkaModifiable => AttributeType::Modifiable,
-        Omissible::CkaCopyable => AttributeType::Copyable,
-        Omissible::CkaEncrypt => AttributeType::Encrypt,
-        Omissible::CkaDecrypt => AttributeType::Decrypt,
-        Omissible::CkaWrap => AttributeType::Wrap,
-        Omissible::CkaUnwrap => AttributeType::Unwrap,
-        Omissible::CkaSign => AttributeType::Sign,
-        Omissible::CkaVerify => AttributeType::Verify,
-        Omissible::CkaDerive => AttributeType::Derive,
-        Omissible::CkaAllowedMechanisms => AttributeType::AllowedMechanisms,
+impl Decision {
+    pub(super) fn new(said: &Said, identity: Option<Identity>, verdict: Result<Admitted, String>) -> Self {
+        Self { id: said.id().map(<[u8]>::to_vec), identity, attributes: said.attributes(), verdict }
     }
 }
 
@@ -144,12 +130,12 @@ pub const LONGEST_WAIT: SignedDuration = SignedDuration::from_hours(30 * 24);
 
 /// Decides about one key.
 ///
-/// `modes` are the profile's, in order. `not_before` is the instant that the configuration gives for this key, if it
+/// `not_before` is the instant that the configuration gives for this key, if it
 /// admits it by id: then its history is the administrator's word, and only what it is now counts.
 ///
 /// # Errors
 /// Why the key is not used, and what to do.
-fn admit(said: &Said, modes: &[Mode], not_before: Option<Timestamp>, now: Timestamp) -> Result<Admitted, String> {
+fn admit(said: &Said, profile: &Profile, not_before: Option<Timestamp>, now: Timestamp) -> Result<Admitted, String> {
     let Said(attributes) = said;
     if !attributes.contains(&Attribute::Class(ObjectClass::SECRET_KEY)) {
         return Err("it is not a secret key: give it another label".into());
@@ -159,13 +145,12 @@ fn admit(said: &Said, modes: &[Mode], not_before: Option<Timestamp>, now: Timest
         return Err("it is not an AES key of 256 bits: give it another label".into());
     }
     let id = said.id().ok_or("it has no CKA_ID: KEKs are made with `trousseau key generate`")?;
-    said.requires_secrecy(not_before.is_none())?;
+    said.requires_secrecy(profile, not_before.is_none())?;
     let not_before = not_before.map_or_else(|| instant_of(id, now), Ok)?;
-    let mode = modes
-        .iter()
-        .find(|mode| said.permits(**mode))
+    let mode = said
+        .mode_in(profile)?
         .ok_or("its usage attributes fit no mode of the profile: KEKs are made with `trousseau key generate`")?;
-    Ok(Admitted { rank: Rank { not_before, id: id.to_vec() }, mode: *mode, pair: None })
+    Ok(Admitted { rank: Rank { not_before, id: id.to_vec() }, mode, pair: None })
 }
 
 /// The activation instant in a CKA_ID: it is a UUIDv7 (RFC 9562 section 5.7).
@@ -205,6 +190,24 @@ pub(super) fn new_id(instant: Timestamp) -> Result<[u8; 16], getrandom::Error> {
     Ok(id)
 }
 
+/// The attribute that is left out of the template for a KEK.
+pub(super) const fn omitted(omissible: Omissible) -> AttributeType {
+    match omissible {
+        Omissible::CkaPrivate => AttributeType::Private,
+        Omissible::CkaSensitive => AttributeType::Sensitive,
+        Omissible::CkaModifiable => AttributeType::Modifiable,
+        Omissible::CkaCopyable => AttributeType::Copyable,
+        Omissible::CkaEncrypt => AttributeType::Encrypt,
+        Omissible::CkaDecrypt => AttributeType::Decrypt,
+        Omissible::CkaWrap => AttributeType::Wrap,
+        Omissible::CkaUnwrap => AttributeType::Unwrap,
+        Omissible::CkaSign => AttributeType::Sign,
+        Omissible::CkaVerify => AttributeType::Verify,
+        Omissible::CkaDerive => AttributeType::Derive,
+        Omissible::CkaAllowedMechanisms => AttributeType::AllowedMechanisms,
+    }
+}
+
 impl Said {
     pub(super) fn id(&self) -> Option<&[u8]> {
         self.0.iter().find_map(|attribute| match attribute {
@@ -213,14 +216,18 @@ impl Said {
         })
     }
 
-    /// That it is secret; with `ever`, that it always was.
-    pub(super) fn requires_secrecy(&self, ever: bool) -> Result<(), String> {
+    /// That it is secret; with `ever`, that it always was, unless the profile excuses what the token cannot say.
+    pub(super) fn requires_secrecy(&self, profile: &Profile, ever: bool) -> Result<(), String> {
         self.requires("SENSITIVE", &Attribute::Sensitive(true))?;
         self.requires("EXTRACTABLE=false", &Attribute::Extractable(false))?;
-        if ever {
-            self.requires("ALWAYS_SENSITIVE", &Attribute::AlwaysSensitive(true))?;
-            self.requires("NEVER_EXTRACTABLE", &Attribute::NeverExtractable(true))?;
-            self.requires("LOCAL", &Attribute::Local(true))?;
+        for (name, wanted, excusable) in [
+            ("ALWAYS_SENSITIVE", Attribute::AlwaysSensitive(true), Excusable::CkaAlwaysSensitive),
+            ("NEVER_EXTRACTABLE", Attribute::NeverExtractable(true), Excusable::CkaNeverExtractable),
+            ("LOCAL", Attribute::Local(true), Excusable::CkaLocal),
+        ] {
+            if ever && !(profile.excuses.contains(&excusable) && self.is_silent_about(&wanted)) {
+                self.requires(name, &wanted)?;
+            }
         }
         Ok(())
     }
@@ -229,22 +236,43 @@ impl Said {
         if self.0.contains(wanted) {
             return Ok(());
         }
-        let asked = wanted.attribute_type();
-        Err(if self.0.iter().any(|attribute| attribute.attribute_type() == asked) {
+        Err(if !self.is_silent_about(wanted) {
             format!("the token does not call it {name}: a key that could leave the token never wraps; make a new one")
         } else {
             format!("the token does not say whether it is {name}, and its profile does not excuse that")
         })
     }
 
+    fn is_silent_about(&self, wanted: &Attribute) -> bool {
+        self.0.iter().all(|attribute| attribute.attribute_type() != wanted.attribute_type())
+    }
+
+    /// The first of the profile's modes for which the key may be used.
+    fn mode_in(&self, profile: &Profile) -> Result<Option<Mode>, String> {
+        let permitted: Vec<Mode> = profile.modes.iter().copied().filter(|mode| self.permits(profile, *mode)).collect();
+        let pinned = self.pinned().is_some_and(|pinned| pinned.contains(&raw::UNNAMED));
+        match permitted.as_slice() {
+            [_, _, ..] if pinned => {
+                Err("its CKA_ALLOWED_MECHANISMS cannot be read, and several modes of the profile fit it".into())
+            }
+            permitted => Ok(permitted.first().copied()),
+        }
+    }
+
     /// Whether the key's usage attributes, and the mechanisms that it is pinned to if any, let it work in this mode.
-    fn permits(&self, mode: Mode) -> bool {
+    fn permits(&self, profile: &Profile, mode: Mode) -> bool {
+        let code = profile.mechanism(mode);
+        if mode == Mode::Oaep {
+            return false; // that is two keys: `halves`
+        }
         let usage = match mode.wraps_objects() {
             true => [Attribute::Wrap(true), Attribute::Unwrap(true)],
             false => [Attribute::Encrypt(true), Attribute::Decrypt(true)],
         };
         usage.iter().all(|wanted| self.0.contains(wanted))
-            && self.pinned().is_none_or(|pinned| pinned.contains(&mode.mechanism()))
+            && self.pinned().is_none_or(|pinned| {
+                pinned.contains(&raw::mechanism_type(code)) || pinned.contains(&raw::UNNAMED) && raw::is_unnamed(code)
+            })
     }
 
     /// CKA_ALLOWED_MECHANISMS. SoftHSM says an empty list of a key that may do everything.
@@ -261,7 +289,14 @@ impl Said {
 mod tests {
     use super::*;
 
-    const MODES: [Mode; 2] = [Mode::Wrapkey, Mode::Gcm];
+    fn profile(modes: &str, quirks: &str) -> Profile {
+        let head = "title = \"a token\"\nstatus = \"tested\"\nmodule-paths = []";
+        toml::from_str(&format!("{head}\nmodes = {modes}\n{quirks}")).unwrap()
+    }
+
+    fn plain() -> Profile {
+        profile(r#"["wrapkey", "gcm"]"#, "")
+    }
 
     fn now() -> Timestamp {
         "2026-11-24T06:00:00Z".parse().unwrap()
@@ -301,7 +336,7 @@ mod tests {
     #[test]
     fn a_key_of_our_own_making_is_a_kek() {
         let id = new_id(now()).unwrap();
-        let admitted = admit(&Said(kek(&id)), &MODES, None, now()).unwrap();
+        let admitted = admit(&Said(kek(&id)), &plain(), None, now()).unwrap();
         assert_eq!(
             admitted,
             Admitted { rank: Rank { not_before: now(), id: id.to_vec() }, mode: Mode::Wrapkey, pair: None }
@@ -333,7 +368,7 @@ mod tests {
             (Attribute::Wrap(false), "fit no mode"),
             (Attribute::AllowedMechanisms(vec![MechanismType::AES_CBC]), "fit no mode"),
         ] {
-            let error = admit(&with(changed.clone()), &MODES, None, now()).unwrap_err();
+            let error = admit(&with(changed.clone()), &plain(), None, now()).unwrap_err();
             assert!(error.contains(reason), "{changed:?}: {error}");
         }
     }
@@ -342,19 +377,26 @@ mod tests {
     fn what_a_token_does_not_say_is_not_assumed() {
         let mut said = kek(&new_id(now()).unwrap());
         said.retain(|attribute| attribute.attribute_type() != AttributeType::Local);
-        let error = admit(&Said(said), &MODES, None, now()).unwrap_err();
+        let error = admit(&Said(said.clone()), &plain(), None, now()).unwrap_err();
         assert!(error.contains("does not say"), "{error}");
+
+        // Unless the profile excuses just that; a token that denies it is not excused.
+        let excused = profile(r#"["wrapkey"]"#, r#"excuses = ["CKA_LOCAL"]"#);
+        admit(&Said(said), &excused, None, now()).unwrap();
+        for denied in [Attribute::Local(false), Attribute::AlwaysSensitive(false)] {
+            admit(&with(denied), &excused, None, now()).unwrap_err();
+        }
     }
 
     #[test]
     fn a_key_that_the_configuration_admits_needs_no_history() {
         let not_before = Some("2026-01-01T00:00:00Z".parse().unwrap());
         for changed in [Attribute::Id(vec![1]), Attribute::Local(false), Attribute::NeverExtractable(false)] {
-            let admitted = admit(&with(changed), &MODES, not_before, now()).unwrap();
+            let admitted = admit(&with(changed), &plain(), not_before, now()).unwrap();
             assert_eq!(Some(admitted.rank.not_before), not_before);
         }
         for changed in [Attribute::Sensitive(false), Attribute::Extractable(true), Attribute::ValueLen(16.into())] {
-            admit(&with(changed), &MODES, not_before, now()).unwrap_err();
+            admit(&with(changed), &plain(), not_before, now()).unwrap_err();
         }
     }
 
@@ -363,9 +405,22 @@ mod tests {
         let mut said = with(Attribute::Wrap(false)).0;
         said.retain(|attribute| !matches!(attribute, Attribute::Encrypt(_) | Attribute::Decrypt(_)));
         said.extend([Attribute::Encrypt(true), Attribute::Decrypt(true)]);
-        let both = [Mode::Encrypt, Mode::Gcm];
-        assert_eq!(admit(&Said(said.clone()), &both, None, now()).unwrap().mode, Mode::Encrypt);
-        said.push(Attribute::AllowedMechanisms(vec![MechanismType::AES_GCM]));
-        assert_eq!(admit(&Said(said), &both, None, now()).unwrap().mode, Mode::Gcm);
+        let three = r#"["encrypt", "encrypt-kwp", "gcm"]"#;
+        let vendors = "mechanisms = { encrypt = 0x80000170 }";
+        for (pinned, quirks, mode) in [
+            (vec![], "", Ok(Mode::Encrypt)),
+            (vec![MechanismType::AES_GCM], "", Ok(Mode::Gcm)),
+            (vec![raw::UNNAMED], "", Ok(Mode::EncryptKwp)),
+            (vec![raw::UNNAMED], vendors, Err("cannot be read")),
+            (vec![MechanismType::AES_KEY_WRAP], vendors, Err("fit no mode")),
+            (vec![MechanismType::AES_GCM], vendors, Ok(Mode::Gcm)),
+        ] {
+            let said = Said([said.clone(), vec![Attribute::AllowedMechanisms(pinned.clone())]].concat());
+            let admitted = admit(&said, &profile(three, quirks), None, now()).map(|kek| kek.mode);
+            match (&admitted, mode) {
+                (Err(error), Err(reason)) => assert!(error.contains(reason), "{pinned:?}: {error}"),
+                _ => assert_eq!(admitted, mode.map_err(str::to_owned), "{pinned:?} {quirks}"),
+            }
+        }
     }
 }

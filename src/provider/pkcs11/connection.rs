@@ -1,42 +1,28 @@
-//! A connection to a token: found by its URI, one anchor session, logged in.
+//! A connection to a token: one anchor session, logged in.
 //!
 //! A login holds for every session of the process and ends with the last one; the anchor is the session that stays.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use cryptoki::session::Session;
-use cryptoki::slot::{Slot, TokenInfo};
+use cryptoki::slot::Slot;
 use secrecy::SecretString;
 
 use super::error::CallError;
-use super::login::{Latch, Retry};
-use super::module::{InUse, Module};
-use crate::config::{Codes, Credential, ProviderConfig, TokenUri};
+use super::login::Latch;
+use super::module::InUse;
+use crate::config::Profile;
 use crate::identity::Identity;
-use crate::state::State;
 use crate::sync::lock;
-
-/// Where a token is, and what opens it.
-pub(super) struct Address {
-    pub(super) module: PathBuf,
-    pub(super) uri: TokenUri,
-    pin: Credential,
-    codes: Codes,
-    /// Whether the module may be initialized again.
-    reinitialize: bool,
-    /// Holds the latch.
-    state: Arc<State>,
-}
 
 /// A token that is present and logged in to. Its fields are dropped in their order: sessions before the library.
 pub(super) struct Connected {
     anchor: Mutex<Anchor>,
     slot: Slot,
-    pub(super) codes: Codes,
+    pub(super) profile: Arc<Profile>,
     latch: Latch,
     proved: Mutex<BTreeSet<Identity>>,
     /// Sessions beside the anchor.
@@ -54,111 +40,30 @@ struct Anchor {
     pin: SecretString,
 }
 
-/// Why there is no connection, and what to do.
-pub(super) enum NotConnected {
-    /// The token is not there, or not ready.
-    NotThere(String),
-    /// The token is there and was not logged in to.
-    LoginFailed(String),
-}
-
-impl From<String> for NotConnected {
-    fn from(reason: String) -> Self {
-        Self::NotThere(reason)
-    }
-}
-
-impl Address {
-    pub(super) fn new(uri: TokenUri, provider: &ProviderConfig, state: &Arc<State>) -> Self {
+impl Connected {
+    /// What is true of it from now on; `session` is logged in with `pin`.
+    pub(super) fn new(
+        in_use: InUse,
+        slot: Slot,
+        session: Session,
+        pin: SecretString,
+        latch: Latch,
+        profile: Arc<Profile>,
+        released: Sender<()>,
+    ) -> Self {
         Self {
-            module: provider.module.clone(),
-            uri,
-            pin: provider.pin.clone(),
-            codes: provider.profile.errors.clone(),
-            reinitialize: provider.profile.reinitialize,
-            state: Arc::clone(state),
-        }
-    }
-
-    /// Connects. `released` is dropped when the connection is.
-    ///
-    /// # Errors
-    /// [`NotConnected`]
-    pub(super) fn connect(&self, released: Sender<()>) -> Result<Connected, NotConnected> {
-        let in_use = Module::acquire(&self.module, self.reinitialize)?;
-        let (slot, info) = self.find_slot(&in_use)?;
-        let pin = self.pin.read().map_err(|error| format!("{error}: {}", error.remedy()))?;
-        let opened = in_use.library().open_rw_session(slot).map_err(CallError::from);
-        let session = opened.map_err(|error| format!("no session can be opened: {error}"))?;
-        let latch = self.latch(&info);
-        let logged_in = latch.log_in(&in_use, slot, &session, &pin);
-        logged_in.map_err(|error| NotConnected::LoginFailed(format!("login failed: {error}")))?;
-        let anchor = Mutex::new(Anchor { session, pin });
-        let codes = self.codes.clone();
-        Ok(Connected {
-            anchor,
+            anchor: Mutex::new(Anchor { session, pin }),
             slot,
-            codes,
+            profile,
             latch,
             proved: Mutex::default(),
             lanes: AtomicUsize::new(0),
             objects: AtomicU64::new(0),
             in_use,
             _released: released,
-        })
-    }
-
-    /// `pin retry`: looks for the token, without a login, and allows one that the latch would refuse.
-    ///
-    /// # Errors
-    /// The token is not there, or the state directory cannot be used.
-    pub(super) fn allow_retry(&self, final_try_ok: bool) -> Result<Retry, String> {
-        let in_use = Module::acquire(&self.module, self.reinitialize)?;
-        let (_, info) = self.find_slot(&in_use)?;
-        self.latch(&info).allow_retry(&info, final_try_ok).map_err(|error| error.to_string())
-    }
-
-    fn latch(&self, info: &TokenInfo) -> Latch {
-        Latch::new(&self.state, &self.module, info, self.pin.to_string(), self.codes.clone())
-    }
-
-    /// The one slot whose token the URI means.
-    fn find_slot(&self, in_use: &InUse) -> Result<(Slot, TokenInfo), String> {
-        let slots = in_use.library().get_slots_with_token().map_err(|error| CallError::from(error).to_string())?;
-        let mut tokens = Vec::new();
-        let mut unread = String::new();
-        for slot in slots {
-            match in_use.token_info(slot) {
-                Ok(info) if info.token_initialized() => tokens.push((slot, info)),
-                Ok(_) => (),
-                Err(error) => unread = format!("; slot {}: {error}", slot.id()),
-            }
-        }
-        let meant = |info: &TokenInfo| {
-            self.uri.matches(info.label(), info.serial_number(), info.manufacturer_id(), info.model())
-        };
-        let matching: Vec<_> = tokens.iter().filter(|(_, info)| meant(info)).collect();
-        match matching.as_slice() {
-            [(slot, info)] => Ok((*slot, info.clone())),
-            [] => {
-                let labels: BTreeSet<&str> = tokens.iter().map(|(_, info)| info.label()).collect();
-                let there = labels.into_iter().collect::<Vec<_>>().join(", ");
-                Err(format!(
-                    "no token of {} matches it; there: {}{unread}: insert it, or correct `tokens`",
-                    self.module.display(),
-                    if there.is_empty() { "none" } else { &there }
-                ))
-            }
-            several => {
-                let serials: Vec<&str> = several.iter().map(|(_, info)| info.serial_number()).collect();
-                let (count, serials) = (serials.len(), serials.join(", "));
-                Err(format!("{count} tokens match it, serial numbers {serials}: add `;serial=…` to the URI"))
-            }
         }
     }
-}
 
-impl Connected {
     pub(super) fn open_session(&self) -> Result<Session, CallError> {
         Ok(self.in_use.library().open_rw_session(self.slot)?)
     }

@@ -7,7 +7,7 @@ use cryptoki::mechanism::MechanismType;
 use cryptoki::object::{Attribute, KeyType, ObjectClass};
 use jiff::Timestamp;
 
-use super::admission::{Admitted, Decision, Rules, Said, instant_of};
+use super::admission::{Admitted, Decision, Rules, Said, instant_of, omitted};
 use super::oaep::{self, Pair};
 use crate::config::Mode;
 use crate::provider::Rank;
@@ -35,7 +35,7 @@ pub(super) fn decide(halves: &[Said], rules: &Rules, now: Timestamp) -> Vec<Deci
             _ => Err("several keys have its CKA_ID with the byte 01 after it: remove those that are not meant".into()),
         };
         let identity = verdict.as_ref().ok().map(|kek| rules.spec_of(kek).identity);
-        Decision { id: half.id().map(<[u8]>::to_vec), identity, verdict }
+        Decision::new(half, identity, verdict)
     };
     halves.iter().filter(|key| !halves.iter().any(|half| signs_for(key, half))).map(decide).collect()
 }
@@ -51,15 +51,16 @@ fn admit(half: &Said, signer: &Said, rules: &Rules, now: Timestamp) -> Result<Ad
         if !key.0.contains(&Attribute::KeyType(KeyType::RSA)) {
             return Err("it is not an RSA key: give it another label".into());
         }
-        key.requires_secrecy(not_before.is_none())?;
+        key.requires_secrecy(&rules.profile, not_before.is_none())?;
     }
     let (decrypts, signs) = (Attribute::Decrypt(true), Attribute::Sign(true));
+    let omitted: Vec<_> = rules.profile.omit_attributes.iter().copied().map(omitted).collect();
     let only = |key: &Said, is: &Attribute, is_not: &Attribute, mechanism: MechanismType| {
         // What the token lets nobody set, it cannot deny either.
-        let denied = rules.omitted.contains(&is_not.attribute_type()) || !key.0.contains(is_not);
+        let denied = omitted.contains(&is_not.attribute_type()) || !key.0.contains(is_not);
         key.0.contains(is) && denied && key.pinned().is_none_or(|pinned| pinned.contains(&mechanism))
     };
-    if !only(half, &decrypts, &signs, Mode::Oaep.mechanism()) || !only(signer, &signs, &decrypts, oaep::SIGNING) {
+    if !only(half, &decrypts, &signs, oaep::DECRYPTING) || !only(signer, &signs, &decrypts, oaep::SIGNING) {
         return Err(
             "its keys are not such that one only decrypts with OAEP and the other only signs: KEKs are made with \
                     `trousseau key generate`"
@@ -76,8 +77,6 @@ fn admit(half: &Said, signer: &Said, rules: &Rules, now: Timestamp) -> Result<Ad
 mod tests {
     use std::collections::BTreeMap;
 
-    use cryptoki::object::AttributeType;
-
     use super::super::admission::new_id;
     use super::*;
 
@@ -85,9 +84,10 @@ mod tests {
         "2026-11-24T06:00:00Z".parse().unwrap()
     }
 
-    fn rules(omitted: Vec<AttributeType>) -> Rules {
-        let (label, modes, admitted) = (String::new(), vec![Mode::Oaep], BTreeMap::new());
-        Rules { label, modes, admitted, omitted, rsa_bits: 2048 }
+    fn rules(omitted: &str) -> Rules {
+        let head = "title = \"a token\"\nstatus = \"tested\"\nmodule-paths = []\nmodes = [\"oaep\"]";
+        let profile = toml::from_str(&format!("{head}\nomit-attributes = [{omitted}]")).unwrap();
+        Rules { label: String::new(), profile: Arc::new(profile), admitted: BTreeMap::new() }
     }
 
     fn half(id: Vec<u8>, decrypts: bool) -> Vec<Attribute> {
@@ -124,7 +124,7 @@ mod tests {
     fn two_pairs_of_our_own_making_are_one_kek() {
         let [key, signer] = kek();
         for halves in [vec![key.clone(), signer.clone()], vec![signer, key]] {
-            let verdicts = verdicts(halves, &rules(vec![]));
+            let verdicts = verdicts(halves, &rules(""));
             assert_eq!(verdicts.len(), 1);
             let kek = verdicts[0].as_ref().unwrap();
             assert_eq!((kek.rank.not_before, kek.mode), (now(), Mode::Oaep));
@@ -158,7 +158,7 @@ mod tests {
             (vec![key.clone(), with(&signer, Attribute::Modulus(vec![0xff; 128]))], "bits"),
             (vec![half(vec![1], true), half(vec![1, 1], false)], "UUIDv7"),
         ] {
-            let verdicts = verdicts(halves, &rules(vec![]));
+            let verdicts = verdicts(halves, &rules(""));
             let error = verdicts[0].as_ref().unwrap_err();
             assert!(verdicts.len() == 1 && error.contains(reason), "{reason}: {error}");
         }
@@ -171,8 +171,8 @@ mod tests {
             half.extend([Attribute::Decrypt(true), Attribute::Sign(true)]);
             half
         });
-        let omitted = vec![AttributeType::Sign, AttributeType::Decrypt];
+        let omitted = r#""CKA_SIGN", "CKA_DECRYPT""#;
         assert!(verdicts(every_use.to_vec(), &rules(omitted))[0].is_ok());
-        assert!(verdicts(every_use.to_vec(), &rules(vec![]))[0].is_err());
+        assert!(verdicts(every_use.to_vec(), &rules(""))[0].is_err());
     }
 }

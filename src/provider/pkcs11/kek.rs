@@ -16,7 +16,7 @@ use super::token::Token;
 use super::wraps::WrapCounter;
 use crate::envelope::WrapAlgorithm;
 use crate::identity::Identity;
-use crate::provider::{Answer, Kek, KekError, Rank};
+use crate::provider::{Answer, Attributes, Holder, Kek, KekError, Rank};
 use crate::secret::Dek;
 use crate::sync::read;
 
@@ -28,12 +28,21 @@ pub(super) struct Pkcs11Kek {
     pub(super) spec: Arc<KekSpec>,
     pub(super) rank: Rank,
     pub(super) wraps: Arc<WrapCounter>,
-    pub(super) holders: RwLock<Vec<Arc<Token>>>,
+    pub(super) places: RwLock<Places>,
+}
+
+/// Where a KEK is, as of the last look.
+#[derive(Default)]
+pub(super) struct Places {
+    /// The tokens that hold it, each with what it says of it.
+    pub(super) holders: Vec<(Arc<Token>, Attributes)>,
+    /// Those within reach that do not.
+    pub(super) lacking: Vec<Arc<Token>>,
 }
 
 impl Pkcs11Kek {
     pub(super) fn holders(&self) -> Vec<Arc<Token>> {
-        read(&self.holders).clone()
+        read(&self.places).holders.iter().map(|(token, _)| Arc::clone(token)).collect()
     }
 
     /// Has a token do `work`. When all are out of reach, but one was lost only now and is being connected to again, it
@@ -60,15 +69,14 @@ impl Pkcs11Kek {
         if holders.iter().all(|token| token.link.check().is_err()) { answer } else { self.ask(deadline, work).await }
     }
 
-    /// Asks the first token that is well. When that does not answer in the time that it should, or cannot, the next one
+    /// Asks the first token that is well and does not lag. When that does not answer in the time that it should, or cannot, the next one
     /// is asked as well, and whichever answers first has answered.
     async fn ask<T, W>(&self, deadline: Instant, work: W) -> Result<T, KekError>
     where
         T: Send + 'static,
         W: Fn(&mut Lane, &KekSpec) -> Result<T, CallError> + Clone + Send + 'static,
     {
-        let mut holders = self.holders();
-        holders.sort_by_key(|token| token.is_sick());
+        let holders = in_order(self.holders());
         let mut last = KekError::Unavailable(format!("no token holds KEK {}", self.spec.identity));
         let mut asked = FuturesUnordered::new();
         let mut holders = holders.iter().peekable();
@@ -88,6 +96,17 @@ impl Pkcs11Kek {
         }
         Err(last)
     }
+}
+
+/// The tokens in the order in which they are asked: as they are configured, but that one that is sick comes last, and
+/// one that lags comes after those that do not.
+fn in_order(mut holders: Vec<Arc<Token>>) -> Vec<Arc<Token>> {
+    if holders.len() > 1 {
+        let well = holders.iter().filter(|token| !token.is_sick());
+        let quickest = well.map(|token| token.average()).min().unwrap_or_default();
+        holders.sort_by_cached_key(|token| (token.is_sick(), token.lags(quickest)));
+    }
+    holders
 }
 
 /// One wrap. It is counted on the thread that has the session, since that may write to the disk.
@@ -126,8 +145,16 @@ impl Kek for Pkcs11Kek {
         self.spec.mode.as_str()
     }
 
-    fn held_by(&self) -> Vec<String> {
-        self.holders().iter().map(|token| token.uri().to_string()).collect()
+    fn held_by(&self) -> Vec<Holder> {
+        let of = |(token, attributes): &(Arc<Token>, Attributes)| Holder {
+            name: token.uri().to_string(),
+            attributes: attributes.clone(),
+        };
+        read(&self.places).holders.iter().map(of).collect()
+    }
+
+    fn lacked_by(&self) -> Vec<String> {
+        read(&self.places).lacking.iter().map(|token| token.uri().to_string()).collect()
     }
 
     fn check(&self) -> Result<(), KekError> {

@@ -3,22 +3,25 @@
 //! A KEK's handle is found once a session and kept. It is used only after the key behind it has unwrapped the KEK's
 //! reference, so a token that comes back with another key under the same id is not used, whatever it calls that key.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
-use cryptoki::object::{Attribute, KeyType, ObjectClass};
+use cryptoki::mechanism::Mechanism;
+use cryptoki::object::{Attribute, KeyType, ObjectClass, ObjectHandle};
 use cryptoki::session::Session;
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 
 use super::admission::{self, Admitted, Decision, KekSpec, Rules, Said};
+use super::attributes;
 use super::connection::Connected;
 use super::error::{CallError, Class};
 use super::mechanism::{self, Handles};
-use super::oaep::{self, Pair, Recipe};
-use crate::config::Mode;
+use super::oaep::{self, Pair};
+use super::raw;
+use crate::config::{Codes, GcmIv, Mode};
 use crate::identity::Identity;
-use crate::provider::{Rank, Refused};
+use crate::provider::{Attributes, Refused};
 use crate::secret::Dek;
 use crate::state::{Reference, State, StateError};
 
@@ -32,8 +35,16 @@ pub(super) struct Lane {
 
 /// What a token holds under a label.
 pub(super) struct Inventory {
-    pub(super) keks: Vec<Admitted>,
+    pub(super) keks: Vec<Candidate>,
     pub(super) refused: Vec<Refused>,
+}
+
+/// A key that is a KEK by what the token says of it.
+pub(super) struct Candidate {
+    /// For people.
+    key: String,
+    pub(super) kek: Admitted,
+    pub(super) attributes: Attributes,
 }
 
 impl Lane {
@@ -44,14 +55,14 @@ impl Lane {
     }
 
     fn class(&self, error: &CallError) -> Class {
-        error.class(&self.connected.codes)
+        error.class(&self.connected.profile.errors)
     }
 
     /// Wraps a DEK under the KEK.
     pub(super) fn wrap(&mut self, kek: &KekSpec, dek: &Dek) -> Result<Vec<u8>, CallError> {
         let handles = self.handles(kek)?;
         self.count(kek);
-        mechanism::wrap(kek, &self.session, handles, dek).map_err(|error| self.of_our_own(error))
+        self.wrap_with(kek, handles, dek).map_err(|error| self.of_our_own(error))
     }
 
     /// Unwraps a DEK that the KEK is said to have wrapped.
@@ -68,7 +79,7 @@ impl Lane {
         self.count(kek);
         let signed = kek.pair.is_some();
         let unwrap = || {
-            let unwrapped = mechanism::unwrap(kek, &self.session, handles, wrapped);
+            let unwrapped = self.unwrap_with(kek, handles, wrapped);
             unwrapped.map_err(|error| if signed { self.of_our_own(error) } else { error })
         };
         let is_clear = |error: &CallError| {
@@ -80,7 +91,9 @@ impl Lane {
                     Class::Doubtful | Class::BadInput => error.settled(Class::Token),
                     _ => error,
                 })?;
-                unwrap().map_err(|again| if is_clear(&again) { again } else { again.settled(Class::BadInput) })
+                unwrap().map_err(|again| {
+                    if is_clear(&again) { again } else { in_spite_of_proof(again, &self.connected.profile.errors) }
+                })
             }
             settled => settled,
         }
@@ -106,11 +119,47 @@ impl Lane {
 
     fn find_recognised(&self, kek: &KekSpec) -> Result<Handles, CallError> {
         let handles = self.find(kek)?;
-        match self.reference(kek)? {
-            Some(reference) => self.recognise(kek, handles, &reference)?,
+        let reference = match self.reference(kek)? {
+            Some(reference) => {
+                self.recognise(kek, handles, &reference)?;
+                reference
+            }
             None => self.make_reference(kek, handles)?,
+        };
+        let is_proved = self.connected.proved().contains(&kek.identity);
+        if !is_proved {
+            self.check_ivs(kek, handles, &reference)?;
         }
         Ok(handles)
+    }
+
+    /// Where the token makes the IV: it does so each time anew, and in another session too, since some count from the
+    /// same number in each.
+    fn check_ivs(&self, kek: &KekSpec, handles: Handles, reference: &Reference) -> Result<(), CallError> {
+        if kek.mode != Mode::Gcm || self.connected.profile.gcm_iv == GcmIv::Ours {
+            return Ok(());
+        }
+        let value = Dek::generate()?;
+        let other = Self::open(Arc::clone(&self.connected), Arc::clone(&self.state))?;
+        let wrapped = [
+            unhex(&reference.wrapped)?,
+            self.wrap_with(kek, handles, &value)?,
+            self.wrap_with(kek, handles, &value)?,
+            other.wrap_with(kek, other.find(kek)?, &value)?,
+        ];
+        let ivs: BTreeSet<_> = wrapped.iter().map(|wrapped| mechanism::iv_of(wrapped)).collect();
+        if ivs.len() < wrapped.len() {
+            return Err(CallError::new(Class::Refused, "the token used one IV twice, which would give the KEK away"));
+        }
+        Ok(())
+    }
+
+    fn wrap_with(&self, kek: &KekSpec, handles: Handles, dek: &Dek) -> Result<Vec<u8>, CallError> {
+        mechanism::wrap(&self.connected.profile, kek, &self.session, handles, dek)
+    }
+
+    fn unwrap_with(&self, kek: &KekSpec, handles: Handles, wrapped: &[u8]) -> Result<Dek, CallError> {
+        mechanism::unwrap(&self.connected.profile, kek, &self.session, handles, wrapped)
     }
 
     /// Nothing foreign went in: what the token calls damaged is its own doing.
@@ -146,13 +195,13 @@ impl Lane {
     }
 
     /// The KEK wraps a random value and unwraps it again: its mode works here, and from now on it can be recognised.
-    fn make_reference(&self, kek: &KekSpec, handles: Handles) -> Result<(), CallError> {
+    fn make_reference(&self, kek: &KekSpec, handles: Handles) -> Result<Reference, CallError> {
         let reference = self.round_trip(kek, handles)?;
         let kept = self.state.keep_reference(kek.identity, reference.clone()).map_err(damaged_state)?;
         if kept != reference {
             self.recognise(kek, handles, &kept)?; // another process was first
         }
-        Ok(())
+        Ok(kept)
     }
 
     /// The key unwraps the KEK's reference. A key that does not, twice, and yet works, is another one.
@@ -181,8 +230,8 @@ impl Lane {
 
     fn round_trip(&self, kek: &KekSpec, handles: Handles) -> Result<Reference, CallError> {
         let value = Dek::generate()?;
-        let wrapped = mechanism::wrap(kek, &self.session, handles, &value)?;
-        let unwrapped = mechanism::unwrap(kek, &self.session, handles, &wrapped)?;
+        let wrapped = self.wrap_with(kek, handles, &value)?;
+        let unwrapped = self.unwrap_with(kek, handles, &wrapped)?;
         if sha256(&unwrapped) != sha256(&value) {
             return Err(CallError::new(Class::Refused, "the token unwrapped another value than it had wrapped"));
         }
@@ -190,8 +239,8 @@ impl Lane {
     }
 
     fn check_reference(&self, kek: &KekSpec, handles: Handles, reference: &Reference) -> Result<(), CallError> {
-        let wrapped = base16ct::lower::decode_vec(&reference.wrapped).map_err(|_| another_key())?;
-        let value = mechanism::unwrap(kek, &self.session, handles, &wrapped)?;
+        let wrapped = unhex(&reference.wrapped)?;
+        let value = self.unwrap_with(kek, handles, &wrapped)?;
         if sha256(&value) == reference.sha256 { Ok(()) } else { Err(another_key()) }
     }
 
@@ -201,19 +250,22 @@ impl Lane {
         let found = self.candidates(rules, now, &mut refused)?;
         let mut keks = Vec::new();
         let mut doubtful = None;
-        for (n, (key, kek)) in found.iter().enumerate() {
-            let key = key.clone();
-            let spec = rules.spec_of(kek);
-            let identity = Some(spec.identity);
-            if found.iter().enumerate().any(|(m, (_, other))| m != n && other.rank.id == kek.rank.id) {
-                let reason = "another key has the same CKA_ID: remove the one that is not meant".into();
-                refused.push(Refused { key, identity, reason });
+        let twins: Vec<bool> = found
+            .iter()
+            .map(|one| found.iter().filter(|other| other.kek.rank.id == one.kek.rank.id).count() > 1)
+            .collect();
+        for (candidate, is_ambiguous) in found.into_iter().zip(twins) {
+            let spec = rules.spec_of(&candidate.kek);
+            let refusal =
+                |reason| Refused { key: candidate.key.clone(), identity: Some(spec.identity), reason, is_ambiguous };
+            if is_ambiguous {
+                refused.push(refusal("another key has the same CKA_ID: remove the one that is not meant".into()));
                 continue;
             }
             match self.prove(&spec) {
-                Ok(()) => keks.push(kek.clone()),
+                Ok(()) => keks.push(candidate),
                 Err(error) if matches!(self.class(&error), Class::Refused | Class::BadInput | Class::Doubtful) => {
-                    refused.push(Refused { key, identity, reason: error.to_string() });
+                    refused.push(refusal(error.to_string()));
                     doubtful = doubtful.or((self.class(&error) == Class::Doubtful).then_some(error));
                 }
                 Err(error) => return Err(error),
@@ -232,35 +284,41 @@ impl Lane {
         rules: &Rules,
         now: Timestamp,
         refused: &mut Vec<Refused>,
-    ) -> Result<Vec<(String, Admitted)>, CallError> {
+    ) -> Result<Vec<Candidate>, CallError> {
         let label = Attribute::Label(rules.label.clone().into_bytes());
         let named =
             |id: Option<&[u8]>| format!("key {} with label {}", id.map_or("without id".into(), hex), rules.label);
         let mut objects = Vec::new();
         for handle in self.session.find_objects(&[Attribute::Token(true), label])? {
-            match self.session.get_attributes(handle, &admission::ASKED).map_err(CallError::from) {
-                Ok(attributes) => objects.push(Said(attributes)),
+            match self.ask(handle) {
+                Ok(said) => objects.push(said),
                 Err(error) if self.class(&error) == Class::Refused => {
                     let reason = format!("what the token says of it cannot be read: {error}");
-                    refused.push(Refused { key: named(None), identity: None, reason });
+                    refused.push(Refused { key: named(None), identity: None, reason, is_ambiguous: false });
                 }
                 Err(error) => return Err(error),
             }
         }
         let mut candidates = Vec::new();
         let mut gone = self.connected.proved().clone();
-        for Decision { id, identity, verdict } in rules.decide(objects, now) {
+        for Decision { id, identity, attributes, verdict } in rules.decide(objects, now) {
             identity.map(|identity| gone.remove(&identity));
             let key = named(id.as_deref());
             match verdict {
-                Ok(kek) => candidates.push((key, kek)),
-                Err(reason) => refused.push(Refused { key, identity, reason }),
+                Ok(kek) => candidates.push(Candidate { key, kek, attributes }),
+                Err(reason) => refused.push(Refused { key, identity, reason, is_ambiguous: false }),
             }
         }
         match gone.first() {
             Some(kek) if refused.iter().all(|refused| refused.identity.is_some()) => Err(is_gone(*kek)),
             _ => Ok(candidates),
         }
+    }
+
+    fn ask(&self, object: ObjectHandle) -> Result<Said, CallError> {
+        let mut attributes = self.session.get_attributes(object, &admission::ASKED)?;
+        attributes.extend(raw::allowed_mechanisms(&self.session, object)?);
+        Ok(Said(attributes))
     }
 
     /// Finds the KEK anew, since a handle may have outlived its key, and has it unwrap its reference.
@@ -277,56 +335,25 @@ impl Lane {
         Ok(self.session.destroy_object(self.find(kek)?.key)?)
     }
 
-    /// Makes a KEK in the token. It never leaves it, and nobody changes its attributes.
-    pub(super) fn generate(&self, rules: &Rules, mode: Mode, rank: Rank) -> Result<KekSpec, CallError> {
-        if mode != Mode::Oaep {
-            let kek = rules.spec_of(&Admitted { rank, mode, pair: None });
-            return self.generate_aes(&kek).map(|()| kek);
+    /// Makes a KEK in the token, and returns it with its identity.
+    pub(super) fn generate(&self, kek: &KekSpec) -> Result<KekSpec, CallError> {
+        let profile = &self.connected.profile;
+        if kek.mode != Mode::Oaep {
+            self.session.generate_key(&Mechanism::AesKeyGen, &attributes::template(profile, kek))?;
+            return Ok(kek.clone());
         }
-        let recipe = Recipe { label: &rules.label, id: &rank.id, bits: rules.rsa_bits, omitted: &rules.omitted };
-        let made = recipe.make(&self.session)?;
-        let said = |handle| Ok(Said(self.session.get_attributes(handle, &admission::ASKED)?));
-        let pair = said(made.key).and_then(|key| Ok((key, said(made.signing)?))).and_then(|(key, signing)| {
-            Pair::new(&rank.id, &key, &signing).map_err(|what| CallError::new(Class::Refused, what))
-        });
-        match pair {
-            Ok(pair) => Ok(rules.spec_of(&Admitted { rank, mode, pair: Some(Arc::new(pair)) })),
+        let Handles { key, signing } = oaep::make(&self.session, profile, kek)?;
+        let pair = || {
+            let (key, signing) = (self.ask(key)?, self.ask(signing)?);
+            Pair::new(&kek.id, &key, &signing).map_err(|what| CallError::new(Class::Refused, what))
+        };
+        match pair() {
+            Ok(pair) => Ok(KekSpec { identity: pair.identity, pair: Some(Arc::new(pair)), ..kek.clone() }),
             Err(error) => {
-                oaep::remove(&self.session, &rules.label, &rank.id)?;
+                oaep::remove(&self.session, &kek.label, &kek.id)?;
                 Err(error)
             }
         }
-    }
-
-    /// 256-bit AES.
-    fn generate_aes(&self, kek: &KekSpec) -> Result<(), CallError> {
-        let wraps_objects = kek.mode.wraps_objects();
-        self.session.generate_key(
-            &cryptoki::mechanism::Mechanism::AesKeyGen,
-            &[
-                Attribute::Class(ObjectClass::SECRET_KEY),
-                Attribute::KeyType(KeyType::AES),
-                Attribute::ValueLen(32.into()),
-                Attribute::Label(kek.label.clone().into_bytes()),
-                Attribute::Id(kek.id.clone()),
-                Attribute::Token(true),
-                Attribute::Private(true),
-                Attribute::Sensitive(true),
-                Attribute::Extractable(false),
-                Attribute::Modifiable(false),
-                Attribute::Copyable(false),
-                Attribute::Wrap(wraps_objects),
-                Attribute::Unwrap(wraps_objects),
-                Attribute::Encrypt(!wraps_objects),
-                Attribute::Decrypt(!wraps_objects),
-                Attribute::Sign(false),
-                Attribute::Verify(false),
-                Attribute::Derive(false),
-                // The token itself then refuses every other use of the key, such as CBC or ECB.
-                Attribute::AllowedMechanisms(vec![kek.mode.mechanism()]),
-            ],
-        )?;
-        Ok(())
     }
 }
 
@@ -334,6 +361,21 @@ impl Drop for Lane {
     fn drop(&mut self) {
         self.connected.count_lanes(|lanes| lanes.saturating_sub(1));
     }
+}
+
+/// What an unclear answer means that came again, after the KEK had opened its reference.
+///
+/// The input is bad, if a token may say so of one. None says of damaged input that its device is removed or that its
+/// module is broken: then a token comes and goes, and a good value must not be called damaged. Yet the connection is
+/// not given up, nor does the process end, since the KEK has just proved itself through it: where a token says such
+/// a thing of a value that it does not like, whoever stores that value could have it done again and again. So the
+/// caller hears of the token, a replica is asked, and if it really is gone the next call finds that out.
+fn in_spite_of_proof(again: CallError, codes: &Codes) -> CallError {
+    let class = match again.class(codes) {
+        Class::Token | Class::Fatal => Class::Refused,
+        _ => Class::BadInput,
+    };
+    again.settled(class)
 }
 
 /// A KEK that was used a moment ago is not there.
@@ -351,10 +393,39 @@ fn another_key() -> CallError {
     CallError::new(Class::Refused, what)
 }
 
+fn unhex(text: &str) -> Result<Vec<u8>, CallError> {
+    base16ct::lower::decode_vec(text).map_err(|_| another_key())
+}
+
 fn hex(bytes: &[u8]) -> String {
     base16ct::lower::encode_string(bytes)
 }
 
 fn sha256(value: &Dek) -> String {
     hex(&Sha256::digest(value.expose()))
+}
+
+#[cfg(test)]
+mod tests {
+    use cryptoki::context::Function;
+    use cryptoki::error::{Error, RvError};
+
+    use super::*;
+
+    #[test]
+    fn only_what_a_token_may_say_of_an_input_makes_it_a_bad_one() {
+        let codes = Codes::default();
+        for (code, class) in [
+            (RvError::DeviceError, Class::BadInput),  // kryoptic, of damaged KW
+            (RvError::GeneralError, Class::BadInput), // SoftHSM
+            (RvError::VendorDefined(0x8000_0201), Class::BadInput),
+            (RvError::MechanismParamInvalid, Class::BadInput),
+            (RvError::DeviceRemoved, Class::Refused),
+            (RvError::TokenNotPresent, Class::Refused),
+            (RvError::MutexBad, Class::Refused),
+        ] {
+            let again = in_spite_of_proof(CallError::from(Error::Pkcs11(code, Function::Decrypt)), &codes);
+            assert_eq!(again.class(&codes), class, "{code:?}");
+        }
+    }
 }

@@ -1,8 +1,8 @@
 //! The login, and the latch before it: a wrong PIN costs one try of the token's few, however often we are started.
 //!
-//! That a PIN is about to be tried is on the disk before C_Login, and goes from there when the PIN has worked; so a
-//! crash in between counts as a refusal, except the first one of a PIN that has worked on this host while the token
-//! counts no wrong one. What stays there is not tried again: until the PIN's file says something else, or a person says
+//! That a PIN is about to be tried is written down before C_Login, and goes when the PIN has worked; so a crash in
+//! between counts as a refusal, except the first one of a PIN that has worked on this host while the token counts no
+//! wrong one. It is synced to the disk unless a PIN has worked, none was refused since, and the token counts none. What stays there is not tried again: until the PIN's file says something else, or a person says
 //! `trousseau pin retry`.
 
 use std::fs::File;
@@ -15,21 +15,18 @@ use std::time::Duration;
 use cryptoki::error::{Error, RvError};
 use cryptoki::session::{Session, UserType};
 use cryptoki::slot::{Slot, TokenInfo};
-use jiff::{SignedDuration, Timestamp};
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 use sha2::{Digest, Sha256};
 
 use super::error::{CallError, Class};
 use super::module::InUse;
+use super::tries::{
+    counts_wrong_pins, hash_of, is_new, may_be_tried, new_record, now, reason, told, with, with_worked,
+};
 use crate::config::Codes;
 use crate::state::{PinRecord, RefusedPin, State, StateError};
 use crate::sync;
 
-/// PBKDF2-HMAC-SHA256: some 15 ms on a processor with SHA instructions, 50 ms on another. PINs are short, and who has
-/// this file can try them all; what guards it is its mode, 0600.
-const ROUNDS: u32 = 100_000;
-/// How long a PIN that has worked on this host is not tried after a second login in a row that was interrupted.
-const INTERRUPTION: SignedDuration = SignedDuration::from_secs(60);
 /// How long another login of this host may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -95,14 +92,19 @@ impl Latch {
         let record = self.record()?;
         let info = in_use.token_info(slot)?;
         // The slow hash must not hold up the start of a host that is well: there, whatever the PIN is, it may be tried.
-        let any_may_be_tried = record.worked.is_some() && record.refused.is_empty() && !counts_wrong_pins(&info);
+        let is_well = record.worked.is_some() && record.refused.is_empty() && !record.retry;
+        let any_may_be_tried = is_well && !counts_wrong_pins(&info);
         let hash = (!any_may_be_tried).then(|| hash_of(&record, pin));
-        self.refuse(&record, hash.as_deref(), &info)?;
+        may_be_tried(&record, hash.as_deref(), &info, &self.pin_file).map_err(|why| CallError::new(Class::Pin, why))?;
         // Whoever restarts us while a token that is out of reach lets C_Login hang does not hold back a good PIN.
         let again = is_new(&record, hash.as_deref()) && (hash.is_none() || record.worked == hash);
         let tried = RefusedPin { hash, at: now(), answer: None, again };
         let latched = lock.and_then(|lock| {
-            self.state.write_pin_record(&self.name, &with(&record, tried.clone()))?;
+            match tried.hash {
+                // Neither must the disk. A loss of power meanwhile costs one try of a token that counts none so far.
+                None => self.state.note_login(&self.name)?,
+                Some(_) => self.state.write_pin_record(&self.name, &with(&record, tried.clone()))?,
+            }
             Ok(Some(lock))
         });
         let lock = latched.or_else(|error| self.refuse_unlatched(&record, pin, &info, &error).map(|()| None))?;
@@ -123,22 +125,19 @@ impl Latch {
         outcome
     }
 
-    /// Opens the latch while the token is in use already.
+    /// Opens the latch; which PIN has worked is found out while the token is in use already.
     fn settle_later(&self, record: PinRecord, pin: SecretString, lock: Option<File>) {
-        let record = PinRecord { retry: false, ..record };
-        let (state, name, before) = (Arc::clone(&self.state), self.name.clone(), record.clone());
+        self.state.forget_noted_login(&self.name);
+        let (state, name) = (Arc::clone(&self.state), self.name.clone());
         let settle = move || {
-            state.keep_pin_record(&name, &record); // at once, since until then a crash counts against the PIN
             let hash = hash_of(&record, &pin);
             if record.worked.as_ref() != Some(&hash) {
                 state.keep_pin_record(&name, &with_worked(record, hash));
             }
             drop(lock);
         };
-        match thread::Builder::new().name("pin".into()).spawn(settle) {
-            Ok(settling) => *sync::lock(&self.settling) = Some(settling),
-            Err(_) => self.state.keep_pin_record(&self.name, &before),
-        }
+        // Without a thread, that another PIN works now is not known until a login that is not as simple.
+        *sync::lock(&self.settling) = thread::Builder::new().name("pin".into()).spawn(settle).ok();
     }
 
     /// What the record says after the token's answer, and what the caller hears.
@@ -166,8 +165,8 @@ impl Latch {
         tried.again = is_doubtful && is_new(&before, Some(&hash));
         tried.hash = Some(hash);
         tried.answer = Some(error.to_string());
-        let reason = self.reason(&tried, tried.again);
-        (with(&before, tried), Err(CallError::new(Class::Pin, reason)))
+        let why = reason(&tried, tried.again, &self.pin_file);
+        (with(&before, tried), Err(CallError::new(Class::Pin, why)))
     }
 
     /// Allows one more try.
@@ -195,48 +194,7 @@ impl Latch {
         if let Some(record) = self.state.pin_record(&self.name).map_err(damaged)? {
             return Ok(record);
         }
-        let mut salt = [0; 16];
-        getrandom::fill(&mut salt)?;
-        Ok(PinRecord {
-            token: self.token.clone(),
-            salt: base16ct::lower::encode_string(&salt),
-            rounds: ROUNDS,
-            worked: None,
-            refused: Vec::new(),
-            retry: false,
-        })
-    }
-
-    /// Refuses a PIN that is not to be tried.
-    fn refuse(&self, record: &PinRecord, hash: Option<&str>, info: &TokenInfo) -> Result<(), CallError> {
-        let refused = |what: String| Err(CallError::new(Class::Pin, what));
-        if info.user_pin_locked() {
-            return refused("the user PIN is locked: unlock it with the vendor's tools".into());
-        }
-        let has_worked = record.worked.as_deref() == hash;
-        if let Some(known) = record.refused.iter().find(|known| known.may_be(hash)) {
-            // A token that lets C_Login hang until we are restarted, and counts no wrong PIN, says nothing of this one.
-            let was_interrupted = known.answer.is_none() && has_worked && !counts_wrong_pins(info);
-            let is_over = now().duration_since(known.at) >= INTERRUPTION;
-            match (was_interrupted, known.again) {
-                (true, false) if !is_over => {
-                    return refused(format!("{}: it is tried again a minute after that", told(known)));
-                }
-                (false, again) if !again || known.answer.is_none() => return refused(self.reason(known, false)),
-                _ => (),
-            }
-        }
-        // A count that our own refused PIN explains does not speak against the next one, until the last try.
-        let explained = record.refused.iter().any(|known| known.answer.is_some()) && !info.user_pin_final_try();
-        let may_be_wrong = !has_worked && !record.retry && !explained;
-        if counts_wrong_pins(info) && may_be_wrong {
-            return refused(format!(
-                "the token has seen a wrong PIN since its last login, and the PIN in {} has never worked on this host: \
-                 it is not tried, unless you say `trousseau pin retry`",
-                self.pin_file
-            ));
-        }
-        Ok(())
+        Ok(new_record(self.token.clone())?)
     }
 
     /// Refuses a PIN whose try the disk would not remember.
@@ -253,17 +211,6 @@ impl Latch {
         }
         Err(not_written(error))
     }
-
-    /// Why a PIN is not tried again. The same words from the refusal on, so that the log has them once.
-    fn reason(&self, refused: &RefusedPin, again: bool) -> String {
-        let (told, file) = (told(refused), &self.pin_file);
-        if again {
-            return format!("{told}: it is tried once more");
-        }
-        format!(
-            "{told}: write the right PIN into {file}; this one is not tried again, unless you say `trousseau pin retry`"
-        )
-    }
 }
 
 impl Drop for Latch {
@@ -275,11 +222,6 @@ impl Drop for Latch {
     }
 }
 
-/// Whether the token has seen a wrong PIN since its last login, as far as it tells.
-fn counts_wrong_pins(info: &TokenInfo) -> bool {
-    info.user_pin_count_low() || info.user_pin_final_try() || info.user_pin_locked()
-}
-
 fn not_written(error: &io::Error) -> CallError {
     let what = format!(
         "the state directory does not take a note ({error}), and without one no PIN is tried that may be wrong: make \
@@ -288,44 +230,8 @@ fn not_written(error: &io::Error) -> CallError {
     CallError::new(Class::Token, what)
 }
 
-fn told(refused: &RefusedPin) -> String {
-    let at = refused.at;
-    match &refused.answer {
-        Some(answer) => format!("{answer} at {at}"),
-        None => format!("the process that tried the PIN at {at} ended before it knew whether it is the right one"),
-    }
-}
-
-/// Whether a PIN has not been tried since one worked.
-fn is_new(record: &PinRecord, hash: Option<&str>) -> bool {
-    !record.refused.iter().any(|known| known.may_be(hash))
-}
-
-/// The record while a PIN is being tried, and when it was refused.
-fn with(record: &PinRecord, refused: RefusedPin) -> PinRecord {
-    let mut record = PinRecord { retry: false, ..record.clone() };
-    record.refused.retain(|known| !known.may_be(refused.hash.as_deref()));
-    record.refused.push(refused);
-    record
-}
-
-fn with_worked(record: PinRecord, hash: String) -> PinRecord {
-    PinRecord { worked: Some(hash), refused: Vec::new(), retry: false, ..record }
-}
-
-fn hash_of(record: &PinRecord, pin: &SecretString) -> String {
-    let mut hash = [0; 32];
-    pbkdf2::pbkdf2_hmac::<Sha256>(pin.expose_secret().as_bytes(), record.salt.as_bytes(), record.rounds, &mut hash);
-    base16ct::lower::encode_string(&hash)
-}
-
-fn now() -> Timestamp {
-    let now = Timestamp::now();
-    Timestamp::from_second(now.as_second()).unwrap_or(now)
-}
-
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::indexing_slicing)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use cryptoki::context::Function;
 
@@ -402,12 +308,5 @@ mod tests {
             let (after, _) = latch.outcome(before, tried.clone(), "aa".into(), answer, counts_none);
             assert_eq!(after.refused.is_empty(), !is_kept, "{worked} {counts_none} {code:?}");
         }
-    }
-
-    #[test]
-    fn a_hash_is_of_this_pin_in_this_file() {
-        let hashes = [("1234", "00"), ("1235", "00"), ("1234", "01")]
-            .map(|(pin, salt)| hash_of(&PinRecord { salt: salt.into(), ..record(&[]) }, &SecretString::from(pin)));
-        assert!(hashes.iter().all(|hash| hash.len() == 64) && hashes[0] != hashes[1] && hashes[0] != hashes[2]);
     }
 }

@@ -2,16 +2,20 @@
 //!
 //! From top to bottom: this room knows tokens and their KEKs; [`token`] keeps one connected, by its supervisor
 //! thread; [`pool`] has work done by its session threads; [`link`] is what these tell each other; [`lane`] is what one
-//! session does; [`mechanism`] is how a KEK wraps, and [`oaep`] how one of two RSA pairs does; [`connection`] finds a token, and [`login`] logs in to it unless its
-//! PIN was refused; [`module`] loads a library, and
-//! [`token_info`] reads what its tokens say of themselves. [`pace`] knows how long calls take, [`timing`] measures them without the
-//! pool, [`admission`] decides which keys are KEKs, and [`error`] says what failed. They are the only rooms that know
-//! the cryptoki crate.
+//! session does; [`mechanism`] is how a KEK wraps ([`oaep`] if it is two RSA pairs), and [`raw`] what cryptoki cannot name of that; [`address`] finds a
+//! token by what [`slots`] say, and [`login`] logs in to it unless its PIN was refused ([`tries`]); a [`connection`]
+//! comes of that; [`module`] loads a library. [`pace`] knows how long calls take, [`timing`] measures them without the
+//! pool, [`admission`] decides which keys are KEKs, [`generation`] makes one, [`attributes`] is what is said of them, and
+//! [`error`] says what failed. They are the only rooms that know the cryptoki crate.
 
+mod address;
 mod admission;
+mod attributes;
 mod connection;
 mod error;
+mod generation;
 mod halves;
+mod job;
 mod kek;
 mod lane;
 mod link;
@@ -22,16 +26,20 @@ mod oaep;
 mod pace;
 mod pool;
 mod queue;
+mod raw;
 pub mod setup;
+mod slots;
 mod timing;
 mod token;
 mod token_info;
+mod tries;
 mod wraps;
 
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, mpsc};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
@@ -41,11 +49,12 @@ use jiff::Timestamp;
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
+use self::address::Address;
 use self::admission::KekSpec;
 pub use self::admission::LONGEST_WAIT;
-use self::connection::Address;
-use self::kek::Pkcs11Kek;
-use self::lane::Inventory;
+pub use self::generation::{Generated, Plan};
+use self::kek::{Pkcs11Kek, Places};
+use self::lane::{Candidate, Inventory};
 use self::link::SILENCE;
 pub use self::login::Retry;
 pub use self::module::leave;
@@ -62,6 +71,8 @@ use crate::sync::{lock, write};
 
 /// How long the end waits for calls into the module.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// How long `pin retry` waits for a token: longer than another login of this host may take.
+const RETRY_PATIENCE: Duration = Duration::from_secs(15);
 
 /// Tokens that hold the same KEKs. Its threads end when it is dropped.
 pub struct Pkcs11 {
@@ -75,21 +86,6 @@ pub struct Pkcs11 {
     keks: Mutex<HashMap<Identity, Arc<Pkcs11Kek>>>,
 }
 
-/// A KEK that was made: what its maker wants to know.
-#[derive(Clone, Debug)]
-pub struct Generated {
-    /// Its identity.
-    pub identity: Identity,
-    /// CKA_ID.
-    pub id: Vec<u8>,
-    /// When it becomes active.
-    pub not_before: Timestamp,
-    /// How it wraps.
-    pub mode: Mode,
-    /// The tokens that hold it.
-    pub held_by: Vec<String>,
-}
-
 /// Allows one more try of the PIN for each token of a provider, if it is held back: the token as people know it, and
 /// what was done, or why nothing could be. No token is logged in to.
 pub fn allow_pin_retry(
@@ -98,10 +94,22 @@ pub fn allow_pin_retry(
     final_try_ok: bool,
 ) -> Vec<(String, Result<Retry, String>)> {
     let allow = |uri: &TokenUri| {
-        let done = Address::new(uri.clone(), provider, state).allow_retry(final_try_ok);
-        (format!("token {uri} of provider {}", provider.name), done)
+        let address = Address::new(uri.clone(), provider, state);
+        let done = in_time(RETRY_PATIENCE, move || address.allow_retry(final_try_ok));
+        (format!("token {uri} of provider {}", provider.name), done.and_then(|done| done))
     };
     provider.tokens.iter().map(allow).collect()
+}
+
+/// Does what calls into a module, and does not wait longer than so long: a call that hangs keeps its thread.
+fn in_time<T: Send + 'static>(limit: Duration, work: impl FnOnce() -> T + Send + 'static) -> Result<T, String> {
+    let (done, answer) = mpsc::channel();
+    let work = move || drop(done.send(work()));
+    thread::Builder::new().name("token".into()).spawn(work).map_err(|error| format!("no thread: {error}"))?;
+    answer.recv_timeout(limit).map_err(|_| {
+        let what = "its module has not answered for";
+        format!("{what} {} s: see that the HSM and what leads to it are well, then try again", limit.as_secs())
+    })
 }
 
 /// A token that can be used, and what may soon be wrong with it.
@@ -150,53 +158,6 @@ impl Pkcs11 {
         .await
     }
 
-    /// The activation instant of the newest KEK, if there is one.
-    ///
-    /// # Errors
-    /// No token is within reach.
-    pub async fn newest(&self, deadline: Instant) -> Result<Option<Timestamp>, KekError> {
-        let sighting = self.look(deadline).await?;
-        Ok(sighting.keks.iter().map(|kek| kek.rank().not_before).max())
-    }
-
-    /// Makes a KEK that becomes active at `not_before`, in the first token. `mode`: the profile's first, if `None`.
-    ///
-    /// # Errors
-    /// The mode is not one of the profile's, or the token does not do it; nothing is left behind then.
-    pub async fn generate(
-        &self,
-        not_before: Timestamp,
-        mode: Option<Mode>,
-        deadline: Instant,
-    ) -> Result<Generated, KekError> {
-        let refused = |what: String| KekError::Refused(format!("provider {}: {what}", self.name));
-        let mode = mode.or(self.modes.first().copied()).filter(|mode| self.modes.contains(mode));
-        let mode = mode.ok_or_else(|| {
-            refused(format!(
-                "its profile knows only {}",
-                self.modes.iter().map(|mode| mode.as_str()).collect::<Vec<_>>().join(", ")
-            ))
-        })?;
-        let first = self.tokens.first().ok_or_else(|| refused("it has no token".into()))?;
-        let id = admission::new_id(not_before).map_err(|error| refused(error.to_string()))?;
-        let rank = Rank { not_before, id: id.to_vec() };
-        let of = Arc::clone(first);
-        let kek = first.run(deadline, move |lane| lane.generate(&of.rules, mode, rank.clone())).await?;
-        let sighting = self.look(deadline).await?;
-        let made = sighting.keks.iter().find(|made| made.identity() == kek.identity);
-        let Some(held_by) = made.map(|made| made.held_by()) else {
-            let named = sighting.refused.into_iter().find(|refused| refused.identity == Some(kek.identity));
-            let reason = named.map_or("it is not to be found".into(), |refused| refused.reason);
-            let (spec, id) = (kek.clone(), kek.identity);
-            let left = match first.run(deadline, move |lane| lane.remove(&spec)).await {
-                Ok(()) => "it was removed again".to_owned(),
-                Err(error) => format!("it could not be removed again: {error}"),
-            };
-            return Err(refused(format!("KEK {id} was made and does not work: {reason}; {left}")));
-        };
-        Ok(Generated { identity: kek.identity, id: kek.id, not_before, mode, held_by })
-    }
-
     /// What one token holds.
     async fn look_at(&self, token: &Arc<Token>, deadline: Instant) -> Result<Inventory, KekError> {
         let of = Arc::clone(token);
@@ -207,9 +168,9 @@ impl Pkcs11 {
     }
 
     async fn look_at_every_token(&self, deadline: Instant) -> Result<Sighting, KekError> {
-        let mut found: HashMap<Identity, (KekSpec, Rank, Vec<Arc<Token>>)> = HashMap::new();
+        let mut found: HashMap<Identity, (KekSpec, Rank, Places)> = HashMap::new();
         let mut refused = Vec::new();
-        let mut out_of_reach = Vec::new();
+        let (mut looked_at, mut out_of_reach) = (Vec::new(), Vec::new());
         let looks = join_all(self.tokens.iter().map(|token| self.look_at(token, deadline))).await;
         for (token, look) in self.tokens.iter().zip(looks) {
             let inventory = match look {
@@ -219,13 +180,14 @@ impl Pkcs11 {
                     continue;
                 }
             };
+            looked_at.push(token);
             let place =
                 |refusal: Refused| Refused { key: format!("{} on {}", refusal.key, token.link.name), ..refusal };
             refused.extend(inventory.refused.into_iter().map(place));
-            for kek in inventory.keks {
+            for Candidate { kek, attributes, .. } in inventory.keks {
                 let name = token.rules.spec_of(&kek);
-                let place = found.entry(name.identity).or_insert_with(|| (name, kek.rank, Vec::new()));
-                place.2.push(Arc::clone(token));
+                let (_, _, places) = found.entry(name.identity).or_insert_with(|| (name, kek.rank, Places::default()));
+                places.holders.push((Arc::clone(token), attributes));
             }
         }
         if out_of_reach.len() == self.tokens.len()
@@ -233,33 +195,51 @@ impl Pkcs11 {
         {
             return Err(error);
         }
-        let out_of_reach = out_of_reach.iter().map(ToString::to_string).collect();
-        let mut incomplete = Vec::new();
-        for (kek, _, holders) in found.values() {
-            let lacks = |token: &&Arc<Token>| {
-                token.link.check().is_ok() && !holders.iter().any(|holder| Arc::ptr_eq(holder, token))
-            };
-            let gap = |token: &Arc<Token>| format!("{} lacks KEK {}: clone it there", token.link.name, kek.identity);
-            incomplete.extend(self.tokens.iter().filter(lacks).map(gap));
+        let out_of_reach: Vec<String> = out_of_reach.iter().map(ToString::to_string).collect();
+        if out_of_reach.is_empty() {
+            refused.extend(self.nowhere(|identity| found.contains_key(&identity) || has(&refused, identity)));
         }
-        let keks = found.into_values().map(|(name, rank, holders)| self.known(name, rank, holders)).collect();
-        Ok(Sighting { keks, refused, out_of_reach, incomplete })
+        for (_, _, places) in found.values_mut() {
+            let lacks = |token: &Arc<Token>| !places.holders.iter().any(|(holder, _)| Arc::ptr_eq(holder, token));
+            places.lacking = looked_at.iter().filter(|token| lacks(token)).map(|token| Arc::clone(token)).collect();
+        }
+        let keks = found.into_values().map(|(name, rank, places)| self.known(name, rank, places)).collect();
+        Ok(Sighting { keks, refused, out_of_reach })
     }
 
-    /// The KEK of this name, with the tokens that now hold it.
-    fn known(&self, spec: KekSpec, rank: Rank, holders: Vec<Arc<Token>>) -> Arc<dyn Kek> {
+    /// The keys that the configuration admits, and that nobody shows.
+    fn nowhere(&self, is_shown: impl Fn(Identity) -> bool) -> Vec<Refused> {
+        let admitted = self.tokens.iter().take(1).flat_map(|token| token.rules.admitted.keys());
+        let absent = admitted.filter(|id| !is_shown(Identity::of_pkcs11(id)));
+        let reason = "no token has it: bring it back, or remove its [[provider.kek]]";
+        absent
+            .map(|id| Refused {
+                key: format!("key {} of provider {}", base16ct::lower::encode_string(id), self.name),
+                identity: Some(Identity::of_pkcs11(id)),
+                reason: reason.into(),
+                is_ambiguous: false,
+            })
+            .collect()
+    }
+
+    /// The KEK of this name, with the places where it is now.
+    fn known(&self, spec: KekSpec, rank: Rank, places: Places) -> Arc<dyn Kek> {
         let mut keks = self.keks();
         let kek = keks.entry(spec.identity).or_insert_with(|| {
             let wraps = Arc::new(WrapCounter::new(&spec, Arc::clone(&self.state)));
-            Arc::new(Pkcs11Kek { spec: Arc::new(spec), rank, wraps, holders: RwLock::default() })
+            Arc::new(Pkcs11Kek { spec: Arc::new(spec), rank, wraps, places: RwLock::default() })
         });
-        *write(&kek.holders) = holders;
+        *write(&kek.places) = places;
         Arc::clone(kek) as Arc<dyn Kek>
     }
 
     fn keks(&self) -> MutexGuard<'_, HashMap<Identity, Arc<Pkcs11Kek>>> {
         lock(&self.keks)
     }
+}
+
+fn has(refused: &[Refused], identity: Identity) -> bool {
+    refused.iter().any(|refused| refused.identity == Some(identity))
 }
 
 impl Drop for Pkcs11 {

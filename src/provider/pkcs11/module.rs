@@ -19,6 +19,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::error::CallError;
+use super::slots::Slots;
 use super::token_info::TokenInfos;
 use crate::sync::lock;
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
@@ -39,6 +40,7 @@ pub(super) struct Module {
     token_infos: TokenInfos,
     in_use: Mutex<InUseBy>,
     given_up: Condvar,
+    slots: Slots,
 }
 
 #[derive(Default)]
@@ -95,7 +97,8 @@ impl Module {
         refuse_if_writable_by_others(&path)?;
         let library = Pkcs11::new(&path).map_err(|error| load_error(&path, &error))?;
         let token_infos = TokenInfos::load(&path).map_err(|error| load_error(&path, &error))?;
-        let module = Arc::new(Self { library, token_infos, in_use: Mutex::default(), given_up: Condvar::new() });
+        let (in_use, given_up, slots) = (Mutex::default(), Condvar::new(), Slots::default());
+        let module = Arc::new(Self { library, token_infos, in_use, given_up, slots });
         loaded.insert(path, Arc::clone(&module));
         Ok(module)
     }
@@ -111,6 +114,10 @@ impl InUse {
         Ok(self.0.token_infos.of(slot)?)
     }
 
+    pub(super) fn slots(&self) -> &Slots {
+        &self.0.slots
+    }
+
     /// From now on everybody is to give the library up for a moment.
     pub(super) fn renew(&self) {
         lock(&self.0.in_use).renewed = true;
@@ -119,6 +126,13 @@ impl InUse {
     /// Whether everybody is to give it up for a moment.
     pub(super) fn is_renewed(&self) -> bool {
         lock(&self.0.in_use).renewed
+    }
+}
+
+impl Clone for InUse {
+    fn clone(&self) -> Self {
+        lock(&self.0.in_use).users += 1;
+        Self(Arc::clone(&self.0))
     }
 }
 

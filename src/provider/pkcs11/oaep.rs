@@ -16,13 +16,17 @@ use rsa::{BoxedUint, Oaep, Pkcs1v15Sign, PublicKey};
 use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
-use super::admission::Said;
+use super::admission::{KekSpec, Said};
+use super::attributes;
 use super::error::{CallError, Class};
 use super::mechanism::Handles;
+use crate::config::Profile;
 use crate::envelope::WrapAlgorithm;
 use crate::identity::Identity;
 use crate::secret::Dek;
 
+/// What the other key may do.
+pub(super) const DECRYPTING: MechanismType = MechanismType::RSA_PKCS_OAEP;
 /// What the signing key may do: sign whatever is given it, so that the hash is ours. Some tokens know no more.
 pub(super) const SIGNING: MechanismType = MechanismType::RSA_PKCS;
 
@@ -133,59 +137,57 @@ pub(super) fn unwrap(
     Ok(Zeroizing::new(session.decrypt(&Mechanism::RsaPkcsOaep(parameters), decrypting, ciphertext)?))
 }
 
-/// How a KEK is made.
-pub(super) struct Recipe<'a> {
-    pub(super) label: &'a str,
-    pub(super) id: &'a [u8],
-    pub(super) bits: u64,
-    /// Attributes that the token lets nobody set.
-    pub(super) omitted: &'a [AttributeType],
+/// Makes both pairs, and nothing if one of them cannot be made. Returns the private keys.
+pub(super) fn make(session: &Session, profile: &Profile, kek: &KekSpec) -> Result<Handles, CallError> {
+    let key = make_pair(session, profile, kek, true)?;
+    match make_pair(session, profile, kek, false) {
+        Ok(signing) => Ok(Handles { key, signing }),
+        Err(error) => {
+            remove(session, &kek.label, &kek.id)?;
+            Err(error)
+        }
+    }
 }
 
-impl Recipe<'_> {
-    /// Makes both pairs, and nothing if one of them cannot be made. Returns the private keys.
-    pub(super) fn make(&self, session: &Session) -> Result<Handles, CallError> {
-        let key = self.make_pair(session, self.id, true)?;
-        match self.make_pair(session, &signer_id(self.id), false) {
-            Ok(signing) => Ok(Handles { key, signing }),
-            Err(error) => {
-                remove(session, self.label, self.id)?;
-                Err(error)
-            }
-        }
-    }
+fn make_pair(session: &Session, profile: &Profile, kek: &KekSpec, decrypts: bool) -> Result<ObjectHandle, CallError> {
+    let mut public = named(kek, decrypts);
+    public.extend([
+        Attribute::ModulusBits(u64::from(profile.rsa_bits).into()),
+        Attribute::PublicExponent(vec![1, 0, 1]),
+        Attribute::Encrypt(decrypts),
+        Attribute::Verify(!decrypts),
+    ]);
+    attributes::omit(profile, &mut public);
+    let private = template(profile, kek, decrypts);
+    Ok(session.generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, &public, &private)?.1)
+}
 
-    fn make_pair(&self, session: &Session, id: &[u8], decrypts: bool) -> Result<ObjectHandle, CallError> {
-        let named = [Attribute::Token(true), Attribute::Label(self.label.into()), Attribute::Id(id.to_vec())];
-        let mut public = named.to_vec();
-        public.extend([
-            Attribute::ModulusBits(self.bits.into()),
-            Attribute::PublicExponent(vec![1, 0, 1]),
-            Attribute::Encrypt(decrypts),
-            Attribute::Verify(!decrypts),
-        ]);
-        let mut private = named.to_vec();
-        private.extend([
-            Attribute::Class(ObjectClass::PRIVATE_KEY),
-            Attribute::KeyType(KeyType::RSA),
-            Attribute::Private(true),
-            Attribute::Sensitive(true),
-            Attribute::Extractable(false),
-            Attribute::Modifiable(false),
-            Attribute::Copyable(false),
-            Attribute::Decrypt(decrypts),
-            Attribute::Sign(!decrypts),
-            Attribute::SignRecover(false),
-            Attribute::Unwrap(false),
-            Attribute::Derive(false),
-            // The token itself then refuses every other use of the key.
-            Attribute::AllowedMechanisms(vec![if decrypts { MechanismType::RSA_PKCS_OAEP } else { SIGNING }]),
-        ]);
-        for template in [&mut public, &mut private] {
-            template.retain(|attribute| !self.omitted.contains(&attribute.attribute_type()));
-        }
-        Ok(session.generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, &public, &private)?.1)
-    }
+fn named(kek: &KekSpec, decrypts: bool) -> Vec<Attribute> {
+    let id = if decrypts { kek.id.clone() } else { signer_id(&kek.id) };
+    vec![Attribute::Token(true), Attribute::Label(kek.label.clone().into_bytes()), Attribute::Id(id)]
+}
+
+/// What is asked of the token for the private key that decrypts, or for the one that signs.
+pub(super) fn template(profile: &Profile, kek: &KekSpec, decrypts: bool) -> Vec<Attribute> {
+    let mut private = named(kek, decrypts);
+    private.extend([
+        Attribute::Class(ObjectClass::PRIVATE_KEY),
+        Attribute::KeyType(KeyType::RSA),
+        Attribute::Private(true),
+        Attribute::Sensitive(true),
+        Attribute::Extractable(false),
+        Attribute::Modifiable(false),
+        Attribute::Copyable(false),
+        Attribute::Decrypt(decrypts),
+        Attribute::Sign(!decrypts),
+        Attribute::SignRecover(false),
+        Attribute::Unwrap(false),
+        Attribute::Derive(false),
+        // The token itself then refuses every other use of the key.
+        Attribute::AllowedMechanisms(vec![if decrypts { DECRYPTING } else { SIGNING }]),
+    ]);
+    attributes::omit(profile, &mut private);
+    private
 }
 
 /// Removes every object of a KEK.

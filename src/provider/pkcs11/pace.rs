@@ -15,6 +15,11 @@ const LEAST_PATIENCE: Duration = Duration::from_millis(50);
 const MOST_PATIENCE: Duration = Duration::from_millis(1500);
 /// A job is overdue, and not only late, when its deadline has passed by so much and by twice what the slowest took.
 const GRACE: Duration = Duration::from_secs(1);
+/// A token lags when its last job took so many times what the quickest one's take, and so long.
+const LAG: u32 = 4;
+const LEAST_LAG: Duration = Duration::from_millis(20);
+/// One that lags is left alone for so long: then one request shows whether it still does.
+const REST: Duration = Duration::from_millis(500);
 /// The slowest of so many is their 99th percentile.
 const RECENT: usize = 100;
 
@@ -23,6 +28,7 @@ pub(super) struct Pace(Mutex<Inner>);
 
 struct Inner {
     average: Duration,
+    last: Duration,
     recent: [Duration; RECENT],
     ended: usize,
     under_way: Vec<UnderWay>,
@@ -56,6 +62,7 @@ impl Pace {
     pub(super) fn new() -> Self {
         Self(Mutex::new(Inner {
             average: UNKNOWN,
+            last: Duration::ZERO,
             recent: [Duration::ZERO; RECENT],
             ended: 0,
             under_way: Vec::new(),
@@ -87,6 +94,7 @@ impl Pace {
         let now = Instant::now();
         inner.moved = now;
         let took = now.saturating_duration_since(at);
+        inner.last = took;
         // A job that was only preempted once must not make the token slow.
         let counted = took.min(inner.average.max(QUICK) * 4);
         inner.average = inner.average * 7 / 8 + counted / 8;
@@ -113,6 +121,13 @@ impl Pace {
     /// How long a job takes on average.
     pub(super) fn average(&self) -> Duration {
         self.inner().average
+    }
+
+    /// Whether it was much slower a moment ago than one whose jobs take `quickest` on average. The last job alone tells,
+    /// so that one that is well again is used again at once; and a quick one that was only preempted rests, at most.
+    pub(super) fn lags(&self, quickest: Duration) -> bool {
+        let inner = self.inner();
+        inner.last > (quickest * LAG).max(LEAST_LAG) && (inner.is_awaited() || inner.moved.elapsed() < REST)
     }
 
     /// How long to wait for the token before another one is asked.
@@ -181,6 +196,29 @@ mod tests {
         assert!(pace.hung_for().is_none() && pace.stuck() == 0);
         pace.end(call, true);
         pace.end(look, true);
+    }
+
+    #[test]
+    fn a_token_lags_behind_a_quicker_one_until_it_has_rested_and_one_job_was_quick() {
+        let take = |pace: &Pace, time: Duration| {
+            let begun = pace.begin(Instant::now() + Duration::from_secs(60), TYPICAL);
+            pace.end(Begun { at: begun.at - time, ..begun }, true);
+        };
+        let ms = Duration::from_millis;
+        for (took, quickest, lags) in [(200, 1, true), (15, 1, false), (200, 60, false), (200, 40, true)] {
+            let pace = Pace::new();
+            take(&pace, ms(took));
+            assert_eq!(pace.lags(ms(quickest)), lags, "{took} ms beside {quickest} ms");
+        }
+        let pace = Pace::new();
+        assert!(!pace.lags(ms(1)), "nothing is known of it");
+        take(&pace, ms(200));
+        lock(&pace.0).moved -= REST;
+        assert!(!pace.lags(ms(1)), "it has rested");
+        let asked = pace.begin(Instant::now() + Duration::from_secs(60), TYPICAL);
+        assert!(pace.lags(ms(1)), "one job is enough to tell");
+        pace.end(asked, true);
+        assert!(!pace.lags(ms(1)), "it is well again");
     }
 
     #[test]

@@ -8,10 +8,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use tokio::sync::oneshot;
-
 use super::connection::Connected;
 use super::error::{CallError, Class};
+use super::job::{Call, Job};
 use super::lane::Lane;
 use super::link::Link;
 use super::module;
@@ -47,63 +46,6 @@ const NO_SESSION: Duration = Duration::from_secs(5);
 /// The token has no session left for this worker.
 struct NoSession;
 
-/// Something to be done with a session.
-trait Job: Deliver {
-    /// When nobody will want the answer any more.
-    fn deadline(&self) -> Instant;
-
-    /// Whether somebody still wants the answer.
-    fn is_wanted(&self) -> bool;
-
-    /// Whether it is what most jobs are, one call for a request.
-    fn is_typical(&self) -> bool;
-
-    /// Does it. On success the answer is kept; after a failure it can be tried again, or refused.
-    fn attempt(&mut self, lane: &mut Lane) -> Result<(), CallError>;
-
-    /// Keeps a failure as the answer.
-    fn refuse(&mut self, error: KekError);
-}
-
-struct Call<T, W> {
-    work: W,
-    deadline: Instant,
-    is_typical: bool,
-    answer: Option<Result<T, KekError>>,
-    caller: oneshot::Sender<Result<T, KekError>>,
-}
-
-impl<T: Send, W: FnMut(&mut Lane) -> Result<T, CallError> + Send> Job for Call<T, W> {
-    fn deadline(&self) -> Instant {
-        self.deadline
-    }
-
-    fn is_wanted(&self) -> bool {
-        Instant::now() < self.deadline && !self.caller.is_closed()
-    }
-
-    fn is_typical(&self) -> bool {
-        self.is_typical
-    }
-
-    fn attempt(&mut self, lane: &mut Lane) -> Result<(), CallError> {
-        self.answer = Some(Ok((self.work)(lane)?));
-        Ok(())
-    }
-
-    fn refuse(&mut self, error: KekError) {
-        self.answer = Some(Err(error));
-    }
-}
-
-impl<T: Send, W: Send> Deliver for Call<T, W> {
-    fn deliver(self: Box<Self>) {
-        if let Some(answer) = self.answer {
-            let _caller_gone = self.caller.send(answer);
-        }
-    }
-}
-
 /// A worker's session, and the round of the queue in which it was opened.
 #[derive(Default)]
 struct Seat {
@@ -136,8 +78,7 @@ impl Pool {
     {
         self.link.check()?;
         let busy = || KekError::Busy(self.link.name.clone());
-        let (caller, answered) = oneshot::channel();
-        let job = Box::new(Call { work, deadline, is_typical, answer: None, caller });
+        let (job, answered) = Call::new(work, deadline, is_typical);
         let (ticket, before) = self.queue.push(job).map_err(|_| busy())?;
         let _place = Place { queue: &self.queue, ticket };
         if self.would_be_late(before, deadline) {
@@ -159,6 +100,12 @@ impl Pool {
     }
 
     /// Worker threads at most, those whose call does not return among them.
+    ///
+    /// When all of them hang the process leaves: two lots of calls must have hung one after the other, each for its
+    /// caller's deadline and a second more. That is eight seconds with deadlines of three, and twelve when one of the
+    /// keyring's own calls is among them, which have ten. To leave after the first lot would take five, and would be wrong
+    /// with every HSM that says nothing for a few seconds while another one takes over, and then answers. Callers gain
+    /// nothing by it either: Status tells of the hang within two seconds.
     pub(super) fn most_workers(&self) -> usize {
         2 * self.sessions
     }

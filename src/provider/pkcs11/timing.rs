@@ -34,7 +34,7 @@ impl Pkcs11 {
         let token = holders.first().ok_or_else(|| refused("no token holds its KEK"))?;
         token.link.check()?;
         let connected = token.link.connected().ok_or_else(|| refused("its token was lost"))?;
-        let failed = |error: CallError| error.to_kek_error(error.class(&connected.codes), &token.link.name);
+        let failed = |error: CallError| error.to_kek_error(error.class(&connected.profile.errors), &token.link.name);
         let dek = Dek::generate().map_err(|error| failed(error.into()))?;
         // Each session finds the KEK now, not in the time that is measured.
         let ready = (0..sessions).map(|_| {

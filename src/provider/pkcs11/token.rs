@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
-use super::admission::{self, Rules};
-use super::connection::{Address, NotConnected};
+use super::address::{Address, NotConnected};
+use super::admission::Rules;
 use super::error::CallError;
 use super::lane::Lane;
 use super::link::{Link, SILENCE};
@@ -43,7 +43,8 @@ pub(super) struct Token {
     threads: Mutex<Receiver<()>>,
     /// Objects after which the module is to be initialized anew.
     renew_after: Option<u64>,
-    /// Since when an attempt to connect has been under way, or failed while a call held the last connection open.
+    /// Since when an attempt to connect has been under way, or failed because a call does not return: one that holds the
+    /// last connection open, or one that asks a slot for its token.
     waiting_since: Mutex<Option<Instant>>,
     /// Its module was lost, and must not be initialized again.
     is_spent: AtomicBool,
@@ -67,10 +68,8 @@ impl Token {
         let token = Arc::new(Self {
             rules: Rules {
                 label: provider.label.clone(),
-                modes: provider.profile.modes.clone(),
+                profile: Arc::clone(&provider.profile),
                 admitted: provider.admitted.clone(),
-                omitted: provider.profile.omit_attributes.iter().copied().map(admission::omitted).collect(),
-                rsa_bits: provider.profile.rsa_bits.into(),
             },
             link: Arc::clone(&link),
             address: Address::new(uri, provider, state),
@@ -139,6 +138,16 @@ impl Token {
         self.pool.pace.patience()
     }
 
+    /// How long a call takes on average.
+    pub(super) fn average(&self) -> Duration {
+        self.pool.pace.average()
+    }
+
+    /// Whether it was much slower a moment ago than a token whose calls take `quickest`.
+    pub(super) fn lags(&self, quickest: Duration) -> bool {
+        self.pool.pace.lags(quickest)
+    }
+
     /// Whether it is to be passed over while another token serves: it is out of reach, or nothing comes back from it.
     pub(super) fn is_sick(&self) -> bool {
         self.link.check().is_err() || self.pool.pace.hung_for().is_some()
@@ -200,8 +209,12 @@ impl Token {
             lock(&self.waiting_since).get_or_insert(began);
             let connected = self.address.connect(release);
             let unreleased = before.as_ref().is_some_and(|before| before.try_recv() == Err(TryRecvError::Empty));
-            if connected.is_ok() || !unreleased {
-                (before, *lock(&self.waiting_since)) = (None, None);
+            let waits = unreleased || matches!(connected, Err(NotConnected::Hangs(_)));
+            if connected.is_ok() || !waits {
+                if before.take().is_some() {
+                    self.is_spent.store(Module::is_spent(&self.address.module), Ordering::Relaxed);
+                }
+                *lock(&self.waiting_since) = None;
             }
             let next = match connected {
                 Ok(connected) => {
@@ -216,14 +229,11 @@ impl Token {
                     self.is_spent.store(Module::is_spent(&self.address.module), Ordering::Relaxed);
                     began + LOOK_EVERY
                 }
-                Err(NotConnected::NotThere(reason)) => {
-                    self.link.is_down(&format!("is not usable: {reason}"));
-                    Instant::now() + LOOK_EVERY
-                }
-                Err(NotConnected::LoginFailed(reason)) => {
-                    self.link.is_down(&format!("is not usable: {reason}"));
-                    failed_logins += 1;
-                    Instant::now() + pause_after(failed_logins)
+                Err(error) => {
+                    self.link.is_down(&format!("is not usable: {}", error.reason()));
+                    let is_logins = matches!(error, NotConnected::LoginFailed(_));
+                    failed_logins += u32::from(is_logins);
+                    Instant::now() + if is_logins { pause_after(failed_logins) } else { LOOK_EVERY }
                 }
             };
             if !self.pool.is_closed() {

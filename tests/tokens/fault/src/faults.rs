@@ -10,7 +10,7 @@ use cryptoki_sys::*;
 
 use crate::rules::{Action, Rule, Rules};
 use crate::table::forward;
-use crate::{codes, real, sessions, watch};
+use crate::{codes, dress, real, sessions, watch};
 
 /// How often a call that hangs looks whether its rule is still there.
 const POLL: Duration = Duration::from_millis(10);
@@ -33,7 +33,7 @@ pub struct Output<'a> {
     pub bytes: *mut CK_BYTE,
     pub length: *mut CK_ULONG,
     /// Makes the real call with another place for them.
-    pub elsewhere: &'a dyn Fn(*mut CK_BYTE, *mut CK_ULONG),
+    pub elsewhere: &'a dyn Fn(*mut CK_BYTE, *mut CK_ULONG) -> CK_RV,
 }
 
 /// A call, and what is known when it comes.
@@ -62,7 +62,7 @@ pub fn intercept(call: &Call, forward: impl FnOnce(&Context) -> CK_RV) -> CK_RV 
     };
     let context = Context { call, rules: &rules, token };
     let code = before(&context).unwrap_or_else(|| {
-        let code = forward(&context);
+        let code = resized(&context).unwrap_or_else(|| forward(&context));
         if code == CKR_OK {
             flip(&context);
         }
@@ -84,7 +84,7 @@ fn token_of(place: &Place) -> Option<Arc<str>> {
 fn before(context: &Context) -> Option<CK_RV> {
     for rule in context.about() {
         // The others are done elsewhere, each where it can be.
-        if !matches!(rule.action, Action::Flip | Action::Empty | Action::Limit(_) | Action::LockAfter(_))
+        if rule.action.comes_before()
             && let Some(drawn) = rule.fires()
         {
             match rule.action {
@@ -96,7 +96,7 @@ fn before(context: &Context) -> Option<CK_RV> {
                 Action::Hang => while_it_is_there(rule),
                 Action::Crash => process::abort(),
                 Action::LoseSessions => lose_sessions(rule.token.as_deref()),
-                Action::Flip | Action::Empty | Action::Limit(_) | Action::LockAfter(_) => (),
+                _ => (),
             }
         }
     }
@@ -111,7 +111,7 @@ fn end_operation(call: &Call, code: CK_RV) {
     {
         let mut thrown_away = [0; 4096];
         let mut length = thrown_away.len() as CK_ULONG;
-        (output.elsewhere)(thrown_away.as_mut_ptr(), &mut length);
+        let _whatever = (output.elsewhere)(thrown_away.as_mut_ptr(), &mut length);
     }
 }
 
@@ -128,6 +128,31 @@ fn lose_sessions(token: Option<&str>) {
             sessions::forget_all(Some(slot));
         }
     }
+}
+
+/// Makes the call and gives more or fewer bytes than it made, if a rule wants that. A length query tells the same lie.
+fn resized(context: &Context) -> Option<CK_RV> {
+    let Output { bytes, length, elsewhere } = context.call.output.as_ref()?;
+    let change = context.about().find_map(|rule| match rule.action {
+        Action::Pad(more) => rule.fires().map(|_| more as isize),
+        Action::Truncate(fewer) => rule.fires().map(|_| -(fewer as isize)),
+        _ => None,
+    })?;
+    let mut made = vec![0; 4096];
+    let mut made_len = made.len() as CK_ULONG;
+    let place = if bytes.is_null() { std::ptr::null_mut() } else { made.as_mut_ptr() };
+    let code = elsewhere(place, &mut made_len);
+    if code != CKR_OK {
+        return Some(code);
+    }
+    made[made_len as usize..].fill(0);
+    made.truncate((made_len as usize).saturating_add_signed(change));
+    if bytes.is_null() {
+        // SAFETY: the caller's promise.
+        unsafe { **length = made.len() as CK_ULONG };
+        return Some(CKR_OK);
+    }
+    Some(dress::give(&made, (*bytes, *length)))
 }
 
 /// A length query has no output, and is no call to this rule.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-use cryptoki_sys::CK_RV;
+use cryptoki_sys::{CK_ATTRIBUTE_TYPE, CK_MECHANISM_TYPE, CK_RV, CKM_AES_GCM};
 
 use crate::{codes, table};
 
@@ -29,6 +29,47 @@ pub enum Action {
     Limit(usize),
     /// Count wrong PINs, and lock after so many.
     LockAfter(u64),
+    /// Put so many zeros after the output.
+    Pad(usize),
+    /// Cut so many bytes from the output's end.
+    Truncate(usize),
+    /// AES-GCM, by this mechanism, has another habit.
+    Gcm(Habit, CK_MECHANISM_TYPE),
+    /// Make no key by a template that has this attribute.
+    Forbid(CK_ATTRIBUTE_TYPE),
+    /// Make the key as if the template did not have this attribute.
+    Drop(CK_ATTRIBUTE_TYPE),
+    /// Know no such attribute.
+    Hide(CK_ATTRIBUTE_TYPE),
+}
+
+/// Who makes the IV of AES-GCM, if it is not the caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Habit {
+    /// The token: it writes it over the caller's zeros.
+    Written,
+    /// The token: it puts it before the ciphertext.
+    Prepended,
+    /// The token: it puts it after the tag.
+    Appended,
+    /// As prepended, but it is always one and the same.
+    Constant,
+    /// As prepended, but each session counts from 1.
+    Counted,
+}
+
+impl Action {
+    /// Whether it is done before the call is forwarded, or in its place.
+    pub fn comes_before(&self) -> bool {
+        use Action::{Crash, Delay, Hang, LoseSessions, Return};
+        matches!(self, Return(_) | Delay(..) | Hang | Crash | LoseSessions)
+    }
+
+    /// Whether it applies to all calls, and not to some that are counted.
+    fn always_applies(&self) -> bool {
+        use Action::{Drop, Forbid, Gcm, Hide, Limit, LockAfter};
+        matches!(self, Limit(_) | LockAfter(_) | Gcm(..) | Forbid(_) | Drop(_) | Hide(_))
+    }
 }
 
 /// One line of the file.
@@ -130,7 +171,7 @@ fn parse_rule(text: String, function: &str, words: &[&str]) -> Result<Rule, Stri
     let counters = Arc::default();
     let mut rule =
         Rule { text, function, action, after: 0, times: None, probability: 1.0, token: None, seed: 0, counters };
-    let counts = !matches!(rule.action, Action::Limit(_) | Action::LockAfter(_));
+    let counts = !rule.action.always_applies();
     let mut pairs = qualifiers.chunks_exact(2);
     for pair in &mut pairs {
         match *pair {
@@ -158,6 +199,10 @@ fn parse_action<'a, 'b>(function: Option<&str>, words: &'a [&'b str]) -> Result<
         true => Ok(action),
         false => Err(format!("this is for {wanted} only")),
     };
+    let with_output = |action| match function.is_some_and(|name| table::WITH_OUTPUT.contains(&name)) {
+        true => Ok(action),
+        false => Err(format!("this is for one of {}", table::WITH_OUTPUT.join(", "))),
+    };
     match words {
         ["return", code, rest @ ..] => {
             let code = codes::parse(code).ok_or(format!("{code} is neither a CKR_ name nor a number like 0x30"))?;
@@ -171,10 +216,27 @@ fn parse_action<'a, 'b>(function: Option<&str>, words: &'a [&'b str]) -> Result<
         ["hang", rest @ ..] => Ok((Action::Hang, rest)),
         ["crash", rest @ ..] => Ok((Action::Crash, rest)),
         ["lose-sessions", rest @ ..] => Ok((Action::LoseSessions, rest)),
-        ["flip", rest @ ..] => match function.is_some_and(|name| table::WITH_OUTPUT.contains(&name)) {
-            true => Ok((Action::Flip, rest)),
-            false => Err(format!("flip is for one of {}", table::WITH_OUTPUT.join(", "))),
-        },
+        ["flip", rest @ ..] => Ok((with_output(Action::Flip)?, rest)),
+        ["pad", number, rest @ ..] => Ok((with_output(Action::Pad(parse(number)?))?, rest)),
+        ["truncate", number, rest @ ..] => Ok((with_output(Action::Truncate(parse(number)?))?, rest)),
+        ["gcm", habit, rest @ ..] => {
+            let habit = match *habit {
+                "written" => Habit::Written,
+                "prepended" => Habit::Prepended,
+                "appended" => Habit::Appended,
+                "constant" => Habit::Constant,
+                "counted" => Habit::Counted,
+                _ => return Err(format!("{habit} is no habit")),
+            };
+            let (code, rest) = match rest {
+                ["by", code, rest @ ..] => (parse_hex(code)?, rest),
+                _ => (CKM_AES_GCM, rest),
+            };
+            Ok((only("C_EncryptInit", Action::Gcm(habit, code))?, rest))
+        }
+        ["forbid", attribute, rest @ ..] => Ok((only("C_GenerateKey", Action::Forbid(parse_hex(attribute)?))?, rest)),
+        ["drop", attribute, rest @ ..] => Ok((only("C_GenerateKey", Action::Drop(parse_hex(attribute)?))?, rest)),
+        ["hide", attribute, rest @ ..] => Ok((only("C_GetAttributeValue", Action::Hide(parse_hex(attribute)?))?, rest)),
         ["empty", rest @ ..] => Ok((only("C_GetSlotList", Action::Empty)?, rest)),
         ["limit", number, rest @ ..] => Ok((only("C_OpenSession", Action::Limit(parse(number)?))?, rest)),
         ["lock-after", number, rest @ ..] => Ok((only("C_Login", Action::LockAfter(parse(number)?))?, rest)),
@@ -185,6 +247,12 @@ fn parse_action<'a, 'b>(function: Option<&str>, words: &'a [&'b str]) -> Result<
 
 fn parse<T: std::str::FromStr>(number: &str) -> Result<T, String> {
     number.parse().map_err(|_| format!("{number} is not a number that is wanted here"))
+}
+
+/// `0x162`
+fn parse_hex(text: &str) -> Result<CK_RV, String> {
+    let number = text.strip_prefix("0x").and_then(|digits| CK_RV::from_str_radix(digits, 16).ok());
+    number.ok_or_else(|| format!("{text} is not a number like 0x162"))
 }
 
 /// `5ms`, `300us`, `2s`.

@@ -4,6 +4,7 @@ use std::os::raw::c_void;
 
 use cryptoki_sys::*;
 
+use crate::dress::*;
 use crate::faults::{Call, Output, Place, intercept};
 use crate::special::*;
 
@@ -71,13 +72,10 @@ of_sessions! {
     C_CopyObject(from: Object, template: Template, count: Count, to: *mut Object);
     C_DestroyObject(object: Object);
     C_GetObjectSize(object: Object, size: Counted);
-    C_GetAttributeValue(object: Object, template: Template, count: Count);
     C_SetAttributeValue(object: Object, template: Template, count: Count);
     C_FindObjectsInit(template: Template, count: Count);
     C_FindObjects(objects: *mut Object, most: Count, count: Counted);
     C_FindObjectsFinal();
-    C_EncryptInit(mechanism: Mechanism, key: Object);
-    C_DecryptInit(mechanism: Mechanism, key: Object);
     C_DigestInit(mechanism: Mechanism);
     C_DigestUpdate(data: Bytes, length: Count);
     C_DigestKey(key: Object);
@@ -89,7 +87,6 @@ of_sessions! {
     C_VerifyUpdate(data: Bytes, length: Count);
     C_VerifyFinal(signature: Bytes, length: Count);
     C_VerifyRecoverInit(mechanism: Mechanism, key: Object);
-    C_GenerateKey(mechanism: Mechanism, template: Template, count: Count, key: *mut Object);
     C_GenerateKeyPair(mechanism: Mechanism, public: Template, public_count: Count, private: Template,
         private_count: Count, public_key: *mut Object, private_key: *mut Object);
     C_UnwrapKey(mechanism: Mechanism, by: Object, wrapped: Bytes, length: Count, template: Template,
@@ -108,23 +105,20 @@ macro_rules! with_output {
             unsafe extern "C" fn $name(
                 session: CK_SESSION_HANDLE $(, $argument: $type)*, bytes: Bytes, length_of_bytes: Counted
             ) -> CK_RV {
-                let elsewhere = |bytes: Bytes, length: Counted| {
-                    forward!($name(session $(, $argument)*, bytes, length));
-                };
+                let elsewhere =
+                    |bytes: Bytes, length: Counted| forward!($name(session $(, $argument)*, bytes, length));
                 let output = Output { bytes, length: length_of_bytes, elsewhere: &elsewhere };
                 let call = Call { function: stringify!($name), place: Place::Session(session), output: Some(output) };
                 intercept(&call, |_| forward!($name(session $(, $argument)*, bytes, length_of_bytes)))
             }
         )*
-        pub const WITH_OUTPUT: &[&str] = &[$(stringify!($name)),*];
+        pub const WITH_OUTPUT: &[&str] = &["C_Encrypt", "C_Decrypt", $(stringify!($name)),*];
     };
 }
 
 with_output! {
-    C_Encrypt(data: Bytes, length: Count);
     C_EncryptUpdate(data: Bytes, length: Count);
     C_EncryptFinal();
-    C_Decrypt(data: Bytes, length: Count);
     C_DecryptUpdate(data: Bytes, length: Count);
     C_DecryptFinal();
     C_Digest(data: Bytes, length: Count);

@@ -1,0 +1,244 @@
+//! `trousseau key generate`: makes a KEK, or shows how it would.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use clap::Args;
+use jiff::{SignedDuration, Timestamp};
+use serde::Serialize;
+
+use super::super::output::{Failure, Format, print, print_json};
+use super::super::{ConfigArgs, OutputArgs, assemble, duration};
+use super::{TIMEOUT, clock_is_unsynchronized, in_time};
+use crate::config::{Config, Mode, ProviderConfig};
+use crate::identity::Identity;
+use crate::provider::pkcs11::{Generated, LONGEST_WAIT, Pkcs11, Plan};
+use crate::provider::{Provider, Value};
+use crate::runtime::Leader;
+
+/// How long a KEK waits before it becomes active, so that every control plane has seen it by then.
+const DEFAULT_WAIT: SignedDuration = SignedDuration::from_mins(10);
+
+pub(super) const EXAMPLES: &str =
+    "Every plugin that uses the token sees the new KEK within 30 seconds, unwraps with it \
+from then on, and makes it active at its instant. The first KEK of a keyring is active at once. Before the instant, \
+`trousseau key list --expect ID` on each host says whether its plugin is ready.
+
+It refuses while a configured replica is out of reach, while two keys have one CKA_ID, and while this host's clock is \
+not synchronized or is behind the newest KEK.
+
+The key is made in the first token. Its vendor's tools clone it to the replicas: do that before the instant. Back up \
+the token before a KEK wraps anything that you cannot lose.
+
+Examples:
+  trousseau key generate --dry-run
+  trousseau key generate
+  trousseau key generate --activate-in 1h
+  trousseau key generate --provider hsm --mode gcm --output json";
+
+#[derive(Args)]
+pub(in super::super) struct GenerateArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// The provider, where the configuration has several.
+    #[arg(long, value_name = "NAME")]
+    provider: Option<String>,
+    /// When it becomes active, from now [default: 10m; at once for the first KEK].
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    activate_in: Option<SignedDuration>,
+    /// How it wraps [default: the profile's first mode].
+    #[arg(long)]
+    mode: Option<Mode>,
+    /// Go on although this host's clock is not synchronized.
+    #[arg(long)]
+    unsynchronized_clock_ok: bool,
+    /// Show what the token would be asked for, after all the same checks, and make no key.
+    #[arg(long)]
+    dry_run: bool,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Made<'a> {
+    identity: Identity,
+    id: String,
+    not_before: Timestamp,
+    mode: &'static str,
+    held_by: &'a [String],
+    lacked_by: &'a [String],
+}
+
+/// What `--dry-run` prints.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Planned<'a> {
+    not_before: Timestamp,
+    mode: &'static str,
+    made_in: &'a str,
+    to_be_cloned_to: &'a [String],
+    template: BTreeMap<&'static str, &'a Value>,
+}
+
+pub(super) async fn run(args: &GenerateArgs) -> Result<(), Failure> {
+    let config = Config::load(&args.config.config)?;
+    let provider = assemble::choose_provider(&config, args.provider.as_deref())?;
+    let work = async {
+        let (pkcs11, plan, deadline) = plan(&config, provider, args).await?;
+        let generated = if args.dry_run { None } else { Some(pkcs11.generate(&plan, deadline).await?) };
+        Ok((plan, generated))
+    };
+    let (plan, generated) = in_time(work).await?;
+    match (generated, args.output.output) {
+        (Some(generated), Format::Json) => print_json(&made(&plan, &generated)),
+        (Some(generated), Format::Text) => print(&made_text(provider, &plan, &generated)),
+        (None, Format::Json) => print_json(&Planned {
+            not_before: plan.not_before,
+            mode: plan.mode.as_str(),
+            made_in: &plan.made_in,
+            to_be_cloned_to: &plan.to_be_cloned_to,
+            template: plan.template.iter().map(|(name, value)| (*name, value)).collect(),
+        }),
+        (None, Format::Text) => print(&planned_text(provider, &plan)),
+    }
+}
+
+fn made<'a>(plan: &Plan, generated: &'a Generated) -> Made<'a> {
+    Made {
+        identity: generated.identity,
+        id: base16ct::lower::encode_string(&generated.id),
+        not_before: plan.not_before,
+        mode: plan.mode.as_str(),
+        held_by: &generated.held_by,
+        lacked_by: &generated.lacked_by,
+    }
+}
+
+fn made_text(provider: &ProviderConfig, plan: &Plan, generated: &Generated) -> String {
+    let made = made(plan, generated);
+    let of_tokens = format!("{} of {} tokens", made.held_by.len(), provider.tokens.len());
+    let mut text = format!(
+        "KEK {} made on provider {}\n  id          {}\n  mode        {}\n  active from {}\n  held by     {of_tokens}: if \
+         all that hold it are lost, so is everything that it wrapped",
+        made.identity, provider.name, made.id, made.mode, made.not_before,
+    );
+    for token in made.lacked_by {
+        let lacks = format!(
+            "\n  lacked by   {token}: clone the key there with the vendor's tools before {}, or that token cannot serve \
+             what it wraps",
+            made.not_before
+        );
+        text.push_str(&lacks);
+    }
+    if made.not_before > Timestamp::now() {
+        text.push_str(&format!("\n  until then  on every host: trousseau key list --expect {}", made.id));
+    }
+    text
+}
+
+fn planned_text(provider: &ProviderConfig, plan: &Plan) -> String {
+    let mut text = format!(
+        "no key is made; without --dry-run, token {} of provider {} would be asked for C_GenerateKey \
+         CKM_AES_KEY_GEN with",
+        plan.made_in, provider.name
+    );
+    for (name, value) in &plan.template {
+        let name = format!("CKA_{name}");
+        text.push_str(&format!(
+            "\n  {name:<22} {}",
+            if name == "CKA_ID" { shown_id(value) } else { value.to_string() }
+        ));
+    }
+    let count = 1 + plan.to_be_cloned_to.len();
+    let held_by = format!(
+        "\n  mode        {}\n  active from {}\n  held by     1 of {count} tokens: if it is lost before the key is backed \
+         up or cloned, so is everything that it wrapped",
+        plan.mode.as_str(),
+        plan.not_before
+    );
+    text.push_str(&held_by);
+    for token in &plan.to_be_cloned_to {
+        text.push_str(&format!("\n  lacked by   {token}, until the vendor's tools have cloned it there"));
+    }
+    text
+}
+
+/// All but the 48 bits of time is random, and another value when the key is made.
+fn shown_id(id: &Value) -> String {
+    let id = id.to_string();
+    format!("{}7… (a UUIDv7 of the instant below)", id.get(..12).unwrap_or_default())
+}
+
+/// The provider, how its next KEK is to be made, and by when all must be done.
+async fn plan(
+    config: &Config,
+    provider: &ProviderConfig,
+    args: &GenerateArgs,
+) -> Result<(Pkcs11, Plan, Instant), Failure> {
+    let (pkcs11, newest, deadline) = reach(config, provider).await?;
+    let wait = match (args.activate_in, newest) {
+        (Some(wait), _) => wait,
+        (None, Some(_)) => DEFAULT_WAIT,
+        (None, None) => SignedDuration::ZERO,
+    };
+    let not_before = activation_instant(Timestamp::now(), wait, newest, args.unsynchronized_clock_ok)?;
+    let plan = pkcs11.plan(not_before, args.mode)?;
+    Ok((pkcs11, plan, deadline))
+}
+
+/// Makes the first KEK of a provider that has none.
+pub(in super::super) fn ensure_first(config: &Config, provider: &ProviderConfig) -> Result<(), Failure> {
+    super::super::runtime()?.block_on(in_time(async {
+        let (pkcs11, newest, deadline) = reach(config, provider).await?;
+        if newest.is_none() {
+            pkcs11.generate(&pkcs11.plan(Timestamp::now(), None)?, deadline).await?;
+        }
+        Ok(())
+    }))
+}
+
+/// The provider with every token connected and no doubt about any KEK, the activation instant of its newest KEK, and by
+/// when all must be done.
+async fn reach(config: &Config, provider: &ProviderConfig) -> Result<(Pkcs11, Option<Timestamp>, Instant), Failure> {
+    let deadline = Instant::now() + TIMEOUT;
+    let pkcs11 = assemble::provider(provider, &assemble::state(config)?, &Leader::default())?;
+    pkcs11.reach_every_token().await?;
+    let sighting = pkcs11.look(deadline).await?;
+    if let Some(outage) = sighting.out_of_reach.first() {
+        return Err(Failure::unavailable(outage.clone(), ""));
+    }
+    if let Some(twin) = sighting.refused.iter().find(|refused| refused.is_ambiguous) {
+        return Err(Failure::failed(format!("{}: {}", twin.key, twin.reason), ""));
+    }
+    let newest = sighting.keks.iter().map(|kek| kek.rank().not_before).max();
+    Ok((pkcs11, newest, deadline))
+}
+
+/// The instant, unless this host's clock cannot be right, or the KEK would never become active.
+fn activation_instant(
+    now: Timestamp,
+    wait: SignedDuration,
+    newest: Option<Timestamp>,
+    unsynchronized_clock_ok: bool,
+) -> Result<Timestamp, Failure> {
+    let out_of_range = || Failure::failed(format!("--activate-in {wait:#} is out of range"), "0s to 720h");
+    if wait.is_negative() || wait > LONGEST_WAIT {
+        return Err(out_of_range());
+    }
+    // The id of the KEK, which carries the instant, counts milliseconds.
+    let instant = now.saturating_add(wait).ok().and_then(|at| Timestamp::from_millisecond(at.as_millisecond()).ok());
+    let instant = instant.ok_or_else(out_of_range)?;
+    // The first KEK's instant is compared with nothing.
+    let Some(newest) = newest else { return Ok(instant) };
+    if newest >= instant {
+        let what =
+            format!("the newest KEK is active from {newest}, and this one would be from {instant}: never active");
+        return Err(Failure::failed(what, "set this host's clock right, or activate it later with --activate-in"));
+    }
+    if !unsynchronized_clock_ok && clock_is_unsynchronized() {
+        let what = "this host's clock is not synchronized: other hosts would switch to the KEK at another moment";
+        return Err(Failure::failed(what, "start chrony or systemd-timesyncd, or give --unsynchronized-clock-ok"));
+    }
+    Ok(instant)
+}

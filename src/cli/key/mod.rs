@@ -1,0 +1,63 @@
+//! `trousseau key …`: makes KEKs, lists them, and asks a serving plugin about one.
+
+mod expect;
+mod generate;
+mod list;
+
+use std::process::Command;
+use std::time::Duration;
+
+use clap::Subcommand;
+
+pub(super) use self::generate::ensure_first;
+use super::assemble;
+use super::output::Failure;
+use crate::config::Config;
+use crate::keyring::Keyring;
+use crate::runtime::Leader;
+
+/// How long the tokens may take.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+#[derive(Subcommand)]
+pub(super) enum KeyVerb {
+    /// Make a KEK in the token: 256-bit AES that never leaves it.
+    #[command(after_help = generate::EXAMPLES)]
+    Generate(generate::GenerateArgs),
+    /// List the KEKs, and the keys that look like one and are not used.
+    #[command(after_help = list::EXAMPLES)]
+    List(list::ListArgs),
+}
+
+pub(super) fn run(verb: KeyVerb) -> Result<(), Failure> {
+    let runtime = super::runtime()?;
+    match verb {
+        KeyVerb::Generate(args) => runtime.block_on(generate::run(&args)),
+        KeyVerb::List(args) => runtime.block_on(list::run(&args)),
+    }
+}
+
+/// What the kernel says of its clock, whoever keeps it (adjtimex(2)); without systemd to ask, nobody vouches for it.
+pub(super) fn clock_is_unsynchronized() -> bool {
+    let asked = Command::new("timedatectl").args(["show", "--property=NTPSynchronized", "--value"]).output();
+    !asked.is_ok_and(|answer| answer.stdout.trim_ascii() == b"yes")
+}
+
+/// The work, unless the tokens keep it waiting.
+async fn in_time<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    let late =
+        |_| Failure::unavailable("the tokens did not answer within a minute", "see what their vendor's tools say");
+    tokio::time::timeout(TIMEOUT, work).await.unwrap_or_else(|elapsed| Err(late(elapsed)))
+}
+
+/// The keyring of this configuration, which has looked at its tokens once.
+async fn look(config: &Config) -> Result<Keyring, Failure> {
+    let keyring = assemble::keyring(config, assemble::state(config)?, &Leader::default())?;
+    in_time(async {
+        keyring.settled().await;
+        keyring.find_keks().await;
+        Ok(())
+    })
+    .await?;
+    Ok(keyring)
+}

@@ -1,0 +1,97 @@
+//! How a KEK is made: first a plan, which can be shown, and then the key.
+
+use std::time::Instant;
+
+use jiff::Timestamp;
+
+use super::admission::{self, Admitted, KekSpec};
+use super::{Pkcs11, attributes};
+use crate::config::Mode;
+use crate::identity::Identity;
+use crate::provider::{Attributes, KekError, Provider, Rank, Refused};
+
+/// A KEK that is to be made.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// In the mode `oaep` its identity is known only when its keys are there.
+    spec: KekSpec,
+    /// When it becomes active.
+    pub not_before: Timestamp,
+    /// How it wraps.
+    pub mode: Mode,
+    /// The token in which it is made.
+    pub made_in: String,
+    /// The replicas, where only their vendor's tools can bring it.
+    pub to_be_cloned_to: Vec<String>,
+    /// What the token is asked for. The end of the CKA_ID is random, and another one with each plan.
+    pub template: Attributes,
+}
+
+/// A KEK that was made: what its maker wants to know.
+#[derive(Clone, Debug)]
+pub struct Generated {
+    /// Its identity.
+    pub identity: Identity,
+    /// CKA_ID.
+    pub id: Vec<u8>,
+    /// The tokens that hold it.
+    pub held_by: Vec<String>,
+    /// The replicas that do not.
+    pub lacked_by: Vec<String>,
+}
+
+impl Pkcs11 {
+    /// Plans a KEK that becomes active at `not_before`, in the first token. `mode`: the profile's first, if `None`.
+    ///
+    /// # Errors
+    /// The mode is not one of the profile's.
+    pub fn plan(&self, not_before: Timestamp, mode: Option<Mode>) -> Result<Plan, KekError> {
+        let mode = mode.or(self.modes.first().copied()).filter(|mode| self.modes.contains(mode));
+        let mode = mode.ok_or_else(|| {
+            let known: Vec<_> = self.modes.iter().map(|mode| mode.as_str()).collect();
+            self.refused(format!("its profile knows only {}", known.join(", ")))
+        })?;
+        let (first, replicas) = self.tokens.split_first().ok_or_else(|| self.refused("it has no token".into()))?;
+        let id = admission::new_id(not_before).map_err(|error| self.refused(error.to_string()))?;
+        let spec = first.rules.spec_of(&Admitted { rank: Rank { not_before, id: id.to_vec() }, mode, pair: None });
+        let template = attributes::readable(&attributes::template(&first.rules.profile, &spec));
+        let to_be_cloned_to = replicas.iter().map(|token| token.uri().to_string()).collect();
+        Ok(Plan { spec, not_before, mode, made_in: first.uri().to_string(), to_be_cloned_to, template })
+    }
+
+    /// Makes the KEK of a plan.
+    ///
+    /// # Errors
+    /// The token does not do it; nothing is left behind then.
+    pub async fn generate(&self, plan: &Plan, deadline: Instant) -> Result<Generated, KekError> {
+        let first = self.tokens.first().ok_or_else(|| self.refused("it has no token".into()))?;
+        let to_make = plan.spec.clone();
+        let kek = first.run(deadline, move |lane| lane.generate(&to_make)).await?;
+        let sighting = self.look(deadline).await?;
+        let made = sighting.keks.iter().find(|made| made.identity() == kek.identity);
+        if let Some(made) = made.filter(|made| made.mode() == plan.mode.as_str()) {
+            let held_by = made.held_by().into_iter().map(|holder| holder.name).collect();
+            return Ok(Generated { identity: kek.identity, id: kek.id.clone(), held_by, lacked_by: made.lacked_by() });
+        }
+        let is_it = |refused: &Refused| refused.identity == Some(kek.identity);
+        let reason = match sighting.refused.iter().find(|refused| is_it(refused)) {
+            Some(refused) => refused.reason.clone(),
+            None if made.is_some() => format!(
+                "the token does not keep CKA_ALLOWED_MECHANISMS, so nothing tells that it is for mode {}: have a profile \
+                 with that mode alone",
+                plan.mode.as_str()
+            ),
+            None => "it is not to be found".into(),
+        };
+        let to_remove = kek.clone();
+        let left = match first.run(deadline, move |lane| lane.remove(&to_remove)).await {
+            Ok(()) => "it was removed again".to_owned(),
+            Err(error) => format!("it could not be removed again: {error}"),
+        };
+        Err(self.refused(format!("KEK {} was made and does not work: {reason}; {left}", kek.identity)))
+    }
+
+    fn refused(&self, what: String) -> KekError {
+        KekError::Refused(format!("provider {}: {what}", self.name))
+    }
+}
