@@ -11,6 +11,10 @@
 //! [..] ciphertext and 16-byte tag
 //! ```
 //!
+//! A wrapped DEK is what its algorithm says ([`WrapAlgorithm`]), as long as that, and nothing more. The length of number 4
+//! tells the size of its keys, which is the KEK's own. Its signature is no matter of the envelope's: the provider, which
+//! knows the public key, verifies it before it decrypts.
+//!
 //! HKDF (RFC 5869, no salt) has the info `trousseau envelope v1` ‖ 0 ‖ every byte before the commitment. The AAD of
 //! AES-256-GCM (SP 800-38D) is every byte before the nonce. The commitment is compared before anything is opened, so
 //! no envelope opens to two plaintexts under two DEKs, and no header byte can be exchanged.
@@ -40,19 +44,37 @@ pub const MAX_RECIPIENTS: usize = 8;
 
 /// How a KEK wraps a DEK. The number names the algorithm, never a mechanism code of PKCS#11.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
 pub enum WrapAlgorithm {
-    /// AES-KW (RFC 3394, SP 800-38F), default initial value.
-    AesKw = 1,
-    /// AES-KWP (RFC 5649, SP 800-38F), default initial value.
-    AesKwp = 2,
-    /// AES-256-GCM (SP 800-38D): 12-byte IV ‖ ciphertext ‖ 16-byte tag, the KEK identity as AAD.
-    AesGcm = 3,
+    /// Number 1: AES-KW (RFC 3394, SP 800-38F), default initial value.
+    AesKw,
+    /// Number 2: AES-KWP (RFC 5649, SP 800-38F), default initial value.
+    AesKwp,
+    /// Number 3: AES-256-GCM (SP 800-38D): 12-byte IV ‖ ciphertext ‖ 16-byte tag, the KEK identity as AAD.
+    AesGcm,
+    /// Number 4: RSA-OAEP (RFC 8017 section 7.1; SHA-256, MGF1 with SHA-256, no label), signed: ciphertext ‖ signature,
+    /// each as long as the modulus. The signature is RSASSA-PKCS1-v1_5 with SHA-256 (section 8.2) by the KEK's second
+    /// key over `trousseau rsa-oaep v1` ‖ 0 ‖ KEK identity ‖ ciphertext. Here both moduli have 2048 bits.
+    RsaOaep2048,
+    /// Number 4 with moduli of 3072 bits.
+    RsaOaep3072,
 }
 
 impl WrapAlgorithm {
     /// The one whose wrapped DEK is the longest.
-    pub const LONGEST: Self = Self::AesGcm;
+    pub const LONGEST: Self = Self::RsaOaep3072;
+
+    const ALL: [Self; 5] = [Self::AesKw, Self::AesKwp, Self::AesGcm, Self::RsaOaep2048, Self::RsaOaep3072];
+
+    /// The number that stands in an envelope.
+    #[must_use]
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::AesKw => 1,
+            Self::AesKwp => 2,
+            Self::AesGcm => 3,
+            Self::RsaOaep2048 | Self::RsaOaep3072 => 4,
+        }
+    }
 
     /// Bytes in a wrapped DEK.
     #[must_use]
@@ -60,16 +82,18 @@ impl WrapAlgorithm {
         match self {
             Self::AesKw | Self::AesKwp => Dek::LEN + 8,
             Self::AesGcm => NONCE_LEN + Dek::LEN + TAG_LEN,
+            Self::RsaOaep2048 => 2 * 2048 / 8,
+            Self::RsaOaep3072 => 2 * 3072 / 8,
         }
     }
 
-    const fn from_byte(byte: u8) -> Option<Self> {
-        match byte {
-            1 => Some(Self::AesKw),
-            2 => Some(Self::AesKwp),
-            3 => Some(Self::AesGcm),
-            _ => None,
-        }
+    /// The one that has this number and makes wrapped DEKs of this length.
+    fn read(number: u8, length: u16) -> Result<Self, Malformed> {
+        let mut numbered = Self::ALL.into_iter().filter(|algorithm| algorithm.number() == number).peekable();
+        numbered.peek().ok_or(Malformed::UnknownAlgorithm(number))?;
+        numbered
+            .find(|algorithm| algorithm.wrapped_len() == usize::from(length))
+            .ok_or(Malformed::WrappedLength(length))
     }
 }
 
@@ -178,7 +202,7 @@ fn seal_with_nonce(
     envelope.push(recipients.len() as u8);
     for Recipient { identity, algorithm, wrapped } in &recipients {
         envelope.extend(identity.as_bytes());
-        envelope.push(*algorithm as u8);
+        envelope.push(algorithm.number());
         envelope.extend((wrapped.len() as u16).to_be_bytes());
         envelope.extend(wrapped);
     }
@@ -272,11 +296,8 @@ fn read_recipients<'a>(rest: &mut Reader<'a>) -> Result<Vec<Recipient<&'a [u8]>>
             return Err(Malformed::RecipientOrder);
         }
         let number = rest.byte("wrap algorithm")?;
-        let algorithm = WrapAlgorithm::from_byte(number).ok_or(Malformed::UnknownAlgorithm(number))?;
         let length = u16::from_be_bytes(*rest.array("wrapped DEK's length")?);
-        if usize::from(length) != algorithm.wrapped_len() {
-            return Err(Malformed::WrappedLength(length));
-        }
+        let algorithm = WrapAlgorithm::read(number, length)?;
         let wrapped = rest.bytes(length.into(), "wrapped DEK")?;
         recipients.push(Recipient { identity, algorithm, wrapped });
     }

@@ -25,6 +25,14 @@ impl Identity {
         Self(hash(&[b"trousseau kek v1", b"pkcs11", cka_id]))
     }
 
+    /// The identity of the RSA KEK that a PKCS#11 token calls `cka_id`. Its name is CKA_ID ‖ SHA-256 of the public key
+    /// that DEKs are encrypted under ‖ SHA-256 of the public key that verifies its signatures, both in DER as
+    /// SubjectPublicKeyInfo (RFC 5280): nobody can put another public key in the place of either.
+    #[must_use]
+    pub fn of_pkcs11_pair(cka_id: &[u8], encryption: &[u8], verification: &[u8]) -> Self {
+        Self::of_pkcs11(&[cka_id, &Sha256::digest(encryption), &Sha256::digest(verification)].concat())
+    }
+
     /// An identity as it stands in an envelope.
     #[must_use]
     pub const fn from_bytes(bytes: [u8; Self::LEN]) -> Self {

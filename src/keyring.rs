@@ -121,7 +121,10 @@ impl Keyring {
     pub fn alone(&self, key_set: KeySet, kek: Identity) -> Option<ActiveSet> {
         let find = |member: &Member| member.seen().keks.iter().find(|seen| seen.identity() == kek).map(Arc::clone);
         let found = self.members.iter().find_map(find)?;
-        Some(ActiveSet { key_set, keks: vec![ActiveKek { identity: kek, kek: Ok(found) }] })
+        Some(ActiveSet {
+            key_set,
+            keks: vec![ActiveKek { identity: kek, algorithm: found.algorithm(), kek: Ok(found) }],
+        })
     }
 
     fn active_of(&self, member: &Member, now: Timestamp) -> Result<(ActiveKek, Option<Mark>), KeyringError> {
@@ -185,7 +188,9 @@ impl Keyring {
         limit: usize,
         deadline: Instant,
     ) -> Result<Vec<u8>, KeyringError> {
-        let limit = envelope::plaintext_limit(limit, &self.algorithms(set));
+        // So what fits does not depend on an outage.
+        let algorithms: Vec<WrapAlgorithm> = set.keks.iter().map(|active| active.algorithm).collect();
+        let limit = envelope::plaintext_limit(limit, &algorithms);
         if plaintext.is_empty() || plaintext.len() > limit {
             return Err(KeyringError::PlaintextLength { length: plaintext.len(), limit });
         }
@@ -206,13 +211,6 @@ impl Keyring {
             None => (),
         }
         envelope::seal(set.key_set, recipients, &dek, plaintext).map_err(KeyringError::internal)
-    }
-
-    /// The algorithms of a full envelope. A KEK that is out of reach counts as the longest, so that what fits does not
-    /// depend on an outage.
-    fn algorithms(&self, set: &ActiveSet) -> Vec<WrapAlgorithm> {
-        let algorithm = |active: &ActiveKek| active.kek.as_ref().map_or(WrapAlgorithm::LONGEST, |kek| kek.algorithm());
-        set.keks.iter().map(algorithm).collect()
     }
 
     async fn wrap(

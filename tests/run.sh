@@ -9,8 +9,8 @@ usage() {
     cat <<'USAGE'
 usage: tests/run.sh [--long]
 
-Runs every test: Rust on a SoftHSM token and again on kryoptic, fuzz targets, Go clients and the real
-API server. Needs root or sudo for missing packages. Exit code 0: every part passed; 1: one did not.
+Runs every test: Rust on a SoftHSM token and again on kryoptic, the plugin's on openCryptoki and a TPM
+in software too, fuzz targets, Go clients and the real API server. Needs root or sudo for missing packages. Exit code 0: every part passed; 1: one did not.
   --long   soaks too (ignored Rust tests named soak, Go tests without -short), and ten minutes of faults at
            random and for each fuzz target
 USAGE
@@ -134,6 +134,23 @@ kryoptic_tests() {
     rust_tests
 }
 
+# Their KEKs are RSA pairs. What is left out waits for many wrong PINs, which lock these tokens sooner than the tests
+# know, or counts on a token that is quick.
+opencryptoki_tests() {
+    if ((EUID)); then
+        say "skipped: only root can give openCryptoki's daemon a mount namespace"
+        return
+    fi
+    TROUSSEAU_FAULT_LIB=$(tests/tokens/build.sh fault)
+    export TROUSSEAU_FAULT_LIB TROUSSEAU_TEST_TOKEN=opencryptoki
+    cargo test --locked --no-fail-fast --test plugin -- --skip chaos --skip pin::
+}
+tpm2_tests() {
+    TROUSSEAU_FAULT_LIB=$(tests/tokens/build.sh fault)
+    export TROUSSEAU_FAULT_LIB TROUSSEAU_TEST_TOKEN=tpm2
+    cargo test --locked --no-fail-fast --test plugin -- --test-threads 2 keys:: oaep:: foreign_input:: command_line::
+}
+
 # mode_tests TOKEN MODE: what depends on how a KEK wraps, in another mode than the token's first.
 mode_tests() {
     TROUSSEAU_FAULT_LIB=$(tests/tokens/build.sh fault)
@@ -168,9 +185,11 @@ kubernetes_tests() {
     go test -count=1 -p 1 "${go_arguments[@]}" ./...
 }
 
-# SoftHSM; what kryoptic is built with; a C++ compiler for libFuzzer; containers, and systemd-analyze for the units.
+# SoftHSM; what kryoptic is built with; openCryptoki; a TPM in software; NSS; a C++ compiler for libFuzzer; containers, and
+# systemd-analyze for the units.
 step "installing packages, where missing" install_packages \
-    ca-certificates softhsm2 libssl-dev libsqlite3-dev libclang-dev pkg-config g++ docker.io debootstrap systemd
+    ca-certificates softhsm2 opencryptoki libtpm2-pkcs11-1 swtpm tpm2-abrmd libtss2-tcti-tabrmd0 dbus libnss3 \
+    libssl-dev libsqlite3-dev libclang-dev pkg-config g++ docker.io debootstrap systemd
 step "finding Rust $(rust_wanted) or newer, else installing Debian's" ensure_rust
 step "finding Go, else installing $go_version" ensure_go
 step "building" warm_up
@@ -178,6 +197,8 @@ step "building" warm_up
 part "the module that makes faults" fault_module_tests
 part "Rust, SoftHSM token" rust_tests
 part "Rust, kryoptic token" kryoptic_tests
+part "Rust, openCryptoki token" opencryptoki_tests
+part "Rust, TPM 2.0 token" tpm2_tests
 part "Rust, SoftHSM in gcm mode" mode_tests softhsm gcm
 part "Rust, kryoptic in encrypt-kwp mode" mode_tests kryoptic encrypt-kwp
 part "the units, in containers" container_tests

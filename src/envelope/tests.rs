@@ -61,7 +61,7 @@ fn good_vectors_are_sealed_and_opened() {
             .into_iter()
             .map(|GoodRecipient { identity, algorithm, wrapped }| Recipient {
                 identity,
-                algorithm: WrapAlgorithm::from_byte(algorithm).unwrap(),
+                algorithm: WrapAlgorithm::read(algorithm, wrapped.0.len() as u16).unwrap(),
                 wrapped: wrapped.0,
             })
             .collect();
@@ -128,8 +128,19 @@ fn what_could_not_be_parsed_is_not_sealed() {
     }
 }
 
+#[test]
+fn an_algorithm_has_the_lengths_of_its_keys_and_no_other() {
+    for (number, lengths) in [(1, vec![40]), (2, vec![40]), (3, vec![60]), (4, vec![512, 768])] {
+        for length in 0..=1024 {
+            let read = WrapAlgorithm::read(number, length);
+            assert_eq!(read.is_ok(), lengths.contains(&length), "algorithm {number}, {length} bytes: {read:?}");
+        }
+    }
+    assert_eq!(WrapAlgorithm::read(0, 40), Err(Malformed::UnknownAlgorithm(0)));
+}
+
 fn any_recipients() -> impl Strategy<Value = Vec<Recipient<Vec<u8>>>> {
-    let algorithm = prop_oneof![Just(WrapAlgorithm::AesKw), Just(WrapAlgorithm::AesKwp), Just(WrapAlgorithm::AesGcm)];
+    let algorithm = prop::sample::select(WrapAlgorithm::ALL.to_vec());
     prop::collection::btree_map(any::<[u8; 16]>(), (algorithm, any::<u8>()), 1..=MAX_RECIPIENTS).prop_map(|map| {
         map.into_iter()
             .map(|(identity, (algorithm, fill))| Recipient {

@@ -5,6 +5,7 @@ use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use jiff::Timestamp;
 
 use super::{KeyringError, activation};
+use crate::envelope::WrapAlgorithm;
 use crate::identity::Identity;
 use crate::provider::{Kek, KekError, Provider, Rank, Refused, Sighting};
 use crate::state::Mark;
@@ -31,6 +32,8 @@ pub(super) struct Seen {
 /// The active KEK of one provider.
 pub(super) struct ActiveKek {
     pub(super) identity: Identity,
+    /// How it wraps. Of one that is out of reach: the way of its provider that makes the longest recipient.
+    pub(super) algorithm: WrapAlgorithm,
     /// `Err`: this host knows it only by its mark, because the provider is out of reach.
     pub(super) kek: Result<Arc<dyn Kek>, String>,
 }
@@ -104,7 +107,8 @@ impl Member {
             let outage = seen.outage.as_ref().or(seen.partly_out.first());
             return match (mark, outage) {
                 (Some(mark), Some(outage)) => {
-                    Ok((ActiveKek { identity: mark.identity, kek: Err(outage.clone()) }, None))
+                    let algorithm = self.provider.longest_algorithm();
+                    Ok((ActiveKek { identity: mark.identity, algorithm, kek: Err(outage.clone()) }, None))
                 }
                 (None, Some(outage)) => Err(KeyringError::Unavailable(outage.clone())),
                 (mark, None) => Err(KeyringError::NoKek(self.nothing_active(mark, &seen.refused))),
@@ -116,7 +120,7 @@ impl Member {
             not_before: kek.rank().not_before,
             id: base16ct::lower::encode_string(&kek.rank().id),
         };
-        let active = ActiveKek { identity: new_mark.identity, kek: Ok(Arc::clone(kek)) };
+        let active = ActiveKek { identity: new_mark.identity, algorithm: kek.algorithm(), kek: Ok(Arc::clone(kek)) };
         Ok((active, (mark != Some(&new_mark)).then_some(new_mark)))
     }
 

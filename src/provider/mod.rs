@@ -100,6 +100,9 @@ pub trait Provider: Send + Sync {
     /// Its name, for people.
     fn name(&self) -> &str;
 
+    /// The algorithm of its KEKs, whichever it has or may get, that makes the longest recipient.
+    fn longest_algorithm(&self) -> WrapAlgorithm;
+
     /// Returns when the provider can be reached, or it is known that it cannot.
     fn settled(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
 

@@ -25,8 +25,10 @@ pub fn library() -> Option<PathBuf> {
 }
 
 impl Faults<'_> {
-    /// From now on these are the rules.
+    /// From now on these are the rules. A token that encrypts nothing signs when a DEK is wrapped.
     pub fn set(&self, rules: &str) {
+        let signs = self.host.token.family.modes() == ["oaep"];
+        let rules = if signs { rules.replace("C_Encrypt", "C_Sign") } else { rules.to_owned() };
         fs::write(self.host.path("rules.new"), rules).unwrap();
         fs::rename(self.host.path("rules.new"), self.host.path("rules")).unwrap();
     }

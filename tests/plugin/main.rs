@@ -1,6 +1,7 @@
 //! The plugin through its public door: the real binary, a throw-away token of a real module, a real client.
 //!
-//! `TROUSSEAU_TEST_TOKEN` chooses the token: `softhsm` (default), or `kryoptic` with `TROUSSEAU_KRYOPTIC_MODULE`.
+//! `TROUSSEAU_TEST_TOKEN` chooses the token: `softhsm` (default), `kryoptic` with `TROUSSEAU_KRYOPTIC_MODULE`,
+//! `opencryptoki` (as root) or `tpm2`. A test that does not apply to a token says why, and is skipped.
 //! `TROUSSEAU_TEST_MODE` chooses the mode of KEKs where a test does not: one of the profile's, by default its first.
 #![allow(
     missing_docs,
@@ -23,6 +24,7 @@ mod habits;
 mod hangs;
 mod keys;
 mod load;
+mod oaep;
 mod observe;
 mod pin;
 mod plugin;

@@ -60,9 +60,10 @@ impl Host {
         host
     }
 
-    /// KEKs that are made from now on wrap in this mode.
+    /// KEKs that are made from now on wrap in this mode, if the token knows it.
     pub fn with_mode(self, mode: &'static str) -> Self {
-        Self { mode: Some(mode), ..self }
+        let known = self.token.family.modes().contains(&mode);
+        Self { mode: known.then_some(mode), ..self }
     }
 
     /// Another host with the same token and configuration, and nothing else in common.
@@ -117,9 +118,11 @@ sessions = {sessions}
         let name = format!("hsm-profiles/{}.toml", self.token.family.profile());
         let shipped = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(&name)).unwrap();
         fs::create_dir_all(self.path("hsm-profiles")).unwrap();
-        // A key can be there once.
-        let shipped: Vec<&str> = shipped.lines().filter(|line| !line.starts_with("renew-after")).collect();
-        let text = format!("{}\n{more}\n", shipped.join("\n"));
+        // A key or a table can be there once.
+        let kept =
+            |line: &&str| !["renew-after", "reinitialize", "omit-attributes"].iter().any(|key| line.starts_with(key));
+        let shipped = shipped.lines().take_while(|line| !line.starts_with('[')).filter(kept);
+        let text = format!("{}\n{more}\n", shipped.collect::<Vec<_>>().join("\n"));
         self.write_secret(&name, &text);
         text
     }
@@ -132,8 +135,8 @@ sessions = {sessions}
 
     /// A command of the plugin in the token's environment.
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_trousseau"));
-        command.args(arguments).env(self.token.variable.0, &self.token.variable.1).env_remove("STATE_DIRECTORY");
+        let mut command = self.token.command(env!("CARGO_BIN_EXE_trousseau"));
+        command.args(arguments).env_remove("STATE_DIRECTORY");
         command
     }
 
@@ -186,8 +189,8 @@ sessions = {sessions}
 
     /// A command of the shell's in the token's environment.
     pub fn shell(&self, script: &str) -> Command {
-        let mut command = Command::new("sh");
-        command.args(["-c", script]).env(self.token.variable.0, &self.token.variable.1);
+        let mut command = self.token.command("sh");
+        command.args(["-c", script]);
         command
     }
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crate::caller::{Load, Request};
 use crate::fault_module::{Faults, library};
 use crate::plugin::{Host, admit};
-use crate::token::Key;
+use crate::token::{Family, Key};
 
 /// What a replica's sickness may add to a request: the least patience is 50 ms, the rest is a busy machine's.
 const FAILOVER: Duration = Duration::from_millis(500);
@@ -22,14 +22,19 @@ const USED_AGAIN: Duration = Duration::from_secs(1);
 const SERVED: usize = 5;
 
 /// Two tokens in one module, with one KEK.
-pub fn host() -> Host {
+///
+/// `None`: the token's KEKs are not such that a test can put one into both; this says so.
+pub fn host() -> Option<Host> {
+    if Family::chosen().lacks_aes() {
+        return None;
+    }
     let mut host = empty_host();
     let key = Key { value: Some(vec![7; 32]), wraps: false, ..Key::generated(b"shared", "trousseau-test") };
     for token in ["trousseau", "second"] {
         host.token.make_keys_in(token, std::slice::from_ref(&key));
     }
     host.extra = admit(b"shared");
-    host
+    Some(host)
 }
 
 fn empty_host() -> Host {
@@ -42,7 +47,7 @@ fn empty_host() -> Host {
 #[test]
 fn while_one_token_is_sick_its_replica_serves() {
     let Some(library) = library() else { return };
-    let host = host();
+    let Some(host) = host() else { return };
     let faults = Faults { host: &host, library: &library };
     let mut plugin = faults.serve_healthy();
     let (sealed, key_id) = plugin.round_trip();
@@ -65,7 +70,8 @@ fn under_load_a_token_that_fails_or_hangs_fails_no_request_and_is_used_again() {
         "C_EncryptInit return CKR_SESSION_HANDLE_INVALID token trousseau",
         "* delay 200ms token trousseau",
     ] {
-        play(rules, &Faults { host: &host(), library: &library });
+        let Some(host) = host() else { return };
+        play(rules, &Faults { host: &host, library: &library });
     }
 }
 

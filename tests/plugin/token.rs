@@ -3,10 +3,13 @@
 //! A module reads its configuration from the environment of its process. So a child of this very test binary, with
 //! that environment, does what is to be done inside the token.
 
-use std::ffi::c_ulong;
+use std::ffi::{OsStr, OsString, c_ulong};
+use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::{env, fs};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use std::{env, fs, thread};
 
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
 use cryptoki::error::{Error, RvError};
@@ -14,6 +17,7 @@ use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass};
 use cryptoki::session::UserType;
 use cryptoki::slot::Slot;
+use rustix::process::{Pid, Signal, kill_process};
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 use trousseau::envelope::WrapAlgorithm;
@@ -23,14 +27,18 @@ use trousseau::envelope::WrapAlgorithm;
 pub enum Family {
     SoftHsm,
     Kryoptic,
+    OpenCryptoki,
+    Tpm2,
 }
 
 impl Family {
     pub fn chosen() -> Self {
         match env::var("TROUSSEAU_TEST_TOKEN").as_deref() {
             Ok("kryoptic") => Self::Kryoptic,
+            Ok("opencryptoki") => Self::OpenCryptoki,
+            Ok("tpm2") => Self::Tpm2,
             Ok("softhsm") | Err(_) => Self::SoftHsm,
-            Ok(other) => panic!("TROUSSEAU_TEST_TOKEN={other}: softhsm or kryoptic"),
+            Ok(other) => panic!("TROUSSEAU_TEST_TOKEN={other}: softhsm, kryoptic, opencryptoki or tpm2"),
         }
     }
 
@@ -38,7 +46,36 @@ impl Family {
         match self {
             Self::SoftHsm => "softhsm",
             Self::Kryoptic => "kryoptic",
+            Self::OpenCryptoki => "opencryptoki",
+            Self::Tpm2 => "tpm2",
         }
+    }
+
+    /// The modes of its profile.
+    pub fn modes(self) -> &'static [&'static str] {
+        match self {
+            Self::SoftHsm => &["wrapkey", "wrapkey-kwp", "gcm"],
+            Self::Kryoptic => &["encrypt", "encrypt-kwp", "wrapkey", "wrapkey-kwp", "gcm"],
+            Self::OpenCryptoki | Self::Tpm2 => &["oaep"],
+        }
+    }
+
+    /// Whether its KEKs are not AES keys. It says so: for tests that make such a key, or damage one, themselves.
+    pub fn lacks_aes(self) -> bool {
+        let lacks = self.modes() == ["oaep"];
+        if lacks {
+            eprintln!("skipped: the KEKs of {self:?} are not AES keys");
+        }
+        lacks
+    }
+
+    /// Whether the module shows only what it found when it was initialized. It says so.
+    pub fn sees_no_new_keys(self) -> bool {
+        let blind = self == Self::Tpm2;
+        if blind {
+            eprintln!("skipped: tpm2-pkcs11 sees what another process made only when it is initialized again");
+        }
+        blind
     }
 
     pub fn module(self) -> PathBuf {
@@ -47,19 +84,53 @@ impl Family {
             Self::Kryoptic => env::var_os("TROUSSEAU_KRYOPTIC_MODULE")
                 .expect("TROUSSEAU_KRYOPTIC_MODULE: what tests/tokens/build.sh kryoptic prints")
                 .into(),
+            Self::OpenCryptoki => "/usr/lib/x86_64-linux-gnu/pkcs11/libopencryptoki.so".into(),
+            Self::Tpm2 => "/usr/lib/x86_64-linux-gnu/libtpm2_pkcs11.so.1".into(),
         }
     }
 }
 
-pub const PIN: &str = "correct-horse-7391";
-const SO_PIN: &str = "battery-staple-2846";
+/// Eight characters: kryoptic wants as many at least, openCryptoki at most.
+pub const PIN: &str = "horse739";
+/// With which openCryptoki's tokens come.
+const SO_PIN: &str = "87654321";
 
 /// A token's files, and the environment by which a module finds them.
 #[derive(Clone)]
 pub struct Token {
     pub family: Family,
     pub directory: PathBuf,
-    pub variable: (&'static str, PathBuf),
+    variables: Vec<(&'static str, OsString)>,
+    /// What must run for it.
+    service: Option<Arc<Service>>,
+}
+
+/// A script of `tests/tokens`, which runs until this is dropped.
+struct Service(Child);
+
+impl Service {
+    /// Starts it, and waits until `ready` is there.
+    fn start(mut command: Command, directory: &Path, ready: &str) -> Arc<Self> {
+        fs::create_dir(directory).unwrap();
+        let log = File::create(directory.join("service.log")).unwrap();
+        let script = command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        let mut service = Self(script.spawn().unwrap());
+        let began = Instant::now();
+        while !directory.join(ready).exists() {
+            let log = || fs::read_to_string(directory.join("service.log")).unwrap();
+            assert!(service.0.try_wait().unwrap().is_none(), "{command:?} ended:\n{}", log());
+            assert!(began.elapsed() < Duration::from_secs(30), "{command:?} is not ready:\n{}", log());
+            thread::sleep(Duration::from_millis(20));
+        }
+        Arc::new(service)
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        kill_process(Pid::from_child(&self.0), Signal::TERM).unwrap();
+        self.0.wait().unwrap();
+    }
 }
 
 /// A key to be made inside the token.
@@ -113,23 +184,60 @@ impl Token {
     /// The place of a token that is not there yet.
     pub fn place(directory: &Path) -> Self {
         let family = Family::chosen();
-        let (name, text) = match family {
+        let configured = |variable, text: String| {
+            let configuration = directory.join("token.conf");
+            fs::write(&configuration, text).unwrap();
+            vec![(variable, configuration.into_os_string())]
+        };
+        let service = directory.join("service");
+        let script = |name: &str| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tokens").join(name);
+        let (variables, service) = match family {
             Family::SoftHsm => {
-                fs::create_dir(directory.join("tokens")).unwrap();
                 let tokens = directory.join("tokens");
-                ("SOFTHSM2_CONF", format!("directories.tokendir = {}\nobjectstore.backend = file\n", tokens.display()))
+                fs::create_dir(&tokens).unwrap();
+                let text = format!("directories.tokendir = {}\nobjectstore.backend = file\n", tokens.display());
+                (configured("SOFTHSM2_CONF", text), None)
             }
             Family::Kryoptic => {
                 let slot = |n: u8| {
                     let file = directory.join(format!("token-{n}.sql"));
                     format!("[[slots]]\nslot = {n}\ndbtype = \"sqlite\"\ndbargs = \"{}\"\n", file.display())
                 };
-                ("KRYOPTIC_CONF", [slot(1), slot(2)].concat())
+                (configured("KRYOPTIC_CONF", [slot(1), slot(2)].concat()), None)
+            }
+            Family::OpenCryptoki => {
+                let mut command = Command::new("unshare");
+                command.args(["--mount", "--ipc", "--propagation", "private"]);
+                command.arg(script("opencryptoki.sh")).arg(&service);
+                (vec![], Some(Service::start(command, &service, "run/pkcsslotd.socket")))
+            }
+            Family::Tpm2 => {
+                let mut command = Command::new(script("tpm2.sh"));
+                command.arg(&service);
+                let bus = format!("unix:path={}", service.join("bus").display());
+                let variables = vec![
+                    ("TPM2_PKCS11_TCTI", "tabrmd:bus_type=session".into()),
+                    ("DBUS_SESSION_BUS_ADDRESS", bus.into()),
+                    ("TPM2_PKCS11_STORE", service.join("store").into_os_string()),
+                ];
+                (variables, Some(Service::start(command, &service, "ready")))
             }
         };
-        let configuration = directory.join("token.conf");
-        fs::write(&configuration, text).unwrap();
-        Self { family, directory: directory.to_owned(), variable: (name, configuration) }
+        Self { family, directory: directory.to_owned(), variables, service }
+    }
+
+    /// A command in the token's environment.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = match &self.service {
+            Some(service) if self.family == Family::OpenCryptoki => {
+                let mut enter = Command::new("nsenter");
+                enter.args(["--target", &service.0.id().to_string(), "--mount", "--ipc", "--"]).arg(program);
+                enter
+            }
+            _ => Command::new(program),
+        };
+        command.envs(self.variables.iter().map(|(name, value)| (name, value)));
+        command
     }
 
     pub fn initialize(&self, labels: &[&str]) {
@@ -170,6 +278,7 @@ impl Token {
             WrapAlgorithm::AesKwp if self.family == Family::SoftHsm => 0x210a,
             WrapAlgorithm::AesKwp => 0x210b,
             WrapAlgorithm::AesGcm => 0x1087,
+            WrapAlgorithm::RsaOaep2048 | WrapAlgorithm::RsaOaep3072 => panic!("such a KEK is two keys"),
         }
     }
 
@@ -178,6 +287,8 @@ impl Token {
         match self.family {
             Family::SoftHsm => self.directory.join("tokens"),
             Family::Kryoptic => self.directory.join("token-1.sql"),
+            Family::OpenCryptoki => self.directory.join("service/lib/first"),
+            Family::Tpm2 => self.directory.join("service/store"),
         }
     }
 
@@ -187,9 +298,9 @@ impl Token {
 
     /// Has the child do it; returns what it printed.
     fn run(&self, errand: &Errand) -> String {
-        let done = Command::new(env::current_exe().unwrap())
+        let done = self
+            .command(env::current_exe().unwrap())
             .args(["--exact", "token::child", "--ignored", "--nocapture"])
-            .env(self.variable.0, &self.variable.1)
             .env(ERRAND, serde_json::to_string(errand).unwrap())
             .output()
             .unwrap();
@@ -207,8 +318,12 @@ fn child() {
     let library = Pkcs11::new(&errand.module).unwrap();
     library.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK)).unwrap();
     for label in &errand.tokens {
-        let free = |slot: &_| !library.get_token_info(*slot).unwrap().token_initialized();
-        let slot = library.get_slots_with_token().unwrap().into_iter().find(free).unwrap();
+        let slots = library.get_slots_with_token().unwrap();
+        let free = |slot: &Slot| match library.get_token_info(*slot) {
+            Ok(info) => !info.token_initialized(),
+            Err(_) => *slot == by_place(&slots, label),
+        };
+        let slot = *slots.iter().find(|slot| free(slot)).unwrap();
         library.init_token(slot, &SecretString::from(SO_PIN), label).unwrap();
         let session = library.open_rw_session(slot).unwrap();
         session.login(UserType::So, Some(&SecretString::from(SO_PIN))).unwrap();
@@ -246,8 +361,17 @@ fn session(library: &Pkcs11, token: &str) -> cryptoki::session::Session {
 }
 
 fn slot(library: &Pkcs11, token: &str) -> Slot {
-    let named = |slot: &_| library.get_token_info(*slot).unwrap().label() == token;
-    library.get_slots_with_token().unwrap().into_iter().find(named).unwrap()
+    let slots = library.get_slots_with_token().unwrap();
+    let named = |slot: &Slot| match library.get_token_info(*slot) {
+        Ok(info) => info.label() == token,
+        Err(_) => *slot == by_place(&slots, token),
+    };
+    *slots.iter().find(|slot| named(slot)).unwrap()
+}
+
+/// The cryptoki crate cannot read openCryptoki's CK_TOKEN_INFO. So its first token is the one that every test makes.
+fn by_place(slots: &[Slot], token: &str) -> Slot {
+    slots[usize::from(token != "trousseau")]
 }
 
 fn make_key(session: &cryptoki::session::Session, key: &Key) {

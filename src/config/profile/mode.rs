@@ -20,16 +20,19 @@ pub enum Mode {
     EncryptKwp,
     /// C_Encrypt with AES-GCM over the DEK's bytes.
     Gcm,
+    /// RSA-OAEP with the public key, and a signature by a second RSA key of the token; C_Decrypt with RSA-OAEP.
+    Oaep,
 }
 
 impl Mode {
-    /// What the mode makes.
+    /// What the mode makes: for `oaep` that of the larger keys.
     #[must_use]
     pub const fn algorithm(self) -> WrapAlgorithm {
         match self {
             Self::Wrapkey | Self::Encrypt => WrapAlgorithm::AesKw,
             Self::WrapkeyKwp | Self::EncryptKwp => WrapAlgorithm::AesKwp,
             Self::Gcm => WrapAlgorithm::AesGcm,
+            Self::Oaep => WrapAlgorithm::RsaOaep3072,
         }
     }
 
@@ -40,12 +43,13 @@ impl Mode {
     }
 
     /// The code of its mechanism in the standard: CKM_AES_KEY_WRAP, CKM_AES_KEY_WRAP_KWP (both PKCS#11 v3.1 section
-    /// 6.14), CKM_AES_GCM (section 6.13).
+    /// 6.14), CKM_AES_GCM (section 6.13), CKM_RSA_PKCS_OAEP (section 6.1).
     pub(super) const fn standard_mechanism(self) -> c_ulong {
         match self {
             Self::Wrapkey | Self::Encrypt => 0x2109,
             Self::WrapkeyKwp | Self::EncryptKwp => 0x210b,
             Self::Gcm => 0x1087,
+            Self::Oaep => 0x0009,
         }
     }
 
@@ -58,6 +62,7 @@ impl Mode {
             Self::Encrypt => "encrypt",
             Self::EncryptKwp => "encrypt-kwp",
             Self::Gcm => "gcm",
+            Self::Oaep => "oaep",
         }
     }
 }

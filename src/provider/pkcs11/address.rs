@@ -70,7 +70,7 @@ impl Address {
         let opened = in_use.library().open_rw_session(slot).map_err(CallError::from);
         let session = opened.map_err(|error| format!("no session can be opened: {error}"))?;
         let latch = self.latch(&info);
-        let logged_in = latch.log_in(in_use.library(), slot, &session, &pin);
+        let logged_in = latch.log_in(&in_use, slot, &session, &pin);
         logged_in.map_err(|error| NotConnected::LoginFailed(format!("login failed: {error}")))?;
         Ok(Connected::new(in_use, slot, session, pin, latch, Arc::clone(&self.profile), released))
     }

@@ -10,13 +10,16 @@ use cryptoki::mechanism::MechanismType;
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass};
 use jiff::{SignedDuration, Timestamp};
 
-use super::raw;
+use super::error::{CallError, Class};
+use super::oaep::Pair;
+use super::{halves, raw};
 use crate::config::{Excusable, Mode, Omissible, Profile};
+use crate::envelope::WrapAlgorithm;
 use crate::identity::Identity;
-use crate::provider::Rank;
+use crate::provider::{Attributes, Rank};
 
 /// What is asked of every object that has the KEKs' label, besides CKA_ALLOWED_MECHANISMS.
-pub(super) const ASKED: [AttributeType; 14] = [
+pub(super) const ASKED: [AttributeType; 17] = [
     AttributeType::Class,
     AttributeType::KeyType,
     AttributeType::ValueLen,
@@ -31,6 +34,9 @@ pub(super) const ASKED: [AttributeType; 14] = [
     AttributeType::Decrypt,
     AttributeType::Wrap,
     AttributeType::Unwrap,
+    AttributeType::Sign,
+    AttributeType::Modulus,
+    AttributeType::PublicExponent,
 ];
 
 /// How a provider recognises and uses its KEKs.
@@ -43,14 +49,41 @@ pub(super) struct Rules {
 }
 
 impl Rules {
-    pub(super) fn admit(&self, said: &Said, now: Timestamp) -> Result<Admitted, String> {
-        let not_before = said.id().and_then(|id| self.admitted.get(id)).copied();
-        admit(said, &self.profile, not_before, now)
+    /// Decides about all objects that have the label.
+    pub(super) fn decide(&self, objects: Vec<Said>, now: Timestamp) -> Vec<Decision> {
+        let pairs = self.profile.modes.contains(&Mode::Oaep);
+        let (halves, others): (Vec<_>, Vec<_>) = objects.into_iter().partition(|said| pairs && halves::is_half(said));
+        let alone = |said: &Said| {
+            let not_before = said.id().and_then(|id| self.admitted.get(id)).copied();
+            let identity = said.id().map(Identity::of_pkcs11);
+            Decision::new(said, identity, admit(said, &self.profile, not_before, now))
+        };
+        let others = others.iter().filter(|said| !(pairs && halves::is_public(said)));
+        others.map(alone).chain(halves::decide(&halves, self, now)).collect()
     }
 
     pub(super) fn spec_of(&self, kek: &Admitted) -> KekSpec {
-        let identity = Identity::of_pkcs11(&kek.rank.id);
-        KekSpec { identity, id: kek.rank.id.clone(), label: self.label.clone(), mode: kek.mode }
+        let Admitted { rank: Rank { id, .. }, mode, pair } = kek;
+        let identity = pair.as_ref().map_or_else(|| Identity::of_pkcs11(id), |pair| pair.identity);
+        KekSpec { identity, id: id.clone(), label: self.label.clone(), mode: *mode, pair: pair.clone() }
+    }
+}
+
+/// What is to become of a key.
+pub(super) struct Decision {
+    /// CKA_ID.
+    pub(super) id: Option<Vec<u8>>,
+    /// The identity that it has, or would have, if that can be told.
+    pub(super) identity: Option<Identity>,
+    /// What the token says of it, for people.
+    pub(super) attributes: Attributes,
+    /// Or why it is not used, and what to do.
+    pub(super) verdict: Result<Admitted, String>,
+}
+
+impl Decision {
+    pub(super) fn new(said: &Said, identity: Option<Identity>, verdict: Result<Admitted, String>) -> Self {
+        Self { id: said.id().map(<[u8]>::to_vec), identity, attributes: said.attributes(), verdict }
     }
 }
 
@@ -63,6 +96,20 @@ pub(super) struct KekSpec {
     /// CKA_LABEL.
     pub(super) label: String,
     pub(super) mode: Mode,
+    /// Its public keys, in the mode `oaep`.
+    pub(super) pair: Option<Arc<Pair>>,
+}
+
+impl KekSpec {
+    pub(super) fn algorithm(&self) -> WrapAlgorithm {
+        self.pair.as_ref().map_or_else(|| self.mode.algorithm(), |pair| pair.algorithm)
+    }
+
+    /// # Errors
+    /// It has none: then its mode is another one.
+    pub(super) fn pair(&self) -> Result<&Pair, CallError> {
+        self.pair.as_deref().ok_or_else(|| CallError::new(Class::Refused, "the KEK has no public keys"))
+    }
 }
 
 /// What a token says of an object.
@@ -73,6 +120,7 @@ pub(super) struct Said(pub(super) Vec<Attribute>);
 pub(super) struct Admitted {
     pub(super) rank: Rank,
     pub(super) mode: Mode,
+    pub(super) pair: Option<Arc<Pair>>,
 }
 
 /// No CKA_ID of ours is older: this plugin did not exist.
@@ -97,31 +145,16 @@ fn admit(said: &Said, profile: &Profile, not_before: Option<Timestamp>, now: Tim
         return Err("it is not an AES key of 256 bits: give it another label".into());
     }
     let id = said.id().ok_or("it has no CKA_ID: KEKs are made with `trousseau key generate`")?;
-    said.requires("SENSITIVE", &Attribute::Sensitive(true))?;
-    said.requires("EXTRACTABLE=false", &Attribute::Extractable(false))?;
-    let not_before = match not_before {
-        Some(instant) => instant,
-        None => {
-            for (name, wanted, excusable) in [
-                ("ALWAYS_SENSITIVE", Attribute::AlwaysSensitive(true), Excusable::CkaAlwaysSensitive),
-                ("NEVER_EXTRACTABLE", Attribute::NeverExtractable(true), Excusable::CkaNeverExtractable),
-                ("LOCAL", Attribute::Local(true), Excusable::CkaLocal),
-            ] {
-                if !(profile.excuses.contains(&excusable) && said.is_silent_about(&wanted)) {
-                    said.requires(name, &wanted)?;
-                }
-            }
-            instant_of(id, now)?
-        }
-    };
+    said.requires_secrecy(profile, not_before.is_none())?;
+    let not_before = not_before.map_or_else(|| instant_of(id, now), Ok)?;
     let mode = said
         .mode_in(profile)?
         .ok_or("its usage attributes fit no mode of the profile: KEKs are made with `trousseau key generate`")?;
-    Ok(Admitted { rank: Rank { not_before, id: id.to_vec() }, mode })
+    Ok(Admitted { rank: Rank { not_before, id: id.to_vec() }, mode, pair: None })
 }
 
 /// The activation instant in a CKA_ID: it is a UUIDv7 (RFC 9562 section 5.7).
-fn instant_of(id: &[u8], now: Timestamp) -> Result<Timestamp, String> {
+pub(super) fn instant_of(id: &[u8], now: Timestamp) -> Result<Timestamp, String> {
     let [a, b, c, d, e, f, version, _, variant, ..] = *id else {
         return Err(foreign_id("is not a UUIDv7"));
     };
@@ -183,6 +216,22 @@ impl Said {
         })
     }
 
+    /// That it is secret; with `ever`, that it always was, unless the profile excuses what the token cannot say.
+    pub(super) fn requires_secrecy(&self, profile: &Profile, ever: bool) -> Result<(), String> {
+        self.requires("SENSITIVE", &Attribute::Sensitive(true))?;
+        self.requires("EXTRACTABLE=false", &Attribute::Extractable(false))?;
+        for (name, wanted, excusable) in [
+            ("ALWAYS_SENSITIVE", Attribute::AlwaysSensitive(true), Excusable::CkaAlwaysSensitive),
+            ("NEVER_EXTRACTABLE", Attribute::NeverExtractable(true), Excusable::CkaNeverExtractable),
+            ("LOCAL", Attribute::Local(true), Excusable::CkaLocal),
+        ] {
+            if ever && !(profile.excuses.contains(&excusable) && self.is_silent_about(&wanted)) {
+                self.requires(name, &wanted)?;
+            }
+        }
+        Ok(())
+    }
+
     fn requires(&self, name: &str, wanted: &Attribute) -> Result<(), String> {
         if self.0.contains(wanted) {
             return Ok(());
@@ -213,6 +262,9 @@ impl Said {
     /// Whether the key's usage attributes, and the mechanisms that it is pinned to if any, let it work in this mode.
     fn permits(&self, profile: &Profile, mode: Mode) -> bool {
         let code = profile.mechanism(mode);
+        if mode == Mode::Oaep {
+            return false; // that is two keys: `halves`
+        }
         let usage = match mode.wraps_objects() {
             true => [Attribute::Wrap(true), Attribute::Unwrap(true)],
             false => [Attribute::Encrypt(true), Attribute::Decrypt(true)],
@@ -224,7 +276,7 @@ impl Said {
     }
 
     /// CKA_ALLOWED_MECHANISMS. SoftHSM says an empty list of a key that may do everything.
-    fn pinned(&self) -> Option<&[MechanismType]> {
+    pub(super) fn pinned(&self) -> Option<&[MechanismType]> {
         self.0.iter().find_map(|attribute| match attribute {
             Attribute::AllowedMechanisms(mechanisms) if !mechanisms.is_empty() => Some(mechanisms.as_slice()),
             _ => None,
@@ -285,7 +337,10 @@ mod tests {
     fn a_key_of_our_own_making_is_a_kek() {
         let id = new_id(now()).unwrap();
         let admitted = admit(&Said(kek(&id)), &plain(), None, now()).unwrap();
-        assert_eq!(admitted, Admitted { rank: Rank { not_before: now(), id: id.to_vec() }, mode: Mode::Wrapkey });
+        assert_eq!(
+            admitted,
+            Admitted { rank: Rank { not_before: now(), id: id.to_vec() }, mode: Mode::Wrapkey, pair: None }
+        );
     }
 
     #[test]

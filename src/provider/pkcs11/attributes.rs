@@ -4,12 +4,16 @@ use cryptoki::mechanism::MechanismType;
 use cryptoki::object::{Attribute, KeyType, ObjectClass};
 
 use super::admission::{self, KekSpec, Said};
-use super::raw;
-use crate::config::Profile;
+use super::{oaep, raw};
+use crate::config::{Mode, Profile};
 use crate::provider::{Attributes, Value};
 
 /// What is asked of the token when a KEK is made: 256-bit AES that never leaves it, and whose attributes nobody changes.
+/// In the mode `oaep` the private key that decrypts; the one that signs is like it.
 pub(super) fn template(profile: &Profile, kek: &KekSpec) -> Vec<Attribute> {
+    if kek.mode == Mode::Oaep {
+        return oaep::template(profile, kek, true);
+    }
     let wraps_objects = kek.mode.wraps_objects();
     let mut template = vec![
         Attribute::Class(ObjectClass::SECRET_KEY),
@@ -33,9 +37,14 @@ pub(super) fn template(profile: &Profile, kek: &KekSpec) -> Vec<Attribute> {
         // The token itself then refuses every other use of the key, such as CBC or ECB.
         Attribute::AllowedMechanisms(vec![raw::mechanism_type(profile.mechanism(kek.mode))]),
     ];
+    omit(profile, &mut template);
+    template
+}
+
+/// Leaves out what the token lets nobody set.
+pub(super) fn omit(profile: &Profile, template: &mut Vec<Attribute>) {
     let omitted: Vec<_> = profile.omit_attributes.iter().copied().map(admission::omitted).collect();
     template.retain(|attribute| !omitted.contains(&attribute.attribute_type()));
-    template
 }
 
 impl Said {
@@ -84,7 +93,6 @@ pub(super) fn readable(attributes: &[Attribute]) -> Attributes {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::config::Mode;
     use crate::identity::Identity;
 
     #[test]
@@ -92,7 +100,8 @@ mod tests {
         let profile: Profile = toml::from_str(include_str!("../../../hsm-profiles/kryoptic.toml")).unwrap();
         for mode in [Mode::Wrapkey, Mode::Encrypt, Mode::Gcm] {
             let (id, label) = (vec![7; 16], "trousseau-test".to_owned());
-            let template = template(&profile, &KekSpec { identity: Identity::of_pkcs11(&id), id, label, mode });
+            let template =
+                template(&profile, &KekSpec { identity: Identity::of_pkcs11(&id), id, label, mode, pair: None });
             let shown = readable(&template);
             assert_eq!(shown.len(), template.len());
             let value = |name: &str| shown.iter().find(|(shown, _)| *shown == name).unwrap().1.to_string();

@@ -70,7 +70,7 @@ impl Connected {
 
     /// What the token's flags say that they should not (CK_TOKEN_INFO, PKCS#11 v3.1 section 3.2), with what to do.
     pub(super) fn complaints(&self) -> Result<Vec<(&'static str, &'static str)>, CallError> {
-        let info = self.in_use.library().get_token_info(self.slot)?;
+        let info = self.in_use.token_info(self.slot)?;
         let few_tries = "log in once with the right PIN, so that the count begins anew";
         let said = [
             (!info.login_required(), "needs no login: anybody may use its keys", "initialize it with a user PIN"),
@@ -117,6 +117,6 @@ impl Connected {
     /// Logs in again after the token forgot the login; a PIN that it then refuses is latched for all.
     pub(super) fn log_in_again(&self) -> Result<(), CallError> {
         let anchor = lock(&self.anchor);
-        self.latch.log_in(self.in_use.library(), self.slot, &anchor.session, &anchor.pin)
+        self.latch.log_in(&self.in_use, self.slot, &anchor.session, &anchor.pin)
     }
 }

@@ -13,6 +13,7 @@ use crate::provider::{Attributes, KekError, Provider, Rank, Refused};
 /// A KEK that is to be made.
 #[derive(Clone, Debug)]
 pub struct Plan {
+    /// In the mode `oaep` its identity is known only when its keys are there.
     spec: KekSpec,
     /// When it becomes active.
     pub not_before: Timestamp,
@@ -52,7 +53,7 @@ impl Pkcs11 {
         })?;
         let (first, replicas) = self.tokens.split_first().ok_or_else(|| self.refused("it has no token".into()))?;
         let id = admission::new_id(not_before).map_err(|error| self.refused(error.to_string()))?;
-        let spec = first.rules.spec_of(&Admitted { rank: Rank { not_before, id: id.to_vec() }, mode });
+        let spec = first.rules.spec_of(&Admitted { rank: Rank { not_before, id: id.to_vec() }, mode, pair: None });
         let template = attributes::readable(&attributes::template(&first.rules.profile, &spec));
         let to_be_cloned_to = replicas.iter().map(|token| token.uri().to_string()).collect();
         Ok(Plan { spec, not_before, mode, made_in: first.uri().to_string(), to_be_cloned_to, template })
@@ -64,11 +65,11 @@ impl Pkcs11 {
     /// The token does not do it; nothing is left behind then.
     pub async fn generate(&self, plan: &Plan, deadline: Instant) -> Result<Generated, KekError> {
         let first = self.tokens.first().ok_or_else(|| self.refused("it has no token".into()))?;
-        let (kek, to_make) = (&plan.spec, plan.spec.clone());
-        first.run(deadline, move |lane| lane.generate(&to_make)).await?;
+        let to_make = plan.spec.clone();
+        let kek = first.run(deadline, move |lane| lane.generate(&to_make)).await?;
         let sighting = self.look(deadline).await?;
         let made = sighting.keks.iter().find(|made| made.identity() == kek.identity);
-        if let Some(made) = made.filter(|made| made.algorithm() == plan.mode.algorithm()) {
+        if let Some(made) = made.filter(|made| made.mode() == plan.mode.as_str()) {
             let held_by = made.held_by().into_iter().map(|holder| holder.name).collect();
             return Ok(Generated { identity: kek.identity, id: kek.id.clone(), held_by, lacked_by: made.lacked_by() });
         }

@@ -138,7 +138,7 @@ impl Kek for Pkcs11Kek {
     }
 
     fn algorithm(&self) -> WrapAlgorithm {
-        self.spec.mode.algorithm()
+        self.spec.algorithm()
     }
 
     fn mode(&self) -> &'static str {

@@ -12,11 +12,13 @@ use cryptoki::session::Session;
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 
-use super::admission::{self, Admitted, KekSpec, Rules, Said};
+use super::admission::{self, Admitted, Decision, KekSpec, Rules, Said};
 use super::attributes;
 use super::connection::Connected;
 use super::error::{CallError, Class};
-use super::{mechanism, raw};
+use super::mechanism::{self, Handles};
+use super::oaep::{self, Pair};
+use super::raw;
 use crate::config::{Codes, GcmIv, Mode};
 use crate::identity::Identity;
 use crate::provider::{Attributes, Refused};
@@ -26,7 +28,7 @@ use crate::state::{Reference, State, StateError};
 /// A session of a worker. It is closed before the connection that it came from is let go.
 pub(super) struct Lane {
     session: Session,
-    handles: HashMap<Identity, ObjectHandle>,
+    handles: HashMap<Identity, Handles>,
     pub(super) connected: Arc<Connected>,
     state: Arc<State>,
 }
@@ -58,9 +60,9 @@ impl Lane {
 
     /// Wraps a DEK under the KEK.
     pub(super) fn wrap(&mut self, kek: &KekSpec, dek: &Dek) -> Result<Vec<u8>, CallError> {
-        let handle = self.handle(kek)?;
+        let handles = self.handles(kek)?;
         self.count(kek);
-        self.wrap_with(kek, handle, dek).map_err(|error| self.of_our_own(error))
+        self.wrap_with(kek, handles, dek).map_err(|error| self.of_our_own(error))
     }
 
     /// Unwraps a DEK that the KEK is said to have wrapped.
@@ -70,15 +72,22 @@ impl Lane {
     /// the answer was no lie. If it can, the input is tried once more, and only then is it bad. Three calls at most;
     /// no stored value can make more of itself.
     pub(super) fn unwrap(&mut self, kek: &KekSpec, wrapped: &[u8]) -> Result<Dek, CallError> {
-        let handle = self.handle(kek)?;
+        if let Some(pair) = &kek.pair {
+            pair.verified(wrapped)?; // before the token is asked anything
+        }
+        let handles = self.handles(kek)?;
         self.count(kek);
-        let unwrap = || self.unwrap_with(kek, handle, wrapped);
+        let signed = kek.pair.is_some();
+        let unwrap = || {
+            let unwrapped = self.unwrap_with(kek, handles, wrapped);
+            unwrapped.map_err(|error| if signed { self.of_our_own(error) } else { error })
+        };
         let is_clear = |error: &CallError| {
             matches!(self.class(error), Class::BadInput | Class::Session | Class::Login | Class::Pin)
         };
         match unwrap() {
             Err(first) if !is_clear(&first) => {
-                self.still_works(kek, handle).map_err(|error| match self.class(&error) {
+                self.still_works(kek, handles).map_err(|error| match self.class(&error) {
                     Class::Doubtful | Class::BadInput => error.settled(Class::Token),
                     _ => error,
                 })?;
@@ -97,36 +106,36 @@ impl Lane {
         }
     }
 
-    /// The handle of the KEK, which has proved to be the key that it was.
-    fn handle(&mut self, kek: &KekSpec) -> Result<ObjectHandle, CallError> {
-        if let Some(handle) = self.handles.get(&kek.identity) {
-            return Ok(*handle);
+    /// The handles of the KEK, which has proved to be the key that it was.
+    fn handles(&mut self, kek: &KekSpec) -> Result<Handles, CallError> {
+        if let Some(handles) = self.handles.get(&kek.identity) {
+            return Ok(*handles);
         }
-        let handle = self.find_recognised(kek).map_err(|error| self.of_our_own(error))?;
-        self.handles.insert(kek.identity, handle);
+        let handles = self.find_recognised(kek).map_err(|error| self.of_our_own(error))?;
+        self.handles.insert(kek.identity, handles);
         self.connected.proved().insert(kek.identity);
-        Ok(handle)
+        Ok(handles)
     }
 
-    fn find_recognised(&self, kek: &KekSpec) -> Result<ObjectHandle, CallError> {
-        let handle = self.find(kek)?;
+    fn find_recognised(&self, kek: &KekSpec) -> Result<Handles, CallError> {
+        let handles = self.find(kek)?;
         let reference = match self.reference(kek)? {
             Some(reference) => {
-                self.recognise(kek, handle, &reference)?;
+                self.recognise(kek, handles, &reference)?;
                 reference
             }
-            None => self.make_reference(kek, handle)?,
+            None => self.make_reference(kek, handles)?,
         };
         let is_proved = self.connected.proved().contains(&kek.identity);
         if !is_proved {
-            self.check_ivs(kek, handle, &reference)?;
+            self.check_ivs(kek, handles, &reference)?;
         }
-        Ok(handle)
+        Ok(handles)
     }
 
     /// Where the token makes the IV: it does so each time anew, and in another session too, since some count from the
     /// same number in each.
-    fn check_ivs(&self, kek: &KekSpec, handle: ObjectHandle, reference: &Reference) -> Result<(), CallError> {
+    fn check_ivs(&self, kek: &KekSpec, handles: Handles, reference: &Reference) -> Result<(), CallError> {
         if kek.mode != Mode::Gcm || self.connected.profile.gcm_iv == GcmIv::Ours {
             return Ok(());
         }
@@ -134,8 +143,8 @@ impl Lane {
         let other = Self::open(Arc::clone(&self.connected), Arc::clone(&self.state))?;
         let wrapped = [
             unhex(&reference.wrapped)?,
-            self.wrap_with(kek, handle, &value)?,
-            self.wrap_with(kek, handle, &value)?,
+            self.wrap_with(kek, handles, &value)?,
+            self.wrap_with(kek, handles, &value)?,
             other.wrap_with(kek, other.find(kek)?, &value)?,
         ];
         let ivs: BTreeSet<_> = wrapped.iter().map(|wrapped| mechanism::iv_of(wrapped)).collect();
@@ -145,12 +154,12 @@ impl Lane {
         Ok(())
     }
 
-    fn wrap_with(&self, kek: &KekSpec, handle: ObjectHandle, dek: &Dek) -> Result<Vec<u8>, CallError> {
-        mechanism::wrap(&self.connected.profile, kek.mode, &self.session, handle, kek.identity, dek)
+    fn wrap_with(&self, kek: &KekSpec, handles: Handles, dek: &Dek) -> Result<Vec<u8>, CallError> {
+        mechanism::wrap(&self.connected.profile, kek, &self.session, handles, dek)
     }
 
-    fn unwrap_with(&self, kek: &KekSpec, handle: ObjectHandle, wrapped: &[u8]) -> Result<Dek, CallError> {
-        mechanism::unwrap(&self.connected.profile, kek.mode, &self.session, handle, kek.identity, wrapped)
+    fn unwrap_with(&self, kek: &KekSpec, handles: Handles, wrapped: &[u8]) -> Result<Dek, CallError> {
+        mechanism::unwrap(&self.connected.profile, kek, &self.session, handles, wrapped)
     }
 
     /// Nothing foreign went in: what the token calls damaged is its own doing.
@@ -161,38 +170,46 @@ impl Lane {
         }
     }
 
-    fn find(&self, kek: &KekSpec) -> Result<ObjectHandle, CallError> {
-        let found = self.session.find_objects(&[
-            Attribute::Class(ObjectClass::SECRET_KEY),
-            Attribute::KeyType(KeyType::AES),
-            Attribute::Token(true),
-            Attribute::Label(kek.label.clone().into_bytes()),
-            Attribute::Id(kek.id.clone()),
-        ])?;
-        match *found.as_slice() {
-            [handle] => Ok(handle),
-            [] if self.connected.proved().contains(&kek.identity) => Err(is_gone(kek.identity)),
-            [] => Err(CallError::new(Class::Refused, format!("the token has no key {}", hex(&kek.id)))),
-            _ => Err(CallError::new(Class::Refused, format!("the token has several keys {}", hex(&kek.id)))),
+    fn find(&self, kek: &KekSpec) -> Result<Handles, CallError> {
+        let find = |class: ObjectClass, key_type: KeyType, id: Vec<u8>| {
+            let wanted = [
+                Attribute::Class(class),
+                Attribute::KeyType(key_type),
+                Attribute::Token(true),
+                Attribute::Label(kek.label.clone().into_bytes()),
+                Attribute::Id(id.clone()),
+            ];
+            match *self.session.find_objects(&wanted)?.as_slice() {
+                [handle] => Ok(handle),
+                [] if self.connected.proved().contains(&kek.identity) => Err(is_gone(kek.identity)),
+                [] => Err(CallError::new(Class::Refused, format!("the token has no key {}", hex(&id)))),
+                _ => Err(CallError::new(Class::Refused, format!("the token has several keys {}", hex(&id)))),
+            }
+        };
+        if kek.mode == Mode::Oaep {
+            let find = |id| find(ObjectClass::PRIVATE_KEY, KeyType::RSA, id);
+            return Ok(Handles { key: find(kek.id.clone())?, signing: find(oaep::signer_id(&kek.id))? });
         }
+        let key = find(ObjectClass::SECRET_KEY, KeyType::AES, kek.id.clone())?;
+        Ok(Handles { key, signing: key })
     }
 
     /// The KEK wraps a random value and unwraps it again: its mode works here, and from now on it can be recognised.
-    fn make_reference(&self, kek: &KekSpec, handle: ObjectHandle) -> Result<Reference, CallError> {
-        let reference = self.round_trip(kek, handle)?;
+    fn make_reference(&self, kek: &KekSpec, handles: Handles) -> Result<Reference, CallError> {
+        let reference = self.round_trip(kek, handles)?;
         let kept = self.state.keep_reference(kek.identity, reference.clone()).map_err(damaged_state)?;
         if kept != reference {
-            self.recognise(kek, handle, &kept)?; // another process was first
+            self.recognise(kek, handles, &kept)?; // another process was first
         }
         Ok(kept)
     }
 
     /// The key unwraps the KEK's reference. A key that does not, twice, and yet works, is another one.
-    fn recognise(&self, kek: &KekSpec, handle: ObjectHandle, reference: &Reference) -> Result<(), CallError> {
-        match self.check_reference(kek, handle, reference) {
+    fn recognise(&self, kek: &KekSpec, handles: Handles, reference: &Reference) -> Result<(), CallError> {
+        match self.check_reference(kek, handles, reference) {
             Err(error) if matches!(self.class(&error), Class::Doubtful | Class::BadInput) => {
-                self.round_trip(kek, handle)?;
-                self.check_reference(kek, handle, reference).map_err(|again| match self.class(&again) {
+                self.round_trip(kek, handles)?;
+                self.check_reference(kek, handles, reference).map_err(|again| match self.class(&again) {
                     Class::Doubtful | Class::BadInput => another_key(),
                     _ => again,
                 })
@@ -202,28 +219,28 @@ impl Lane {
     }
 
     /// After a doubtful answer: whether the KEK, which has been recognised, still unwraps its reference.
-    fn still_works(&self, kek: &KekSpec, handle: ObjectHandle) -> Result<(), CallError> {
+    fn still_works(&self, kek: &KekSpec, handles: Handles) -> Result<(), CallError> {
         let reference = self.reference(kek)?.ok_or_else(another_key)?;
-        self.check_reference(kek, handle, &reference)
+        self.check_reference(kek, handles, &reference)
     }
 
     fn reference(&self, kek: &KekSpec) -> Result<Option<Reference>, CallError> {
         self.state.reference(kek.identity).map_err(damaged_state)
     }
 
-    fn round_trip(&self, kek: &KekSpec, handle: ObjectHandle) -> Result<Reference, CallError> {
+    fn round_trip(&self, kek: &KekSpec, handles: Handles) -> Result<Reference, CallError> {
         let value = Dek::generate()?;
-        let wrapped = self.wrap_with(kek, handle, &value)?;
-        let unwrapped = self.unwrap_with(kek, handle, &wrapped)?;
+        let wrapped = self.wrap_with(kek, handles, &value)?;
+        let unwrapped = self.unwrap_with(kek, handles, &wrapped)?;
         if sha256(&unwrapped) != sha256(&value) {
             return Err(CallError::new(Class::Refused, "the token unwrapped another value than it had wrapped"));
         }
         Ok(Reference { wrapped: hex(&wrapped), sha256: sha256(&value) })
     }
 
-    fn check_reference(&self, kek: &KekSpec, handle: ObjectHandle, reference: &Reference) -> Result<(), CallError> {
+    fn check_reference(&self, kek: &KekSpec, handles: Handles, reference: &Reference) -> Result<(), CallError> {
         let wrapped = unhex(&reference.wrapped)?;
-        let value = self.unwrap_with(kek, handle, &wrapped)?;
+        let value = self.unwrap_with(kek, handles, &wrapped)?;
         if sha256(&value) == reference.sha256 { Ok(()) } else { Err(another_key()) }
     }
 
@@ -269,25 +286,26 @@ impl Lane {
         refused: &mut Vec<Refused>,
     ) -> Result<Vec<Candidate>, CallError> {
         let label = Attribute::Label(rules.label.clone().into_bytes());
-        let mut candidates = Vec::new();
-        let mut gone = self.connected.proved().clone();
+        let named =
+            |id: Option<&[u8]>| format!("key {} with label {}", id.map_or("without id".into(), hex), rules.label);
+        let mut objects = Vec::new();
         for handle in self.session.find_objects(&[Attribute::Token(true), label])? {
-            let named =
-                |id: Option<&[u8]>| format!("key {} with label {}", id.map_or("without id".into(), hex), rules.label);
-            let said = match self.ask(handle) {
-                Ok(said) => said,
+            match self.ask(handle) {
+                Ok(said) => objects.push(said),
                 Err(error) if self.class(&error) == Class::Refused => {
                     let reason = format!("what the token says of it cannot be read: {error}");
                     refused.push(Refused { key: named(None), identity: None, reason, is_ambiguous: false });
-                    continue;
                 }
                 Err(error) => return Err(error),
-            };
-            let identity = said.id().map(Identity::of_pkcs11);
+            }
+        }
+        let mut candidates = Vec::new();
+        let mut gone = self.connected.proved().clone();
+        for Decision { id, identity, attributes, verdict } in rules.decide(objects, now) {
             identity.map(|identity| gone.remove(&identity));
-            let key = named(said.id());
-            match rules.admit(&said, now) {
-                Ok(kek) => candidates.push(Candidate { key, kek, attributes: said.attributes() }),
+            let key = named(id.as_deref());
+            match verdict {
+                Ok(kek) => candidates.push(Candidate { key, kek, attributes }),
                 Err(reason) => refused.push(Refused { key, identity, reason, is_ambiguous: false }),
             }
         }
@@ -306,19 +324,36 @@ impl Lane {
     /// Finds the KEK anew, since a handle may have outlived its key, and has it unwrap its reference.
     fn prove(&mut self, kek: &KekSpec) -> Result<(), CallError> {
         self.handles.remove(&kek.identity);
-        self.handle(kek).map(|_| ())
+        self.handles(kek).map(|_| ())
     }
 
     /// Removes the KEK that was just made and does not work.
     pub(super) fn remove(&self, kek: &KekSpec) -> Result<(), CallError> {
-        let handle = self.find(kek)?;
-        Ok(self.session.destroy_object(handle)?)
+        if kek.mode == Mode::Oaep {
+            return oaep::remove(&self.session, &kek.label, &kek.id);
+        }
+        Ok(self.session.destroy_object(self.find(kek)?.key)?)
     }
 
-    /// Makes a KEK in the token.
-    pub(super) fn generate(&self, kek: &KekSpec) -> Result<(), CallError> {
-        self.session.generate_key(&Mechanism::AesKeyGen, &attributes::template(&self.connected.profile, kek))?;
-        Ok(())
+    /// Makes a KEK in the token, and returns it with its identity.
+    pub(super) fn generate(&self, kek: &KekSpec) -> Result<KekSpec, CallError> {
+        let profile = &self.connected.profile;
+        if kek.mode != Mode::Oaep {
+            self.session.generate_key(&Mechanism::AesKeyGen, &attributes::template(profile, kek))?;
+            return Ok(kek.clone());
+        }
+        let Handles { key, signing } = oaep::make(&self.session, profile, kek)?;
+        let pair = || {
+            let (key, signing) = (self.ask(key)?, self.ask(signing)?);
+            Pair::new(&kek.id, &key, &signing).map_err(|what| CallError::new(Class::Refused, what))
+        };
+        match pair() {
+            Ok(pair) => Ok(KekSpec { identity: pair.identity, pair: Some(Arc::new(pair)), ..kek.clone() }),
+            Err(error) => {
+                oaep::remove(&self.session, &kek.label, &kek.id)?;
+                Err(error)
+            }
+        }
     }
 }
 

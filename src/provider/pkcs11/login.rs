@@ -12,7 +12,6 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use cryptoki::context::Pkcs11;
 use cryptoki::error::{Error, RvError};
 use cryptoki::session::{Session, UserType};
 use cryptoki::slot::{Slot, TokenInfo};
@@ -20,6 +19,7 @@ use secrecy::SecretString;
 use sha2::{Digest, Sha256};
 
 use super::error::{CallError, Class};
+use super::module::InUse;
 use super::tries::{
     counts_wrong_pins, hash_of, is_new, may_be_tried, new_record, now, reason, told, with, with_worked,
 };
@@ -79,7 +79,7 @@ impl Latch {
     /// What the token answered, or why it was not asked; and what to do.
     pub(super) fn log_in(
         &self,
-        library: &Pkcs11,
+        in_use: &InUse,
         slot: Slot,
         session: &Session,
         pin: &SecretString,
@@ -90,7 +90,7 @@ impl Latch {
             return Err(CallError::new(Class::Token, "another process of this host does not end its login to it"));
         }
         let record = self.record()?;
-        let info = library.get_token_info(slot)?;
+        let info = in_use.token_info(slot)?;
         // The slow hash must not hold up the start of a host that is well: there, whatever the PIN is, it may be tried.
         let is_well = record.worked.is_some() && record.refused.is_empty() && !record.retry;
         let any_may_be_tried = is_well && !counts_wrong_pins(&info);
@@ -119,7 +119,7 @@ impl Latch {
             return Ok(());
         }
         let hash = tried.hash.clone().unwrap_or_else(|| hash_of(&record, pin));
-        let counts_none = library.get_token_info(slot).is_ok_and(|info| !counts_wrong_pins(&info));
+        let counts_none = in_use.token_info(slot).is_ok_and(|info| !counts_wrong_pins(&info));
         let (record, outcome) = self.outcome(record, tried, hash, answer, counts_none);
         self.state.keep_pin_record(&self.name, &record);
         outcome

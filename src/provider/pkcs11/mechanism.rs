@@ -8,7 +8,9 @@ use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHan
 use cryptoki::session::Session;
 use zeroize::Zeroizing;
 
+use super::admission::KekSpec;
 use super::error::{CallError, Class};
+use super::oaep;
 use super::raw::{self, GcmParams, IV_LEN, IvPlace};
 use crate::config::{GcmIv, Mode, Profile};
 use crate::envelope::WrapAlgorithm;
@@ -19,21 +21,31 @@ use crate::secret::Dek;
 const KW_IV: [u8; 8] = [0xa6; 8];
 const KWP_IV: [u8; 4] = [0xa6, 0x59, 0x59, 0xa6];
 
-/// Wraps `dek` under the KEK `kek`, which has this identity.
+/// The objects that a KEK consists of.
+#[derive(Clone, Copy)]
+pub(super) struct Handles {
+    /// The key that wraps, or at least unwraps.
+    pub(super) key: ObjectHandle,
+    /// In the mode `oaep` the private key that signs; otherwise the same.
+    pub(super) signing: ObjectHandle,
+}
+
+/// Wraps `dek` under the KEK.
 pub(super) fn wrap(
     profile: &Profile,
-    mode: Mode,
+    kek: &KekSpec,
     session: &Session,
-    kek: ObjectHandle,
-    identity: Identity,
+    handles: Handles,
     dek: &Dek,
 ) -> Result<Vec<u8>, CallError> {
+    let (mode, Handles { key, signing }) = (kek.mode, handles);
     let wrapped = match mode {
-        Mode::Wrapkey | Mode::WrapkeyKwp => wrap_object(&key_wrap(profile, mode), session, kek, dek)?,
-        Mode::Encrypt | Mode::EncryptKwp => session.encrypt(&key_wrap(profile, mode), kek, dek.expose())?,
-        Mode::Gcm => encrypt_gcm(profile, session, kek, identity, dek)?,
+        Mode::Wrapkey | Mode::WrapkeyKwp => wrap_object(&key_wrap(profile, mode), session, key, dek)?,
+        Mode::Encrypt | Mode::EncryptKwp => session.encrypt(&key_wrap(profile, mode), key, dek.expose())?,
+        Mode::Gcm => encrypt_gcm(profile, session, key, kek.identity, dek)?,
+        Mode::Oaep => oaep::wrap(session, signing, kek.pair()?, dek)?,
     };
-    let expected = mode.algorithm().wrapped_len();
+    let expected = kek.algorithm().wrapped_len();
     if wrapped.len() != expected {
         let what = format!(
             "the token wrapped a DEK into {} bytes where {expected} were due: its profile's mechanism, or its gcm-iv, is \
@@ -48,16 +60,17 @@ pub(super) fn wrap(
 /// Unwraps what [`wrap`] made.
 pub(super) fn unwrap(
     profile: &Profile,
-    mode: Mode,
+    kek: &KekSpec,
     session: &Session,
-    kek: ObjectHandle,
-    identity: Identity,
+    handles: Handles,
     wrapped: &[u8],
 ) -> Result<Dek, CallError> {
+    let (mode, Handles { key, .. }) = (kek.mode, handles);
     let bytes = match mode {
-        Mode::Wrapkey | Mode::WrapkeyKwp => unwrap_object(&key_wrap(profile, mode), session, kek, wrapped)?,
-        Mode::Encrypt | Mode::EncryptKwp => Zeroizing::new(session.decrypt(&key_wrap(profile, mode), kek, wrapped)?),
-        Mode::Gcm => decrypt_gcm(profile, session, kek, identity, wrapped)?,
+        Mode::Wrapkey | Mode::WrapkeyKwp => unwrap_object(&key_wrap(profile, mode), session, key, wrapped)?,
+        Mode::Encrypt | Mode::EncryptKwp => Zeroizing::new(session.decrypt(&key_wrap(profile, mode), key, wrapped)?),
+        Mode::Gcm => decrypt_gcm(profile, session, key, kek.identity, wrapped)?,
+        Mode::Oaep => oaep::unwrap(session, key, kek.pair()?, wrapped)?,
     };
     // Whoever made the input had the KEK, or the token lies now: only the reference tells.
     let length = || CallError::new(Class::Doubtful, format!("an unwrapped DEK has {} bytes", bytes.len()));

@@ -2,7 +2,7 @@
 //!
 //! From top to bottom: this room knows tokens and their KEKs; [`token`] keeps one connected, by its supervisor
 //! thread; [`pool`] has work done by its session threads; [`link`] is what these tell each other; [`lane`] is what one
-//! session does; [`mechanism`] is how a KEK wraps, and [`raw`] what cryptoki cannot name of that; [`address`] finds a
+//! session does; [`mechanism`] is how a KEK wraps ([`oaep`] if it is two RSA pairs), and [`raw`] what cryptoki cannot name of that; [`address`] finds a
 //! token by what [`slots`] say, and [`login`] logs in to it unless its PIN was refused ([`tries`]); a [`connection`]
 //! comes of that; [`module`] loads a library. [`pace`] knows how long calls take, [`timing`] measures them without the
 //! pool, [`admission`] decides which keys are KEKs, [`generation`] makes one, [`attributes`] is what is said of them, and
@@ -14,6 +14,7 @@ mod attributes;
 mod connection;
 mod error;
 mod generation;
+mod halves;
 mod job;
 mod kek;
 mod lane;
@@ -21,6 +22,7 @@ mod link;
 mod login;
 mod mechanism;
 mod module;
+mod oaep;
 mod pace;
 mod pool;
 mod queue;
@@ -29,6 +31,7 @@ pub mod setup;
 mod slots;
 mod timing;
 mod token;
+mod token_info;
 mod tries;
 mod wraps;
 
@@ -60,6 +63,7 @@ use self::token::Token;
 use self::wraps::WrapCounter;
 use super::{Answer, Kek, KekError, Provider, Rank, Refused, Sighting};
 use crate::config::{Mode, ProviderConfig, TokenUri};
+use crate::envelope::WrapAlgorithm;
 use crate::identity::Identity;
 use crate::runtime::Leader;
 use crate::state::State;
@@ -74,6 +78,7 @@ const RETRY_PATIENCE: Duration = Duration::from_secs(15);
 pub struct Pkcs11 {
     name: String,
     modes: Vec<Mode>,
+    longest_algorithm: WrapAlgorithm,
     tokens: Vec<Arc<Token>>,
     state: Arc<State>,
     changed: Arc<Notify>,
@@ -126,7 +131,8 @@ impl Pkcs11 {
         let start = |uri: &TokenUri| Token::start(uri.clone(), config, state, leader, Arc::clone(&changed));
         let tokens = config.tokens.iter().map(start).collect::<Result<_, _>>()?;
         let (name, modes) = (config.name.clone(), config.profile.modes.clone());
-        Ok(Self { name, modes, tokens, state: Arc::clone(state), changed, keks: Mutex::default() })
+        let longest_algorithm = config.longest_algorithm();
+        Ok(Self { name, modes, longest_algorithm, tokens, state: Arc::clone(state), changed, keks: Mutex::default() })
     }
 
     /// Waits until every token was tried once.
@@ -250,6 +256,10 @@ impl Drop for Pkcs11 {
 impl Provider for Pkcs11 {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn longest_algorithm(&self) -> WrapAlgorithm {
+        self.longest_algorithm
     }
 
     fn settled(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {

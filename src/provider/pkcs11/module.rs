@@ -20,9 +20,11 @@ use std::time::Duration;
 
 use super::error::CallError;
 use super::slots::Slots;
+use super::token_info::TokenInfos;
 use crate::sync::lock;
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
 use cryptoki::error::Error;
+use cryptoki::slot::{Slot, TokenInfo};
 
 /// Every library that this process has loaded; none is ever unloaded, since some leave threads behind.
 static LOADED: Mutex<BTreeMap<PathBuf, Arc<Module>>> = Mutex::new(BTreeMap::new());
@@ -35,6 +37,7 @@ const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
 /// A loaded library.
 pub(super) struct Module {
     library: Pkcs11,
+    token_infos: TokenInfos,
     in_use: Mutex<InUseBy>,
     given_up: Condvar,
     slots: Slots,
@@ -93,8 +96,9 @@ impl Module {
         }
         refuse_if_writable_by_others(&path)?;
         let library = Pkcs11::new(&path).map_err(|error| load_error(&path, &error))?;
-        let module =
-            Arc::new(Self { library, in_use: Mutex::default(), given_up: Condvar::new(), slots: Slots::default() });
+        let token_infos = TokenInfos::load(&path).map_err(|error| load_error(&path, &error))?;
+        let (in_use, given_up, slots) = (Mutex::default(), Condvar::new(), Slots::default());
+        let module = Arc::new(Self { library, token_infos, in_use, given_up, slots });
         loaded.insert(path, Arc::clone(&module));
         Ok(module)
     }
@@ -103,6 +107,11 @@ impl Module {
 impl InUse {
     pub(super) fn library(&self) -> &Pkcs11 {
         &self.0.library
+    }
+
+    /// What the token in the slot says of itself.
+    pub(super) fn token_info(&self, slot: Slot) -> Result<TokenInfo, CallError> {
+        Ok(self.0.token_infos.of(slot)?)
     }
 
     pub(super) fn slots(&self) -> &Slots {

@@ -19,7 +19,7 @@ pub fn initialize_token(module: &Path, label: &str, so_pin: &SecretString, pin: 
         let slots = library.get_slots_with_token()?;
         let mut free = None;
         for slot in slots {
-            let info = library.get_token_info(slot)?;
+            let info = in_use.token_info(slot)?;
             if !info.token_initialized() {
                 free = free.or(Some(slot));
             } else if info.label() == label {

@@ -55,7 +55,7 @@ impl Slots {
 fn start(in_use: InUse, slot: Slot) -> io::Result<Receiver<Answer>> {
     let (answer, answers) = mpsc::channel();
     let ask = move || {
-        let said = in_use.library().get_token_info(slot).map_err(CallError::from);
+        let said = in_use.token_info(slot);
         drop(in_use);
         let _the_end = answer.send(said);
     };

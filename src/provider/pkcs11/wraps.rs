@@ -90,7 +90,7 @@ mod tests {
 
     fn counter(mode: Mode, directory: &tempfile::TempDir) -> Arc<WrapCounter> {
         let identity = Identity::from_bytes([1; 16]);
-        let kek = KekSpec { identity, id: vec![], label: String::new(), mode };
+        let kek = KekSpec { identity, id: vec![], label: String::new(), mode, pair: None };
         Arc::new(WrapCounter::new(&kek, Arc::new(State::open(directory.path()).unwrap())))
     }
 
