@@ -8,7 +8,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
 use super::output::{Failure, Format, print, print_json, table};
-use super::{ConfigArgs, OutputArgs, assemble, duration};
+use super::{ConfigArgs, OutputArgs, assemble, attest, duration};
 use crate::config::{Config, Mode, ProviderConfig};
 use crate::identity::Identity;
 use crate::keyring::KekDescription;
@@ -30,6 +30,9 @@ pub(super) enum KeyVerb {
     /// List the KEKs, and the keys that look like one and are not used.
     #[command(after_help = LIST_EXAMPLES)]
     List(ListArgs),
+    /// Report what the tokens say of the KEKs, and whether a key like them can be got out.
+    #[command(after_help = attest::EXAMPLES)]
+    Attest(attest::AttestArgs),
 }
 
 const GENERATE_EXAMPLES: &str = "Every plugin that uses the token sees the new KEK within 30 seconds, unwraps with it \
@@ -79,6 +82,7 @@ pub(super) fn run(verb: KeyVerb) -> Result<(), Failure> {
     match verb {
         KeyVerb::Generate(args) => runtime.block_on(generate(&args)),
         KeyVerb::List(args) => runtime.block_on(list(&args)),
+        KeyVerb::Attest(args) => runtime.block_on(attest::attest(&args)),
     }
 }
 
@@ -90,6 +94,8 @@ struct GeneratedSummary {
     not_before: Timestamp,
     mode: &'static str,
     held_by: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    way_out: Option<String>,
 }
 
 async fn generate(args: &GenerateArgs) -> Result<(), Failure> {
@@ -102,20 +108,27 @@ async fn generate(args: &GenerateArgs) -> Result<(), Failure> {
         not_before: generated.not_before,
         mode: generated.mode.as_str(),
         held_by: generated.held_by,
+        way_out: generated.way_out,
     };
     match args.output.output {
         Format::Json => print_json(&summary),
-        Format::Text => print(&format!(
-            "KEK {} made on provider {}\n  id          {}\n  mode        {}\n  active from {}\n  held by     {} of {} \
-             tokens: if all of them are lost, so is everything that it wrapped",
-            summary.identity,
-            provider.name,
-            summary.id,
-            summary.mode,
-            summary.not_before,
-            summary.held_by.len(),
-            provider.tokens.len(),
-        )),
+        Format::Text => {
+            let mut text = format!(
+                "KEK {} made on provider {}\n  id          {}\n  mode        {}\n  active from {}\n  held by     {} of {} \
+                 tokens: if all of them are lost, so is everything that it wrapped",
+                summary.identity,
+                provider.name,
+                summary.id,
+                summary.mode,
+                summary.not_before,
+                summary.held_by.len(),
+                provider.tokens.len(),
+            );
+            if let Some(way) = &summary.way_out {
+                text.push_str(&format!("\n  WARNING     such a key leaves its token: {way}"));
+            }
+            print(&text)
+        }
     }
 }
 
@@ -187,7 +200,7 @@ fn activation_instant(
 }
 
 /// What the kernel says of its clock, whoever keeps it (adjtimex(2)); without systemd to ask, nobody vouches for it.
-fn clock_is_unsynchronized() -> bool {
+pub(super) fn clock_is_unsynchronized() -> bool {
     let asked = Command::new("timedatectl").args(["show", "--property=NTPSynchronized", "--value"]).output();
     !asked.is_ok_and(|answer| answer.stdout.trim_ascii() == b"yes")
 }
@@ -196,6 +209,7 @@ fn clock_is_unsynchronized() -> bool {
 struct Listing {
     keks: Vec<KekDescription>,
     refused: Vec<Refused>,
+    exceptions: Vec<String>,
     outages: Vec<String>,
 }
 
@@ -209,7 +223,7 @@ async fn list(args: &ListArgs) -> Result<(), Failure> {
     })
     .await?;
     let (keks, refused) = keyring.describe(Timestamp::now());
-    let listing = Listing { keks, refused, outages: keyring.outages() };
+    let listing = Listing { keks, refused, exceptions: keyring.exceptions(), outages: keyring.outages() };
     match args.output.output {
         Format::Json => print_json(&listing)?,
         Format::Text => print(&text(&listing))?,
@@ -239,6 +253,9 @@ fn text(listing: &Listing) -> String {
     };
     for refused in &listing.refused {
         text.push_str(&format!("\nnot used: {}: {}", refused.key, refused.reason));
+    }
+    for exception in &listing.exceptions {
+        text.push_str(&format!("\nexception: {exception}"));
     }
     text
 }

@@ -26,6 +26,8 @@ pub(super) struct Seen {
     pub(super) partly_out: Vec<String>,
     /// Which token lacks which KEK.
     pub(super) incomplete: Vec<String>,
+    /// KEKs for whose history a token does not vouch.
+    pub(super) exceptions: Vec<String>,
 }
 
 /// The active KEK of one provider.
@@ -44,6 +46,7 @@ impl Member {
             outage,
             partly_out: Vec::new(),
             incomplete: Vec::new(),
+            exceptions: Vec::new(),
         });
         Self { provider, seals, seen }
     }
@@ -74,8 +77,11 @@ impl Member {
         for gap in sighting.incomplete.iter().filter(|gap| !seen.incomplete.contains(gap)) {
             tracing::warn!(provider, gap, "replicas are not alike");
         }
-        let Sighting { keks, refused, out_of_reach, incomplete } = sighting;
-        *seen = Seen { keks, refused, outage: None, partly_out: out_of_reach, incomplete };
+        for exception in sighting.exceptions.iter().filter(|exception| !seen.exceptions.contains(exception)) {
+            tracing::warn!(provider, exception, "a KEK is admitted by way of exception");
+        }
+        let Sighting { keks, refused, out_of_reach, incomplete, exceptions } = sighting;
+        *seen = Seen { keks, refused, outage: None, partly_out: out_of_reach, incomplete, exceptions };
     }
 
     /// Remembers that a look failed; what was seen before stays.

@@ -85,6 +85,8 @@ pub struct Sighting {
     pub out_of_reach: Vec<String>,
     /// Which token lacks which KEK that another one holds.
     pub incomplete: Vec<String>,
+    /// KEKs for whose history a token does not vouch, each with what excuses that.
+    pub exceptions: Vec<String>,
 }
 
 /// A key that looks like a KEK and is not one.

@@ -9,7 +9,7 @@ use cryptoki::mechanism::MechanismType;
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass};
 use jiff::{SignedDuration, Timestamp};
 
-use crate::config::Mode;
+use crate::config::{Admission, Mode};
 use crate::identity::Identity;
 use crate::provider::Rank;
 
@@ -37,13 +37,13 @@ pub(super) struct Rules {
     pub(super) label: String,
     pub(super) modes: Vec<Mode>,
     /// KEKs made elsewhere, by CKA_ID.
-    pub(super) admitted: BTreeMap<Vec<u8>, Timestamp>,
+    pub(super) admitted: BTreeMap<Vec<u8>, Admission>,
 }
 
 impl Rules {
     pub(super) fn admit(&self, said: &Said, now: Timestamp) -> Result<Admitted, String> {
-        let not_before = said.id().and_then(|id| self.admitted.get(id)).copied();
-        admit(said, &self.modes, not_before, now)
+        let admission = said.id().and_then(|id| self.admitted.get(id));
+        admit(said, &self.modes, admission, now)
     }
 
     pub(super) fn spec_of(&self, kek: &Admitted) -> KekSpec {
@@ -71,6 +71,8 @@ pub(super) struct Said(pub(super) Vec<Attribute>);
 pub(super) struct Admitted {
     pub(super) rank: Rank,
     pub(super) mode: Mode,
+    /// What the token does not vouch for, and why that is excused.
+    pub(super) exception: Option<String>,
 }
 
 /// No CKA_ID of ours is older: this plugin did not exist.
@@ -80,12 +82,13 @@ pub const LONGEST_WAIT: SignedDuration = SignedDuration::from_hours(30 * 24);
 
 /// Decides about one key.
 ///
-/// `modes` are the profile's, in order. `not_before` is the instant that the configuration gives for this key, if it
-/// admits it by id: then its history is the administrator's word, and only what it is now counts.
+/// `modes` are the profile's, in order. `admission` is what the configuration says of this key, if it admits it by id. That
+/// excuses a foreign id; that the token does not vouch for the key's history only a stated exception excuses, and
+/// nothing what the key is now.
 ///
 /// # Errors
 /// Why the key is not used, and what to do.
-fn admit(said: &Said, modes: &[Mode], not_before: Option<Timestamp>, now: Timestamp) -> Result<Admitted, String> {
+fn admit(said: &Said, modes: &[Mode], admission: Option<&Admission>, now: Timestamp) -> Result<Admitted, String> {
     let Said(attributes) = said;
     if !attributes.contains(&Attribute::Class(ObjectClass::SECRET_KEY)) {
         return Err("it is not a secret key: give it another label".into());
@@ -97,20 +100,39 @@ fn admit(said: &Said, modes: &[Mode], not_before: Option<Timestamp>, now: Timest
     let id = said.id().ok_or("it has no CKA_ID: KEKs are made with `trousseau key generate`")?;
     said.requires("SENSITIVE", &Attribute::Sensitive(true))?;
     said.requires("EXTRACTABLE=false", &Attribute::Extractable(false))?;
-    let not_before = match not_before {
-        Some(instant) => instant,
+    let (not_before, exception) = match admission {
+        Some(admission) => (admission.not_before, excuse(said, admission)?),
         None => {
-            said.requires("ALWAYS_SENSITIVE", &Attribute::AlwaysSensitive(true))?;
-            said.requires("NEVER_EXTRACTABLE", &Attribute::NeverExtractable(true))?;
-            said.requires("LOCAL", &Attribute::Local(true))?;
-            instant_of(id, now)?
+            HISTORY.iter().try_for_each(|(name, wanted)| said.requires(name, wanted))?;
+            (instant_of(id, now)?, None)
         }
     };
     let mode = modes
         .iter()
         .find(|mode| said.permits(**mode))
         .ok_or("its usage attributes fit no mode of the profile: KEKs are made with `trousseau key generate`")?;
-    Ok(Admitted { rank: Rank { not_before, id: id.to_vec() }, mode: *mode })
+    Ok(Admitted { rank: Rank { not_before, id: id.to_vec() }, mode: *mode, exception })
+}
+
+/// By what a token vouches that a key was born in it and could never leave. Some lose it in a restore or a cloning.
+const HISTORY: [(&str, Attribute); 3] = [
+    ("ALWAYS_SENSITIVE", Attribute::AlwaysSensitive(true)),
+    ("NEVER_EXTRACTABLE", Attribute::NeverExtractable(true)),
+    ("LOCAL", Attribute::Local(true)),
+];
+
+/// What the token does not vouch for, with the administrator's word for it.
+fn excuse(said: &Said, admission: &Admission) -> Result<Option<String>, String> {
+    let unsaid: Vec<&str> =
+        HISTORY.iter().filter(|(_, wanted)| !said.0.contains(wanted)).map(|(name, _)| *name).collect();
+    let what = format!("the token does not vouch that it is {}", unsaid.join(", "));
+    match &admission.exception {
+        _ if unsaid.is_empty() => Ok(None),
+        Some(why) => Ok(Some(format!("{what}; the configuration excuses that: {why}"))),
+        None => {
+            Err(format!("{what}: if you know where it was, say so with `exception = \"…\"` in its [[provider.kek]]"))
+        }
+    }
 }
 
 /// The activation instant in a CKA_ID: it is a UUIDv7 (RFC 9562 section 5.7).
@@ -235,7 +257,8 @@ mod tests {
     fn a_key_of_our_own_making_is_a_kek() {
         let id = new_id(now()).unwrap();
         let admitted = admit(&Said(kek(&id)), &MODES, None, now()).unwrap();
-        assert_eq!(admitted, Admitted { rank: Rank { not_before: now(), id: id.to_vec() }, mode: Mode::Wrapkey });
+        let rank = Rank { not_before: now(), id: id.to_vec() };
+        assert_eq!(admitted, Admitted { rank, mode: Mode::Wrapkey, exception: None });
     }
 
     #[test]
@@ -277,14 +300,27 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_the_configuration_admits_needs_no_history() {
-        let not_before = Some("2026-01-01T00:00:00Z".parse().unwrap());
-        for changed in [Attribute::Id(vec![1]), Attribute::Local(false), Attribute::NeverExtractable(false)] {
-            let admitted = admit(&with(changed), &MODES, not_before, now()).unwrap();
-            assert_eq!(Some(admitted.rank.not_before), not_before);
+    fn a_key_that_the_configuration_admits_needs_no_id_of_ours_and_a_word_for_a_history_that_it_lacks() {
+        let not_before = "2026-01-01T00:00:00Z".parse().unwrap();
+        let plain = Admission { not_before, exception: None };
+        let excused = Admission { not_before, exception: Some("restored in May".into()) };
+        for admission in [&plain, &excused] {
+            let admitted = admit(&with(Attribute::Id(vec![1])), &MODES, Some(admission), now()).unwrap();
+            assert_eq!((admitted.rank.not_before, admitted.exception), (not_before, None));
+        }
+        for (changed, name) in [
+            (Attribute::Local(false), "LOCAL"),
+            (Attribute::NeverExtractable(false), "NEVER_EXTRACTABLE"),
+            (Attribute::AlwaysSensitive(false), "ALWAYS_SENSITIVE"),
+        ] {
+            let said = with(changed);
+            let error = admit(&said, &MODES, Some(&plain), now()).unwrap_err();
+            assert!(error.contains(name) && error.contains("exception ="), "{error}");
+            let exception = admit(&said, &MODES, Some(&excused), now()).unwrap().exception.unwrap();
+            assert!(exception.contains(name) && exception.contains("restored in May"), "{exception}");
         }
         for changed in [Attribute::Sensitive(false), Attribute::Extractable(true), Attribute::ValueLen(16.into())] {
-            admit(&with(changed), &MODES, not_before, now()).unwrap_err();
+            admit(&with(changed), &MODES, Some(&excused), now()).unwrap_err();
         }
     }
 

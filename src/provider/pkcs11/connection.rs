@@ -3,12 +3,12 @@
 //! A login holds for every session of the process and ends with the last one; the anchor is the session that stays.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use cryptoki::context::Pkcs11;
+use cryptoki::context::{Info, Pkcs11};
 use cryptoki::session::Session;
 use cryptoki::slot::{Slot, TokenInfo};
 use secrecy::SecretString;
@@ -119,6 +119,33 @@ impl Address {
         self.latch(&info).allow_retry(&info, final_try_ok).map_err(|error| error.to_string())
     }
 
+    /// What is wrong with the PIN, with what to do, as far as it can be known without a login.
+    ///
+    /// # Errors
+    /// The token is not there, or the state directory cannot be used.
+    pub(super) fn pin_state(&self) -> Result<Vec<(String, &'static str)>, String> {
+        let in_use = Module::acquire(&self.module, self.reinitialize)?;
+        let (_, info) = self.find_slot(in_use.library())?;
+        let once = "log in once with the right PIN, so that the count begins anew";
+        let officer = "have the security officer set it, with the vendor's tools";
+        let said = [
+            (info.user_pin_locked(), "has locked its PIN", officer),
+            (!info.user_pin_locked() && info.user_pin_final_try(), "will be locked by the next wrong PIN", once),
+            (
+                !info.user_pin_final_try() && info.user_pin_count_low(),
+                "has seen a wrong PIN since the last login",
+                once,
+            ),
+            (info.token_initialized() && !info.user_pin_initialized(), "says that it has no user PIN", officer),
+        ];
+        let said = said.into_iter().filter(|(so, ..)| *so).map(|(_, what, remedy)| (what.to_owned(), remedy));
+        let held_back = self.latch(&info).held_back().map_err(|error| error.to_string())?;
+        let latched = held_back.into_iter().map(|what| {
+            (format!("had a PIN tried that is held back now: {what}"), "correct the PIN file, or `trousseau pin retry`")
+        });
+        Ok(said.chain(latched).collect())
+    }
+
     fn latch(&self, info: &TokenInfo) -> Latch {
         Latch::new(&self.state, &self.module, info, self.pin.to_string(), self.codes.clone())
     }
@@ -164,14 +191,24 @@ impl Connected {
         Ok(self.in_use.library().open_rw_session(self.slot)?)
     }
 
+    pub(super) fn token_info(&self) -> Result<TokenInfo, CallError> {
+        Ok(self.in_use.library().get_token_info(self.slot)?)
+    }
+
+    pub(super) fn library_info(&self) -> Result<Info, CallError> {
+        Ok(self.in_use.library().get_library_info()?)
+    }
+
+    /// The file of the library.
+    pub(super) fn module_path(&self) -> &Path {
+        self.in_use.path()
+    }
+
     /// What the token's flags say that they should not (CK_TOKEN_INFO, PKCS#11 v3.1 section 3.2), with what to do.
     pub(super) fn complaints(&self) -> Result<Vec<(&'static str, &'static str)>, CallError> {
-        let info = self.in_use.library().get_token_info(self.slot)?;
-        let few_tries = "log in once with the right PIN, so that the count begins anew";
+        let info = self.token_info()?;
         let said = [
             (!info.login_required(), "needs no login: anybody may use its keys", "initialize it with a user PIN"),
-            (info.user_pin_count_low(), "has seen a wrong PIN since the last login", few_tries),
-            (info.user_pin_final_try(), "will be locked by the next wrong PIN", few_tries),
             (info.user_pin_to_be_changed(), "wants its PIN to be changed", "change it with the vendor's tools"),
             (info.write_protected(), "is write-protected: no KEK can be made in it", "lift that to make a KEK"),
             (info.error_state(), "says that it failed its self-test", "restart it, and ask its vendor"),

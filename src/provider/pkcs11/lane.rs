@@ -22,7 +22,7 @@ use crate::state::{Reference, State, StateError};
 
 /// A session of a worker. It is closed before the connection that it came from is let go.
 pub(super) struct Lane {
-    session: Session,
+    pub(super) session: Session,
     handles: HashMap<Identity, ObjectHandle>,
     pub(super) connected: Arc<Connected>,
     state: Arc<State>,
@@ -216,14 +216,13 @@ impl Lane {
         now: Timestamp,
         refused: &mut Vec<Refused>,
     ) -> Result<Vec<(String, Admitted)>, CallError> {
-        let label = Attribute::Label(rules.label.clone().into_bytes());
         let mut candidates = Vec::new();
         let mut gone = self.connected.proved().clone();
-        for handle in self.session.find_objects(&[Attribute::Token(true), label])? {
+        for handle in self.find_labelled(rules)? {
             let named =
                 |id: Option<&[u8]>| format!("key {} with label {}", id.map_or("without id".into(), hex), rules.label);
-            let said = match self.session.get_attributes(handle, &admission::ASKED).map_err(CallError::from) {
-                Ok(attributes) => Said(attributes),
+            let said = match self.said(handle) {
+                Ok(said) => said,
                 Err(error) if self.class(&error) == Class::Refused => {
                     let reason = format!("what the token says of it cannot be read: {error}");
                     refused.push(Refused { key: named(None), identity: None, reason });
@@ -244,6 +243,17 @@ impl Lane {
         }
     }
 
+    /// Every object with the KEKs' label.
+    pub(super) fn find_labelled(&self, rules: &Rules) -> Result<Vec<ObjectHandle>, CallError> {
+        let label = Attribute::Label(rules.label.clone().into_bytes());
+        Ok(self.session.find_objects(&[Attribute::Token(true), label])?)
+    }
+
+    /// What decides whether an object is a KEK.
+    pub(super) fn said(&self, handle: ObjectHandle) -> Result<Said, CallError> {
+        Ok(Said(self.session.get_attributes(handle, &admission::ASKED)?))
+    }
+
     /// Finds the KEK anew, since a handle may have outlived its key, and has it unwrap its reference.
     fn prove(&mut self, kek: &KekSpec) -> Result<(), CallError> {
         self.handles.remove(&kek.identity);
@@ -256,36 +266,38 @@ impl Lane {
         Ok(self.session.destroy_object(handle)?)
     }
 
-    /// Makes a KEK in the token: 256-bit AES that never leaves it, and whose attributes nobody changes.
+    /// Makes a KEK in the token.
     pub(super) fn generate(&self, kek: &KekSpec) -> Result<(), CallError> {
-        let wraps_objects = kek.mode.wraps_objects();
-        self.session.generate_key(
-            &cryptoki::mechanism::Mechanism::AesKeyGen,
-            &[
-                Attribute::Class(ObjectClass::SECRET_KEY),
-                Attribute::KeyType(KeyType::AES),
-                Attribute::ValueLen(32.into()),
-                Attribute::Label(kek.label.clone().into_bytes()),
-                Attribute::Id(kek.id.clone()),
-                Attribute::Token(true),
-                Attribute::Private(true),
-                Attribute::Sensitive(true),
-                Attribute::Extractable(false),
-                Attribute::Modifiable(false),
-                Attribute::Copyable(false),
-                Attribute::Wrap(wraps_objects),
-                Attribute::Unwrap(wraps_objects),
-                Attribute::Encrypt(!wraps_objects),
-                Attribute::Decrypt(!wraps_objects),
-                Attribute::Sign(false),
-                Attribute::Verify(false),
-                Attribute::Derive(false),
-                // The token itself then refuses every other use of the key, such as CBC or ECB.
-                Attribute::AllowedMechanisms(vec![kek.mode.mechanism()]),
-            ],
-        )?;
+        self.session.generate_key(&cryptoki::mechanism::Mechanism::AesKeyGen, &template(kek))?;
         Ok(())
     }
+}
+
+/// How a KEK is made: 256-bit AES that never leaves the token, and whose attributes nobody changes.
+pub(super) fn template(kek: &KekSpec) -> Vec<Attribute> {
+    let wraps_objects = kek.mode.wraps_objects();
+    vec![
+        Attribute::Class(ObjectClass::SECRET_KEY),
+        Attribute::KeyType(KeyType::AES),
+        Attribute::ValueLen(32.into()),
+        Attribute::Label(kek.label.clone().into_bytes()),
+        Attribute::Id(kek.id.clone()),
+        Attribute::Token(true),
+        Attribute::Private(true),
+        Attribute::Sensitive(true),
+        Attribute::Extractable(false),
+        Attribute::Modifiable(false),
+        Attribute::Copyable(false),
+        Attribute::Wrap(wraps_objects),
+        Attribute::Unwrap(wraps_objects),
+        Attribute::Encrypt(!wraps_objects),
+        Attribute::Decrypt(!wraps_objects),
+        Attribute::Sign(false),
+        Attribute::Verify(false),
+        Attribute::Derive(false),
+        // The token itself then refuses every other use of the key, such as CBC or ECB.
+        Attribute::AllowedMechanisms(vec![kek.mode.mechanism()]),
+    ]
 }
 
 impl Drop for Lane {

@@ -108,7 +108,7 @@ fn session_object() -> Vec<Attribute> {
     ]
 }
 
-fn wipe(template: &mut [Attribute]) {
+pub(super) fn wipe(template: &mut [Attribute]) {
     for attribute in template {
         if let Attribute::Value(value) = attribute {
             zeroize::Zeroize::zeroize(value);

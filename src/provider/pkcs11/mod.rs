@@ -10,6 +10,7 @@
 mod admission;
 mod connection;
 mod error;
+mod exportability;
 mod kek;
 mod lane;
 mod link;
@@ -20,6 +21,7 @@ mod pace;
 mod pool;
 mod queue;
 pub mod setup;
+mod survey;
 mod timing;
 mod token;
 mod wraps;
@@ -40,16 +42,18 @@ use tokio::time::timeout;
 pub use self::admission::LONGEST_WAIT;
 use self::admission::{Admitted, KekSpec};
 use self::connection::Address;
+pub use self::exportability::{Outcome, ThrowAway, Trial, Trials};
 use self::kek::Pkcs11Kek;
 use self::lane::Inventory;
 use self::link::SILENCE;
 pub use self::login::Retry;
 pub use self::module::leave;
+pub use self::survey::{KeyFacts, ModeFacts, ModuleFacts, Survey, TokenFacts, Value};
 pub use self::timing::Operation;
 use self::token::Token;
 use self::wraps::WrapCounter;
 use super::{Answer, Kek, KekError, Provider, Rank, Refused, Sighting};
-use crate::config::{Mode, ProviderConfig, TokenUri};
+use crate::config::{Exportable, Mode, ProviderConfig, TokenUri};
 use crate::identity::Identity;
 use crate::runtime::Leader;
 use crate::state::State;
@@ -62,6 +66,7 @@ const PATIENCE: Duration = Duration::from_secs(3);
 pub struct Pkcs11 {
     name: String,
     modes: Vec<Mode>,
+    exportable: Exportable,
     tokens: Vec<Arc<Token>>,
     state: Arc<State>,
     changed: Arc<Notify>,
@@ -82,6 +87,8 @@ pub struct Generated {
     pub mode: Mode,
     /// The tokens that hold it.
     pub held_by: Vec<String>,
+    /// The way by which a key like it comes out of its token, where the policy puts up with that.
+    pub way_out: Option<String>,
 }
 
 /// Allows one more try of the PIN for each token of a provider, if it is held back: the token as people know it, and
@@ -98,13 +105,16 @@ pub fn allow_pin_retry(
     provider.tokens.iter().map(allow).collect()
 }
 
-/// A token that can be used, and what may soon be wrong with it.
-#[derive(Clone, Debug)]
-pub struct Diagnosis {
-    /// The token, as people know it.
-    pub name: String,
-    /// What it says of itself that it should not, each with what to do.
-    pub complaints: Vec<(&'static str, &'static str)>,
+/// What is known of the PIN of each token of a provider without a login: the token as people know it, and what is wrong,
+/// each with what to do, or why nothing is known.
+pub fn pin_states(
+    provider: &ProviderConfig,
+    state: &Arc<State>,
+) -> Vec<(String, Result<Vec<(String, &'static str)>, String>)> {
+    let look = |uri: &TokenUri| {
+        (format!("token {uri} of provider {}", provider.name), Address::new(uri.clone(), provider, state).pin_state())
+    };
+    provider.tokens.iter().map(look).collect()
 }
 
 impl Pkcs11 {
@@ -117,7 +127,8 @@ impl Pkcs11 {
         let start = |uri: &TokenUri| Token::start(uri.clone(), config, state, leader, Arc::clone(&changed));
         let tokens = config.tokens.iter().map(start).collect::<Result<_, _>>()?;
         let (name, modes) = (config.name.clone(), config.profile.modes.clone());
-        Ok(Self { name, modes, tokens, state: Arc::clone(state), changed, keks: Mutex::default() })
+        let exportable = config.exportable;
+        Ok(Self { name, modes, exportable, tokens, state: Arc::clone(state), changed, keks: Mutex::default() })
     }
 
     /// Waits until every token was tried once.
@@ -131,16 +142,6 @@ impl Pkcs11 {
 
     async fn every_first_attempt(&self) {
         join_all(self.tokens.iter().map(|token| token.link.first_attempt())).await;
-    }
-
-    /// What each token says of itself, or why it is out of reach.
-    pub async fn diagnose(&self, deadline: Instant) -> Vec<Result<Diagnosis, KekError>> {
-        self.every_first_attempt().await;
-        join_all(self.tokens.iter().map(|token| async move {
-            let complaints = token.run(deadline, |lane| lane.connected.complaints()).await?;
-            Ok(Diagnosis { name: token.link.name.clone(), complaints })
-        }))
-        .await
     }
 
     /// The activation instant of the newest KEK, if there is one.
@@ -173,8 +174,14 @@ impl Pkcs11 {
         let first = self.tokens.first().ok_or_else(|| refused("it has no token".into()))?;
         let id = admission::new_id(not_before).map_err(|error| refused(error.to_string()))?;
         let rank = Rank { not_before, id: id.to_vec() };
-        let kek = first.rules.spec_of(&Admitted { rank, mode });
+        let kek = first.rules.spec_of(&Admitted { rank, mode, exception: None });
         let template = kek.clone();
+        let way_out = first.run(deadline, move |lane| exportability::way_out(&lane.connected, mode)).await?;
+        if let Some(way) = way_out.as_ref().filter(|_| self.exportable == Exportable::Refuse) {
+            return Err(refused(format!(
+                "a key that may not leave its token does: {way}: use another token; `[policy] exportable` has the last word"
+            )));
+        }
         first.run(deadline, move |lane| lane.generate(&template)).await?;
         let sighting = self.look(deadline).await?;
         let made = sighting.keks.iter().find(|made| made.identity() == kek.identity);
@@ -188,7 +195,7 @@ impl Pkcs11 {
             };
             return Err(refused(format!("KEK {id} was made and does not work: {reason}; {left}")));
         };
-        Ok(Generated { identity: kek.identity, id: kek.id, not_before, mode, held_by })
+        Ok(Generated { identity: kek.identity, id: kek.id, not_before, mode, held_by, way_out })
     }
 
     /// What one token holds.
@@ -202,7 +209,7 @@ impl Pkcs11 {
 
     async fn look_at_every_token(&self, deadline: Instant) -> Result<Sighting, KekError> {
         let mut found: HashMap<Identity, (KekSpec, Rank, Vec<Arc<Token>>)> = HashMap::new();
-        let mut refused = Vec::new();
+        let (mut refused, mut exceptions) = (Vec::new(), Vec::new());
         let mut out_of_reach = Vec::new();
         let looks = join_all(self.tokens.iter().map(|token| self.look_at(token, deadline))).await;
         for (token, look) in self.tokens.iter().zip(looks) {
@@ -218,6 +225,8 @@ impl Pkcs11 {
             refused.extend(inventory.refused.into_iter().map(place));
             for kek in inventory.keks {
                 let name = token.rules.spec_of(&kek);
+                exceptions
+                    .extend(kek.exception.map(|why| format!("KEK {} on {}: {why}", name.identity, token.link.name)));
                 let place = found.entry(name.identity).or_insert_with(|| (name, kek.rank, Vec::new()));
                 place.2.push(Arc::clone(token));
             }
@@ -237,7 +246,7 @@ impl Pkcs11 {
             incomplete.extend(self.tokens.iter().filter(lacks).map(gap));
         }
         let keks = found.into_values().map(|(name, rank, holders)| self.known(name, rank, holders)).collect();
-        Ok(Sighting { keks, refused, out_of_reach, incomplete })
+        Ok(Sighting { keks, refused, out_of_reach, incomplete, exceptions })
     }
 
     /// The KEK of this name, with the tokens that now hold it.

@@ -33,6 +33,8 @@ const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// A loaded library.
 pub(super) struct Module {
+    /// Its file, with no link in the path.
+    path: PathBuf,
     library: Pkcs11,
     in_use: Mutex<InUseBy>,
     given_up: Condvar,
@@ -91,7 +93,8 @@ impl Module {
         }
         refuse_if_writable_by_others(&path)?;
         let library = Pkcs11::new(&path).map_err(|error| load_error(&path, &error))?;
-        let module = Arc::new(Self { library, in_use: Mutex::default(), given_up: Condvar::new() });
+        let module = Self { path: path.clone(), library, in_use: Mutex::default(), given_up: Condvar::new() };
+        let module = Arc::new(module);
         loaded.insert(path, Arc::clone(&module));
         Ok(module)
     }
@@ -100,6 +103,10 @@ impl Module {
 impl InUse {
     pub(super) fn library(&self) -> &Pkcs11 {
         &self.0.library
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.0.path
     }
 
     /// From now on everybody is to give the library up for a moment.

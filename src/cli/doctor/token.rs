@@ -1,0 +1,146 @@
+//! The tokens: their PINs, what they say of themselves, whether they keep a key, and the KEKs in them.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use jiff::Timestamp;
+
+use super::{Findings, Severity, TIMEOUT};
+use crate::config::{Config, ProviderConfig, Status};
+use crate::keyring::{KekState, Keyring};
+use crate::provider::pkcs11::{Outcome, Pkcs11, Survey, Value, pin_states};
+use crate::state::State;
+
+const TOKEN: &str = "token";
+const KEK: &str = "KEK";
+
+/// What is known of each PIN without a login.
+pub(super) fn examine_pins(config: &Config, state: &Arc<State>, findings: &mut Findings) {
+    for (token, pin) in config.providers.iter().flat_map(|provider| pin_states(provider, state)) {
+        match pin {
+            Ok(complaints) if complaints.is_empty() => {
+                findings.good("PIN", format!("{token}: no wrong PIN is counted"))
+            }
+            Ok(complaints) => {
+                for (what, remedy) in complaints {
+                    findings.warning("PIN", format!("{token} {what}"), remedy);
+                }
+            }
+            // Why is told when it is connected to.
+            Err(reason) => findings.warning("PIN", format!("{token}: nothing is known of its PIN: {reason}"), ""),
+        }
+    }
+}
+
+/// The module, the slot, the login, and what the token does.
+pub(super) async fn examine(pkcs11: &Pkcs11, provider: &ProviderConfig, findings: &mut Findings) {
+    let surveys = tokio::time::timeout(TIMEOUT, pkcs11.survey(false, Instant::now() + TIMEOUT));
+    let Ok(surveys) = surveys.await else {
+        let remedy = "see what the vendor's tools say of it";
+        return findings.failure(TOKEN, format!("provider {}: a token does not answer", provider.name), remedy);
+    };
+    for survey in surveys {
+        match survey {
+            Ok(survey) => report(&survey, provider, findings),
+            // These texts end with what to do.
+            Err(reason) => findings.failure(TOKEN, reason.to_string(), ""),
+        }
+    }
+}
+
+fn report(survey: &Survey, provider: &ProviderConfig, findings: &mut Findings) {
+    let (name, module) = (&survey.name, &survey.token.module);
+    let what =
+        format!("{name} is logged in to, by {} ({} {})", module.path.display(), module.description, module.version);
+    findings.good(TOKEN, what);
+    for (what, remedy) in &survey.complaints {
+        findings.warning(TOKEN, format!("{name} {what}"), *remedy);
+    }
+    report_sessions(survey, provider.sessions, findings);
+    for mode in &survey.modes {
+        match &mode.failure {
+            None => findings.good(TOKEN, format!("{name}: a throw-away key of mode {} wraps and unwraps", mode.mode)),
+            Some(failure) => findings.warning(
+                TOKEN,
+                format!("{name}: mode {} could not be tried on a throw-away key: {failure}", mode.mode),
+                "KEKs of other modes are not touched by this; or take the mode out of the profile",
+            ),
+        }
+    }
+    for trial in survey.exportability.trials.iter().filter(|trial| trial.outcome != Outcome::Refused) {
+        let what = format!("{name}: {}, mode {}: {}", trial.way, trial.mode, trial.what);
+        let (severity, remedy) = match trial.outcome {
+            Outcome::CameOut => (Severity::Failure, "use another token: this one does not keep a KEK in"),
+            Outcome::Warning => (Severity::Warning, "ask the vendor why the token allows it"),
+            _ => (Severity::Warning, "`trousseau key attest` tries it on a key in the token as well"),
+        };
+        findings.add(TOKEN, severity, what, remedy);
+    }
+    if survey.exportability.verdict() == Outcome::Refused {
+        findings.good(TOKEN, format!("{name}: no way that was tried got a throw-away key out"));
+    }
+    for key in survey.keys.iter().filter(|key| key.refused.is_none()) {
+        let loose = ["MODIFIABLE", "COPYABLE"];
+        let is_set = |name: &&&str| key.attributes.get(**name) == Some(&Some(Value::Flag(true)));
+        let loose: Vec<&str> = loose.iter().filter(is_set).copied().collect();
+        if let (Some(identity), false) = (key.identity, loose.is_empty()) {
+            let what =
+                format!("{identity} on {name} is {}: a token may let its protection be changed", loose.join(" and "));
+            findings.warning(KEK, what, "`trousseau key generate` makes KEKs that are not; rotate to one");
+        }
+    }
+    if provider.profile.status != Status::Tested {
+        let what =
+            format!("profile {} was written from documents: nobody ran it on such a token", provider.profile.name);
+        findings.warning(TOKEN, what, "try everything on a token that holds nothing, and tell us what came of it");
+    }
+}
+
+/// A pool takes two sessions beside its workers', and may replace every worker whose call does not return.
+fn report_sessions(survey: &Survey, sessions: usize, findings: &mut Findings) {
+    let Some(most) = survey.token.max_sessions.filter(|most| *most > 0) else { return };
+    let (name, sessions) = (&survey.name, sessions as u64);
+    let (needed, at_worst) = (sessions + 2, 2 * sessions + 2);
+    let what =
+        format!("{name} allows {most} sessions; `sessions = {sessions}` needs {needed}, and {at_worst} at worst");
+    if most < needed {
+        findings.failure(TOKEN, what, "lower `sessions`, or raise the token's limit");
+    } else if most < at_worst {
+        findings.warning(
+            TOKEN,
+            what,
+            "lower `sessions`, or raise the token's limit, so that calls that hang can be replaced",
+        );
+    } else {
+        findings.good(TOKEN, what);
+    }
+}
+
+pub(super) async fn examine_keks(keyring: &Keyring, findings: &mut Findings) {
+    let looked = async {
+        keyring.settled().await;
+        keyring.find_keks().await;
+    };
+    if tokio::time::timeout(TIMEOUT, looked).await.is_err() {
+        return findings.failure(KEK, "the tokens do not answer", "see what their vendor's tools say");
+    }
+    let (keks, refused) = keyring.describe(Timestamp::now());
+    for kek in &keks {
+        let held_by = kek.held_by.len();
+        let what = format!("{} is {}, on {held_by} tokens, in mode {}", kek.identity, kek.state.as_str(), kek.mode);
+        findings.good(KEK, what);
+    }
+    for refused in refused {
+        findings.warning(KEK, format!("{} is not used: {}", refused.key, refused.reason), "");
+    }
+    for exception in keyring.exceptions() {
+        findings.warning(KEK, exception, "when you can, rotate to a KEK that the token vouches for");
+    }
+    let outages = keyring.outages();
+    for gap in keyring.gaps().into_iter().filter(|gap| !outages.contains(gap)) {
+        findings.failure("replicas", gap, "");
+    }
+    if !keks.iter().any(|kek| kek.state == KekState::Active) && outages.is_empty() {
+        findings.failure(KEK, "no KEK is active", "make one with `trousseau key generate`");
+    }
+}

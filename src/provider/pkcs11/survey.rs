@@ -1,0 +1,289 @@
+//! What a token says of itself, of its module and of its keys, for whoever examines it.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use cryptoki::context::Info;
+use cryptoki::object::{Attribute, AttributeType};
+use cryptoki::slot::{Limit, TokenInfo};
+use futures_util::future::join_all;
+use jiff::Timestamp;
+use serde::Serialize;
+
+use super::Pkcs11;
+use super::admission::Rules;
+use super::error::CallError;
+use super::exportability::{self, Trials};
+use super::lane::Lane;
+use super::token::Token;
+use crate::config::Mode;
+use crate::identity::Identity;
+use crate::provider::KekError;
+
+/// A token as it describes itself (CK_TOKEN_INFO and CK_INFO, PKCS#11 v3.1 sections 3.1 and 3.2).
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct TokenFacts {
+    /// Its label.
+    pub label: String,
+    /// Who made it.
+    pub manufacturer: String,
+    /// Its model.
+    pub model: String,
+    /// Its serial number.
+    pub serial: String,
+    /// The hardware's version.
+    pub hardware: String,
+    /// The firmware's version.
+    pub firmware: String,
+    /// The flags that are set.
+    pub flags: Vec<&'static str>,
+    /// How many sessions it allows to an application, if it says so.
+    pub max_sessions: Option<u64>,
+    /// The library through which it is reached.
+    pub module: ModuleFacts,
+}
+
+/// A module as it describes itself.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ModuleFacts {
+    /// Its file, with no link in the path.
+    pub path: PathBuf,
+    /// SHA-256 of the file, as it now is on the disk.
+    pub sha256: String,
+    /// What it calls itself.
+    pub description: String,
+    /// Who made it.
+    pub manufacturer: String,
+    /// Its version.
+    pub version: String,
+    /// The version of PKCS#11 that it speaks.
+    pub pkcs11: String,
+}
+
+/// A key under the KEKs' label.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct KeyFacts {
+    /// The identity that it has as a KEK.
+    pub identity: Option<Identity>,
+    /// CKA_ID, in hex.
+    pub id: Option<String>,
+    /// Why it is not used.
+    pub refused: Option<String>,
+    /// Why it is used although the token does not vouch for its history.
+    pub exception: Option<String>,
+    /// What the token says of it: `null` where it does not say.
+    pub attributes: BTreeMap<&'static str, Option<Value>>,
+}
+
+/// A mode, tried by use.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ModeFacts {
+    /// The mode.
+    pub mode: &'static str,
+    /// Why it does not work, if it does not.
+    pub failure: Option<String>,
+}
+
+/// An attribute's value.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum Value {
+    /// CK_BBOOL
+    Flag(bool),
+    /// Any other, in words.
+    Text(String),
+}
+
+/// All that can be learned of one token.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Survey {
+    /// The token, as people know it.
+    pub name: String,
+    /// What it says of itself.
+    pub token: TokenFacts,
+    /// What it says of itself that it should not, each with what to do.
+    #[serde(skip)]
+    pub complaints: Vec<(&'static str, &'static str)>,
+    /// What became of each mode of the profile when it was used.
+    pub modes: Vec<ModeFacts>,
+    /// The keys under the KEKs' label.
+    pub keys: Vec<KeyFacts>,
+    /// Whether a key can be made to leave it.
+    pub exportability: Trials,
+}
+
+/// What an auditor asks of a key.
+const ATTRIBUTES: [(AttributeType, &str); 20] = [
+    (AttributeType::Label, "LABEL"),
+    (AttributeType::KeyType, "KEY_TYPE"),
+    (AttributeType::ValueLen, "VALUE_LEN"),
+    (AttributeType::Token, "TOKEN"),
+    (AttributeType::Private, "PRIVATE"),
+    (AttributeType::Sensitive, "SENSITIVE"),
+    (AttributeType::AlwaysSensitive, "ALWAYS_SENSITIVE"),
+    (AttributeType::Extractable, "EXTRACTABLE"),
+    (AttributeType::NeverExtractable, "NEVER_EXTRACTABLE"),
+    (AttributeType::Local, "LOCAL"),
+    (AttributeType::Modifiable, "MODIFIABLE"),
+    (AttributeType::Copyable, "COPYABLE"),
+    (AttributeType::Encrypt, "ENCRYPT"),
+    (AttributeType::Decrypt, "DECRYPT"),
+    (AttributeType::Wrap, "WRAP"),
+    (AttributeType::Unwrap, "UNWRAP"),
+    (AttributeType::Sign, "SIGN"),
+    (AttributeType::Verify, "VERIFY"),
+    (AttributeType::Derive, "DERIVE"),
+    (AttributeType::AllowedMechanisms, "ALLOWED_MECHANISMS"),
+];
+
+impl Pkcs11 {
+    /// All that can be learned of each token, or why it is out of reach. Keys are made and destroyed in it for that, and
+    /// unless `may_write` only such as live in a session.
+    pub async fn survey(&self, may_write: bool, deadline: Instant) -> Vec<Result<Survey, KekError>> {
+        self.every_first_attempt().await;
+        join_all(self.tokens.iter().map(|token| {
+            let of = Arc::clone(token);
+            token.run(deadline, move |lane| lane.survey(&of, may_write))
+        }))
+        .await
+    }
+}
+
+impl Lane {
+    fn survey(&self, of: &Token, may_write: bool) -> Result<Survey, CallError> {
+        let keys = self.key_facts(&of.rules, Timestamp::now())?;
+        // As the KEKs are that are there; as the next one would be, if there is none.
+        let mut like: Vec<Mode> = keys.iter().filter_map(|(_, mode)| *mode).collect();
+        like.extend(of.rules.modes.first().filter(|_| like.is_empty()));
+        like.sort_by_key(|mode| mode.as_str());
+        like.dedup();
+        Ok(Survey {
+            name: of.link.name.clone(),
+            token: self.token_facts()?,
+            complaints: self.connected.complaints()?,
+            modes: of.rules.modes.iter().map(|mode| self.mode_facts(*mode)).collect::<Result<_, _>>()?,
+            exportability: exportability::try_every_way(&self.connected, &like, may_write)?,
+            keys: keys.into_iter().map(|(key, _)| key).collect(),
+        })
+    }
+
+    fn mode_facts(&self, mode: Mode) -> Result<ModeFacts, CallError> {
+        let failure = exportability::try_mode(&self.connected, mode)?;
+        Ok(ModeFacts { mode: mode.as_str(), failure })
+    }
+
+    /// What the token and its module say of themselves.
+    fn token_facts(&self) -> Result<TokenFacts, CallError> {
+        let info = self.connected.token_info()?;
+        let max_sessions = match info.max_session_count() {
+            Limit::Max(count) => Some(count),
+            Limit::Unavailable | Limit::Infinite => None,
+        };
+        Ok(TokenFacts {
+            label: info.label().into(),
+            manufacturer: info.manufacturer_id().into(),
+            model: info.model().into(),
+            serial: info.serial_number().into(),
+            hardware: info.hardware_version().to_string(),
+            firmware: info.firmware_version().to_string(),
+            flags: flags(&info),
+            max_sessions,
+            module: module_facts(self.connected.module_path(), &self.connected.library_info()?),
+        })
+    }
+
+    /// What the token says of every key with the KEKs' label, and the mode of those that are KEKs.
+    fn key_facts(&self, rules: &Rules, now: Timestamp) -> Result<Vec<(KeyFacts, Option<Mode>)>, CallError> {
+        let mut keys = Vec::new();
+        for handle in self.find_labelled(rules)? {
+            let said = self.said(handle)?;
+            let asked: Vec<AttributeType> = ATTRIBUTES.iter().map(|(asked, _)| *asked).collect();
+            let answered = self.session.get_attributes(handle, &asked)?;
+            let admitted = rules.admit(&said, now);
+            let value = |asked: AttributeType| {
+                answered.iter().find(|attribute| attribute.attribute_type() == asked).map(Value::from)
+            };
+            let mode = admitted.as_ref().ok().map(|kek| kek.mode);
+            let facts = KeyFacts {
+                identity: said.id().map(Identity::of_pkcs11),
+                id: said.id().map(base16ct::lower::encode_string),
+                exception: admitted.as_ref().ok().and_then(|kek| kek.exception.clone()),
+                refused: admitted.err(),
+                attributes: ATTRIBUTES.iter().map(|(asked, name)| (*name, value(*asked))).collect(),
+            };
+            keys.push((facts, mode));
+        }
+        Ok(keys)
+    }
+}
+
+impl From<&Attribute> for Value {
+    fn from(attribute: &Attribute) -> Self {
+        match attribute {
+            Attribute::Token(flag)
+            | Attribute::Private(flag)
+            | Attribute::Sensitive(flag)
+            | Attribute::AlwaysSensitive(flag)
+            | Attribute::Extractable(flag)
+            | Attribute::NeverExtractable(flag)
+            | Attribute::Local(flag)
+            | Attribute::Modifiable(flag)
+            | Attribute::Copyable(flag)
+            | Attribute::Encrypt(flag)
+            | Attribute::Decrypt(flag)
+            | Attribute::Wrap(flag)
+            | Attribute::Unwrap(flag)
+            | Attribute::Sign(flag)
+            | Attribute::Verify(flag)
+            | Attribute::Derive(flag) => Self::Flag(*flag),
+            Attribute::Label(label) => Self::Text(String::from_utf8_lossy(label).into_owned()),
+            Attribute::KeyType(key_type) => Self::Text(key_type.to_string()),
+            Attribute::ValueLen(length) => Self::Text(length.to_string()),
+            Attribute::AllowedMechanisms(mechanisms) => {
+                Self::Text(mechanisms.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "))
+            }
+            other => Self::Text(other.attribute_type().to_string()), // none: all that are asked for are above
+        }
+    }
+}
+
+fn flags(info: &TokenInfo) -> Vec<&'static str> {
+    let all = [
+        (info.rng(), "RNG"),
+        (info.write_protected(), "WRITE_PROTECTED"),
+        (info.login_required(), "LOGIN_REQUIRED"),
+        (info.user_pin_initialized(), "USER_PIN_INITIALIZED"),
+        (info.clock_on_token(), "CLOCK_ON_TOKEN"),
+        (info.protected_authentication_path(), "PROTECTED_AUTHENTICATION_PATH"),
+        (info.token_initialized(), "TOKEN_INITIALIZED"),
+        (info.user_pin_count_low(), "USER_PIN_COUNT_LOW"),
+        (info.user_pin_final_try(), "USER_PIN_FINAL_TRY"),
+        (info.user_pin_locked(), "USER_PIN_LOCKED"),
+        (info.user_pin_to_be_changed(), "USER_PIN_TO_BE_CHANGED"),
+        (info.so_pin_count_low(), "SO_PIN_COUNT_LOW"),
+        (info.so_pin_final_try(), "SO_PIN_FINAL_TRY"),
+        (info.so_pin_locked(), "SO_PIN_LOCKED"),
+        (info.so_pin_to_be_changed(), "SO_PIN_TO_BE_CHANGED"),
+        (info.error_state(), "ERROR_STATE"),
+    ];
+    all.into_iter().filter(|(is_set, _)| *is_set).map(|(_, name)| name).collect()
+}
+
+fn module_facts(path: &Path, info: &Info) -> ModuleFacts {
+    ModuleFacts {
+        sha256: crate::disk::sha256(path).unwrap_or_else(|error| format!("cannot be read: {error}")),
+        path: path.to_owned(),
+        description: info.library_description().into(),
+        manufacturer: info.manufacturer_id().into(),
+        version: info.library_version().to_string(),
+        pkcs11: info.cryptoki_version().to_string(),
+    }
+}
