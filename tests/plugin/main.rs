@@ -10,6 +10,7 @@
     clippy::indexing_slicing
 )]
 
+mod attest;
 mod caller;
 mod chaos;
 mod command_line;

@@ -42,7 +42,7 @@ pub(super) fn examine(findings: &mut Findings) {
             false => findings.good(HOST, format!("{of} may lock enough memory for its data keys")),
         }
     }
-    match soft_limit(&limits, "Max core file size") {
+    match soft_limit(&limits, "Max core file size").filter(|_| plugin.is_some()) {
         Some(0) => findings.good(HOST, format!("{of} leaves no core file")),
         Some(_) => findings.failure(
             HOST,

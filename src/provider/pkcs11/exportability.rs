@@ -68,7 +68,7 @@ pub struct Trial {
 }
 
 /// What a token was tried on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ThrowAway {
     /// A key that lives in a session.
@@ -92,7 +92,7 @@ impl ThrowAway {
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Trials {
-    /// On what.
+    /// On what; one token object is enough to be named.
     pub throw_away: Option<ThrowAway>,
     /// What came of each way.
     pub trials: Vec<Trial>,
@@ -132,7 +132,7 @@ pub(super) fn try_every_way(connected: &Connected, modes: &[Mode], may_write: bo
         for (way, how) in WAYS {
             let (outcome, what) = match stand.throw_away(*mode, may_write) {
                 Ok((key, kind)) => {
-                    done.throw_away = Some(kind);
+                    done.throw_away = done.throw_away.max(Some(kind));
                     let told = how(&stand, &key);
                     stand.clear()?;
                     told?

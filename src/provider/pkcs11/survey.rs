@@ -121,7 +121,7 @@ pub struct Survey {
 }
 
 /// What an auditor asks of a key.
-const ATTRIBUTES: [(AttributeType, &str); 20] = [
+const ATTRIBUTES: [(AttributeType, &str); 19] = [
     (AttributeType::Label, "LABEL"),
     (AttributeType::KeyType, "KEY_TYPE"),
     (AttributeType::ValueLen, "VALUE_LEN"),
@@ -141,7 +141,6 @@ const ATTRIBUTES: [(AttributeType, &str); 20] = [
     (AttributeType::Sign, "SIGN"),
     (AttributeType::Verify, "VERIFY"),
     (AttributeType::Derive, "DERIVE"),
-    (AttributeType::AllowedMechanisms, "ALLOWED_MECHANISMS"),
 ];
 
 impl Pkcs11 {
@@ -211,13 +210,22 @@ impl Lane {
             let value = |asked: AttributeType| {
                 answered.iter().find(|attribute| attribute.attribute_type() == asked).map(Value::from)
             };
+            let allowed = match self.session.get_attributes(handle, &[AttributeType::AllowedMechanisms]) {
+                Ok(answered) => answered.first().map(Value::from),
+                // The crate has no name for some mechanisms, and then gives none.
+                Err(error) => Some(Value::Text(format!("cannot be read: {error}"))),
+            };
             let mode = admitted.as_ref().ok().map(|kek| kek.mode);
             let facts = KeyFacts {
                 identity: said.id().map(Identity::of_pkcs11),
                 id: said.id().map(base16ct::lower::encode_string),
                 exception: admitted.as_ref().ok().and_then(|kek| kek.exception.clone()),
                 refused: admitted.err(),
-                attributes: ATTRIBUTES.iter().map(|(asked, name)| (*name, value(*asked))).collect(),
+                attributes: ATTRIBUTES
+                    .iter()
+                    .map(|(asked, name)| (*name, value(*asked)))
+                    .chain([("ALLOWED_MECHANISMS", allowed)])
+                    .collect(),
             };
             keys.push((facts, mode));
         }

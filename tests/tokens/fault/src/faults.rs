@@ -84,8 +84,10 @@ fn token_of(place: &Place) -> Option<Arc<str>> {
 fn before(context: &Context) -> Option<CK_RV> {
     for rule in context.about() {
         // The others are done elsewhere, each where it can be.
-        if !matches!(rule.action, Action::Flip | Action::Empty | Action::Limit(_) | Action::LockAfter(_))
-            && let Some(drawn) = rule.fires()
+        if !matches!(
+            rule.action,
+            Action::Flip | Action::Empty | Action::Limit(_) | Action::LockAfter(_) | Action::Say(..)
+        ) && let Some(drawn) = rule.fires()
         {
             match rule.action {
                 Action::Return(code) => {
@@ -96,7 +98,7 @@ fn before(context: &Context) -> Option<CK_RV> {
                 Action::Hang => while_it_is_there(rule),
                 Action::Crash => process::abort(),
                 Action::LoseSessions => lose_sessions(rule.token.as_deref()),
-                Action::Flip | Action::Empty | Action::Limit(_) | Action::LockAfter(_) => (),
+                Action::Flip | Action::Empty | Action::Limit(_) | Action::LockAfter(_) | Action::Say(..) => (),
             }
         }
     }

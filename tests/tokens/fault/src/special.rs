@@ -172,3 +172,63 @@ pub unsafe extern "C" fn C_GetTokenInfo(slot: CK_SLOT_ID, info: *mut CK_TOKEN_IN
         code
     })
 }
+
+/// What the rules say of keys, instead of what was asked for or is so.
+fn said(context: &Context) -> Vec<(CK_ATTRIBUTE_TYPE, CK_BBOOL)> {
+    let said = context.about().filter_map(|rule| match rule.action {
+        Action::Say(attribute, value) => rule.fires().map(|_| (attribute, if value { CK_TRUE } else { CK_FALSE })),
+        _ => None,
+    });
+    said.collect()
+}
+
+pub unsafe extern "C" fn C_GenerateKey(
+    session: CK_SESSION_HANDLE,
+    mechanism: *mut CK_MECHANISM,
+    template: *mut CK_ATTRIBUTE,
+    count: CK_ULONG,
+    key: *mut CK_OBJECT_HANDLE,
+) -> CK_RV {
+    let call = Call { function: "C_GenerateKey", place: Place::Session(session), output: None };
+    intercept(&call, |context| {
+        let mut said = said(context);
+        let asked = match template.is_null() {
+            true => &[],
+            // SAFETY: the caller's promise.
+            false => unsafe { std::slice::from_raw_parts(template, count as usize) },
+        };
+        let is_said = |attribute: &CK_ATTRIBUTE| said.iter().any(|(of, _)| *of == attribute.type_);
+        let mut changed: Vec<CK_ATTRIBUTE> = asked.iter().filter(|attribute| !is_said(attribute)).copied().collect();
+        changed.extend(said.iter_mut().map(|(of, value)| CK_ATTRIBUTE {
+            type_: *of,
+            pValue: (&raw mut *value).cast(),
+            ulValueLen: size_of::<CK_BBOOL>() as CK_ULONG,
+        }));
+        forward!(C_GenerateKey(session, mechanism, changed.as_mut_ptr(), changed.len() as CK_ULONG, key))
+    })
+}
+
+pub unsafe extern "C" fn C_GetAttributeValue(
+    session: CK_SESSION_HANDLE,
+    object: CK_OBJECT_HANDLE,
+    template: *mut CK_ATTRIBUTE,
+    count: CK_ULONG,
+) -> CK_RV {
+    let call = Call { function: "C_GetAttributeValue", place: Place::Session(session), output: None };
+    intercept(&call, |context| {
+        let code = forward!(C_GetAttributeValue(session, object, template, count));
+        let said = said(context);
+        if !said.is_empty() && !template.is_null() {
+            // SAFETY: the caller's promise.
+            let answered = unsafe { std::slice::from_raw_parts_mut(template, count as usize) };
+            for attribute in answered.iter_mut().filter(|attribute| !attribute.pValue.is_null()) {
+                let value = said.iter().find(|(of, _)| *of == attribute.type_);
+                if let Some((_, value)) = value.filter(|_| attribute.ulValueLen == size_of::<CK_BBOOL>() as CK_ULONG) {
+                    // SAFETY: there is room for one, says the real module.
+                    unsafe { *attribute.pValue.cast() = *value };
+                }
+            }
+        }
+        code
+    })
+}

@@ -71,7 +71,6 @@ of_sessions! {
     C_CopyObject(from: Object, template: Template, count: Count, to: *mut Object);
     C_DestroyObject(object: Object);
     C_GetObjectSize(object: Object, size: Counted);
-    C_GetAttributeValue(object: Object, template: Template, count: Count);
     C_SetAttributeValue(object: Object, template: Template, count: Count);
     C_FindObjectsInit(template: Template, count: Count);
     C_FindObjects(objects: *mut Object, most: Count, count: Counted);
@@ -89,7 +88,6 @@ of_sessions! {
     C_VerifyUpdate(data: Bytes, length: Count);
     C_VerifyFinal(signature: Bytes, length: Count);
     C_VerifyRecoverInit(mechanism: Mechanism, key: Object);
-    C_GenerateKey(mechanism: Mechanism, template: Template, count: Count, key: *mut Object);
     C_GenerateKeyPair(mechanism: Mechanism, public: Template, public_count: Count, private: Template,
         private_count: Count, public_key: *mut Object, private_key: *mut Object);
     C_UnwrapKey(mechanism: Mechanism, by: Object, wrapped: Bytes, length: Count, template: Template,
