@@ -189,8 +189,13 @@ fn text(attestation: &Attestation) -> String {
         configuration.display(),
     );
     for provider in providers {
-        let (name, profile) = (&provider.name, &provider.profile);
-        let _infallible = write!(text, "\nprovider {name}, profile {profile}\n");
+        let _infallible = writeln!(
+            text,
+            "\nprovider {}, profile {}; a token that hands keys out: {}",
+            provider.name,
+            provider.profile,
+            provider.policy.exportable.as_str(),
+        );
         for lost in &provider.out_of_reach {
             let _infallible = writeln!(text, "  OUT OF REACH: {lost}");
         }

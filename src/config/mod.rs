@@ -99,6 +99,17 @@ pub enum Exportable {
     Warn,
 }
 
+impl Exportable {
+    /// The word for it in the configuration.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Refuse => "refuse",
+            Self::Warn => "warn",
+        }
+    }
+}
+
 /// A `[[provider.kek]]`: a KEK made elsewhere.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Admission {

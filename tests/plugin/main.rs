@@ -16,6 +16,7 @@ mod chaos;
 mod command_line;
 mod daemon;
 mod disk;
+mod doctor;
 mod fault_module;
 mod faults;
 mod foreign_input;

@@ -38,7 +38,9 @@ pub(super) fn examine(file: &str, text: &str, listen: &Listen, findings: &mut Fi
     let groups: Vec<Group> = list(&document["resources"]).iter().map(|group| Group::read(group, &endpoint)).collect();
     if groups.iter().all(|group| group.ours.is_none()) {
         let what = format!("{file} has no kms provider with the endpoint {endpoint}");
-        return findings.failure(AREA, what, "`trousseau encryption-config` prints one");
+        let remedy =
+            "`trousseau encryption-config` prints one; a socket that is mounted under another name is not known here";
+        return findings.failure(AREA, what, remedy);
     }
     if !groups.iter().any(|group| group.ours.is_some() && group.holds_secrets()) {
         let what = format!("{file} has Secrets encrypted by another provider than this plugin, or by none");
@@ -162,12 +164,14 @@ mod tests {
         Listen { socket: "/run/trousseau/kms.sock".into(), mode: 0o600, group: None, allow_uids, v1beta1 }
     }
 
+    type Expected = &'static [(Severity, &'static str)];
+
     const GOOD: &str = "kind: EncryptionConfiguration\napiVersion: apiserver.config.k8s.io/v1\nresources:\n  - resources:\n      - secrets\n    providers:\n      - kms:\n          apiVersion: v2\n          name: trousseau\n          endpoint: unix:///run/trousseau/kms.sock\n          timeout: 3s\n";
 
     #[test]
     fn each_mistake_is_found_and_nothing_else() {
         let identity = "      - identity: {}\n";
-        let cases: [(&str, String, &[(Severity, &str)]); 17] = [
+        let cases: [(&str, String, Expected); 17] = [
             ("good", GOOD.into(), &[(Severity::Good, "it is right")]),
             ("no timeout", GOOD.replace("          timeout: 3s\n", ""), &[(Severity::Good, "it is right")]),
             ("as JSON", r#"{"kind":"EncryptionConfiguration","resources":[{"resources":["*.*"],"providers":[{"kms":{"apiVersion":"v2","name":"k","endpoint":"unix:///run/trousseau/kms.sock"}}]}]}"#.into(), &[(Severity::Good, "provider k of *.*")]),

@@ -27,8 +27,12 @@ const API_SERVER: &str = "API server";
 
 pub(super) fn examine(listen: &Listen, named: Option<PathBuf>, findings: &mut Findings) {
     let servers: Vec<Process> = API_SERVERS.iter().flat_map(|name| processes(name)).collect();
-    examine_peers(&servers, listen, findings);
-    let file = named.or_else(|| find_configuration(&servers));
+    examine_servers(&servers, listen, named, findings);
+}
+
+fn examine_servers(servers: &[Process], listen: &Listen, named: Option<PathBuf>, findings: &mut Findings) {
+    examine_peers(servers, listen, findings);
+    let file = named.or_else(|| find_configuration(servers));
     match &file {
         Some(file) => match read(file) {
             Ok(text) => encryption_config::examine(&file.display().to_string(), &text, listen, findings),
@@ -107,5 +111,114 @@ fn examine_mount(server: &Process, socket: &Path, findings: &mut Findings) {
             format!("what the API server (pid {pid}) sees at {shown} cannot be told: {error}"),
             "run it as root",
         ),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::panic)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::super::Severity::{self, Failure, Good, Warning};
+    use super::*;
+
+    /// An API server as /proc shows it, with a root of its own.
+    struct Server {
+        directory: tempfile::TempDir,
+        listen: Listen,
+    }
+
+    impl Server {
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let socket = directory.path().join("kms.sock");
+            drop(UnixListener::bind(&socket).unwrap());
+            let uid = fs::metadata(&socket).unwrap().uid();
+            let allow_uids = BTreeSet::from([uid]);
+            let server =
+                Self { listen: Listen { socket, mode: 0o600, group: None, allow_uids, v1beta1: false }, directory };
+            server.write("proc/cmdline", &format!("kube-apiserver\0--v=2\0{FLAG}/etc/enc.yaml\0"));
+            let endpoint = server.listen.socket.display();
+            server.write(
+                "proc/root/etc/enc.yaml",
+                &format!(
+                    "kind: EncryptionConfiguration\nresources: [{{resources: [secrets], providers: [{{kms: {{apiVersion: v2, \
+                     name: k, endpoint: 'unix://{endpoint}'}}}}]}}]"
+                ),
+            );
+            let theirs = server.their_socket();
+            fs::create_dir_all(theirs.parent().unwrap()).unwrap();
+            fs::hard_link(&server.listen.socket, theirs).unwrap();
+            server
+        }
+
+        fn write(&self, name: &str, text: &str) {
+            let path = self.directory.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+
+        fn process(&self) -> Process {
+            Process { pid: "7".into(), path: self.directory.path().join("proc").display().to_string() }
+        }
+
+        fn their_socket(&self) -> PathBuf {
+            seen_by(&self.process(), &self.listen.socket)
+        }
+    }
+
+    #[test]
+    fn an_api_server_that_cannot_reach_the_plugin_is_found() {
+        type Change = fn(&mut Server);
+        type Expected = &'static [(Severity, &'static str)];
+        let cases: [(&str, Change, Expected); 6] = [
+            (
+                "all is well",
+                |_| (),
+                &[(Good, "may connect"), (Good, "it is right"), (Good, "sees the socket that is served")],
+            ),
+            (
+                "another user",
+                |server| server.listen.allow_uids = BTreeSet::from([4_000_000]),
+                &[(Failure, "may not connect"), (Good, "it is right"), (Good, "sees the socket")],
+            ),
+            (
+                "an old inode",
+                |server| {
+                    fs::remove_file(server.their_socket()).unwrap();
+                    drop(UnixListener::bind(server.their_socket()).unwrap());
+                },
+                &[(Good, "may connect"), (Good, "it is right"), (Failure, "has another socket")],
+            ),
+            (
+                "no mount",
+                |server| fs::remove_file(server.their_socket()).unwrap(),
+                &[(Good, "may connect"), (Good, "it is right"), (Warning, "sees nothing at")],
+            ),
+            (
+                "no encryption",
+                |server| server.write("proc/cmdline", "kube-apiserver\0--v=2\0"),
+                &[(Good, "may connect"), (Failure, "it encrypts nothing"), (Good, "sees the socket")],
+            ),
+            (
+                "a file that is not there",
+                |server| fs::remove_file(server.directory.path().join("proc/root/etc/enc.yaml")).unwrap(),
+                &[(Good, "may connect"), (Failure, "cannot be read"), (Good, "sees the socket")],
+            ),
+        ];
+        for (case, change, expected) in cases {
+            let mut server = Server::new();
+            change(&mut server);
+            let mut findings = Findings::default();
+            examine_servers(&[server.process()], &server.listen, None, &mut findings);
+            let found: Vec<_> = findings.0.iter().map(|finding| (finding.severity, finding.what.as_str())).collect();
+            assert_eq!(found.len(), expected.len(), "{case}: {found:?}");
+            for ((severity, what), (wanted, words)) in found.iter().zip(expected) {
+                assert!(severity == wanted && what.contains(words), "{case}: {words}: {found:?}");
+            }
+        }
+        let (server, mut findings) = (Server::new(), Findings::default());
+        examine_servers(&[], &server.listen, None, &mut findings);
+        assert!(findings.0.is_empty(), "none runs here, and none is asked about: {:?}", findings.0);
     }
 }

@@ -13,6 +13,7 @@ use cryptoki::session::Session;
 use cryptoki::slot::{Slot, TokenInfo};
 use secrecy::SecretString;
 
+use super::Complaint;
 use super::error::CallError;
 use super::login::{Latch, Retry};
 use super::module::{InUse, Module};
@@ -123,7 +124,7 @@ impl Address {
     ///
     /// # Errors
     /// The token is not there, or the state directory cannot be used.
-    pub(super) fn pin_state(&self) -> Result<Vec<(String, &'static str)>, String> {
+    pub(super) fn pin_state(&self) -> Result<Vec<Complaint>, String> {
         let in_use = Module::acquire(&self.module, self.reinitialize)?;
         let (_, info) = self.find_slot(in_use.library())?;
         let once = "log in once with the right PIN, so that the count begins anew";

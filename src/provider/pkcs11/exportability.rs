@@ -216,6 +216,8 @@ impl Stand<'_> {
     /// The answer of a token that is well and will not do this; any other error goes on.
     fn refused(&self, error: CallError) -> Result<String, CallError> {
         match error.class(self.codes) {
+            // kryoptic calls a key that may not wrap an invalid handle.
+            Class::Session if self.session.get_session_info().is_ok() => Ok(error.to_string()),
             Class::Session | Class::Login | Class::Token | Class::Pin | Class::Fatal => Err(error),
             Class::BadInput | Class::Doubtful | Class::Refused => Ok(error.to_string()),
         }

@@ -105,12 +105,12 @@ pub fn allow_pin_retry(
     provider.tokens.iter().map(allow).collect()
 }
 
+/// What is wrong with a token, and what to do.
+pub type Complaint = (String, &'static str);
+
 /// What is known of the PIN of each token of a provider without a login: the token as people know it, and what is wrong,
 /// each with what to do, or why nothing is known.
-pub fn pin_states(
-    provider: &ProviderConfig,
-    state: &Arc<State>,
-) -> Vec<(String, Result<Vec<(String, &'static str)>, String>)> {
+pub fn pin_states(provider: &ProviderConfig, state: &Arc<State>) -> Vec<(String, Result<Vec<Complaint>, String>)> {
     let look = |uri: &TokenUri| {
         (format!("token {uri} of provider {}", provider.name), Address::new(uri.clone(), provider, state).pin_state())
     };
