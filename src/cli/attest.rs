@@ -235,7 +235,7 @@ fn tell_token(text: &mut String, survey: &Survey) {
     let _infallible = writeln!(text, "\n    ways out that were tried, {on}");
     for trial in &survey.exportability.trials {
         let _infallible =
-            writeln!(text, "      {:<10}{}, mode {}: {}", trial.outcome.as_str(), trial.way, trial.mode, trial.what);
+            writeln!(text, "      {:<10}{} ({}): {}", trial.outcome.as_str(), trial.way, trial.like, trial.what);
     }
     if survey.keys.is_empty() {
         let _infallible = writeln!(text, "\n    no key has the KEKs' label");
@@ -257,6 +257,7 @@ fn tell_key(text: &mut String, key: &KeyFacts) {
     for (name, value) in &key.attributes {
         let value = match value {
             Some(Value::Flag(flag)) => flag.to_string(),
+            Some(Value::Text(text)) if text.is_empty() => "(empty)".into(),
             Some(Value::Text(text)) => text.clone(),
             None => "(not said)".into(),
         };

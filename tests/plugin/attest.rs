@@ -190,7 +190,12 @@ fn a_key_without_a_history_is_a_kek_only_by_a_reported_exception() {
     said(&plugin.log());
     said(&host.list()["exceptions"].to_string());
     let report = json(&host.run(&["key", "attest", "--output", "json"]));
-    said(&report["providers"][0]["tokens"][0]["keys"][0]["exception"].to_string());
+    let survey = &report["providers"][0]["tokens"][0];
+    said(&survey["keys"][0]["exception"].to_string());
+    // It was tried on keys that are as loose as this one.
+    let trials = survey["exportability"]["trials"].as_array().unwrap();
+    let modifiable = &survey["keys"][0]["attributes"]["MODIFIABLE"];
+    assert!(trials.iter().all(|trial| trial["like"]["modifiable"] == *modifiable), "{survey:#}");
     said(&json(&host.run(&["doctor", "--output", "json"])).to_string());
     for verb in [&["key", "list"][..], &["key", "attest"]] {
         said(&String::from_utf8_lossy(&host.run(verb).stdout));

@@ -7,6 +7,7 @@ use std::process::Command;
 
 use super::Findings;
 use crate::cli::key::clock_is_unsynchronized;
+use crate::config::DEFAULT_PATH;
 
 const HOST: &str = "host";
 
@@ -16,7 +17,7 @@ const AFTER_US: [&str; 3] = ["kubelet.service", "k3s.service", "rke2-server.serv
 /// Every DEK of the moment lies in memory of its own that is locked, a page at most.
 const MEMLOCK: u64 = 1 << 20;
 
-pub(super) fn examine(findings: &mut Findings) {
+pub(super) fn examine(config: &Path, findings: &mut Findings) {
     match clock_is_unsynchronized() {
         false => findings.good(HOST, "the clock is synchronized"),
         true => findings.warning(
@@ -26,7 +27,7 @@ pub(super) fn examine(findings: &mut Findings) {
         ),
     }
     // The limits are those of the process that serves, if it can be seen, else of this one.
-    let plugin = processes("trousseau").into_iter().find(|process| is_serving(&process.path));
+    let plugin = processes("trousseau").into_iter().find(|process| serves(&arguments(&process.path), config));
     let (of, process) = match &plugin {
         Some(plugin) => (format!("the serving plugin (pid {})", plugin.pid), plugin.path.as_str()),
         None => ("this process".to_owned(), "/proc/self"),
@@ -77,8 +78,11 @@ pub(super) fn arguments(process: &str) -> Vec<String> {
     line.split(|byte| *byte == 0).map(|argument| String::from_utf8_lossy(argument).into_owned()).collect()
 }
 
-fn is_serving(process: &str) -> bool {
-    arguments(process).get(1).is_some_and(|verb| verb == "serve")
+/// Whether these are the arguments of a plugin that serves by this configuration.
+fn serves(arguments: &[String], config: &Path) -> bool {
+    let named = arguments.iter().position(|argument| argument == "--config").and_then(|at| arguments.get(at + 1));
+    let named = named.map_or(DEFAULT_PATH, String::as_str);
+    arguments.get(1).is_some_and(|verb| verb == "serve") && Path::new(named) == config
 }
 
 /// A soft limit of proc_pid_limits(5).
@@ -109,6 +113,20 @@ pub(super) fn examine_unit(findings: &mut Findings) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_plugin_is_known_by_its_configuration() {
+        let words = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        for (arguments, config, is_it) in [
+            ("trousseau serve", DEFAULT_PATH, true),
+            ("trousseau serve --config /a.toml", "/a.toml", true),
+            ("trousseau serve --config /a.toml", DEFAULT_PATH, false),
+            ("trousseau doctor --config /a.toml", "/a.toml", false),
+            ("trousseau serve --config", "/a.toml", false),
+        ] {
+            assert_eq!(serves(&words(arguments), Path::new(config)), is_it, "{arguments}");
+        }
+    }
 
     #[test]
     fn limits_are_read_as_the_kernel_writes_them() {

@@ -135,7 +135,8 @@ async fn examine(args: &DoctorArgs, findings: &mut Findings) {
         Err(error) => return findings.failed("configuration", &error.into()),
     };
     findings.good("configuration", format!("{file} and the files that it names are good"));
-    findings.add_from("host", host::examine).await;
+    let path = args.config.config.clone();
+    findings.add_from("host", move |findings| host::examine(&path, findings)).await;
     match assemble::state(&config) {
         Ok(state) => {
             if let Err(error) = state.check() {

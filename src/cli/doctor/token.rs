@@ -68,7 +68,7 @@ fn report(survey: &Survey, provider: &ProviderConfig, findings: &mut Findings) {
         }
     }
     for trial in survey.exportability.trials.iter().filter(|trial| trial.outcome != Outcome::Refused) {
-        let what = format!("{name}: {}, mode {}: {}", trial.way, trial.mode, trial.what);
+        let what = format!("{name}: {} ({}): {}", trial.way, trial.like, trial.what);
         let (severity, remedy) = match trial.outcome {
             Outcome::CameOut => (Severity::Failure, "use another token: this one does not keep a KEK in"),
             Outcome::Warning => (Severity::Warning, "ask the vendor why the token allows it"),

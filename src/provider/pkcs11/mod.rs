@@ -4,7 +4,8 @@
 //! thread; [`pool`] has work done by its session threads; [`link`] is what these tell each other; [`lane`] is what one
 //! session does; [`mechanism`] is how a KEK wraps; [`connection`] finds a token, and [`login`] logs in to it unless its
 //! PIN was refused; [`module`] loads a library. [`pace`] knows how long calls take, [`timing`] measures them without the
-//! pool, [`admission`] decides which keys are KEKs, and [`error`] says what failed. They are the only rooms that know
+//! pool, [`admission`] decides which keys are KEKs, [`survey`] is what a token says of all
+//! that, [`exportability`] tries to get a key out of it, and [`error`] says what failed. They are the only rooms that know
 //! the cryptoki crate.
 
 mod admission;
@@ -42,7 +43,7 @@ use tokio::time::timeout;
 pub use self::admission::LONGEST_WAIT;
 use self::admission::{Admitted, KekSpec};
 use self::connection::Address;
-pub use self::exportability::{Outcome, ThrowAway, Trial, Trials};
+pub use self::exportability::{Like, Outcome, ThrowAway, Trial, Trials};
 use self::kek::Pkcs11Kek;
 use self::lane::Inventory;
 use self::link::SILENCE;

@@ -16,7 +16,7 @@ use serde::Serialize;
 use super::Pkcs11;
 use super::admission::Rules;
 use super::error::CallError;
-use super::exportability::{self, Trials};
+use super::exportability::{self, Kind, Trials};
 use super::lane::Lane;
 use super::token::Token;
 use crate::config::Mode;
@@ -160,10 +160,15 @@ impl Lane {
     fn survey(&self, of: &Token, may_write: bool) -> Result<Survey, CallError> {
         let keys = self.key_facts(&of.rules, Timestamp::now())?;
         // As the KEKs are that are there; as the next one would be, if there is none.
-        let mut like: Vec<Mode> = keys.iter().filter_map(|(_, mode)| *mode).collect();
-        like.extend(of.rules.modes.first().filter(|_| like.is_empty()));
-        like.sort_by_key(|mode| mode.as_str());
-        like.dedup();
+        let mut like: Vec<Kind> = Vec::new();
+        for (key, mode) in &keys {
+            let is_set = |name| key.attributes.get(name) == Some(&Some(Value::Flag(true)));
+            let kind = mode.map(|mode| Kind { mode, modifiable: is_set("MODIFIABLE"), copyable: is_set("COPYABLE") });
+            like.extend(kind.filter(|kind| !like.contains(kind)));
+        }
+        if like.is_empty() {
+            like.extend(of.rules.modes.first().map(|mode| Kind::made_by_us(*mode)));
+        }
         Ok(Survey {
             name: of.link.name.clone(),
             token: self.token_facts()?,

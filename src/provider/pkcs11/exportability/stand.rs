@@ -1,8 +1,4 @@
-//! Whether a key can be made to leave its token: tried on throw-away keys that are made as KEKs are.
-//!
-//! Attributes prove nothing by themselves: NSS says CKA_EXTRACTABLE=false of a key, wraps it, and hands it out. So each
-//! way is gone, on a key of its own, and what counts is whether bytes come out that are that key's. A real KEK is never
-//! tried. What comes out is compared and wiped; nobody is shown it.
+//! The throw-away keys, and the ways that are gone on them.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -11,14 +7,13 @@ use cryptoki::mechanism::Mechanism;
 use cryptoki::mechanism::aead::GcmParams;
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
 use cryptoki::session::Session;
-use serde::Serialize;
 use zeroize::Zeroizing;
 
-use super::admission::KekSpec;
-use super::connection::Connected;
-use super::error::{CallError, Class};
-use super::{lane, mechanism};
-use crate::config::{Codes, Mode};
+use super::super::admission::KekSpec;
+use super::super::error::{CallError, Class};
+use super::super::{lane, mechanism};
+use super::{Kind, Outcome, ThrowAway};
+use crate::config::Codes;
 use crate::identity::Identity;
 use crate::secret::Dek;
 
@@ -26,83 +21,11 @@ use crate::secret::Dek;
 const LABEL: &str = "trousseau-throw-away";
 const ID_PREFIX: &[u8; 10] = b"throw-away";
 
-/// What came of one way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Outcome {
-    /// The token did not let it happen.
-    Refused,
-    /// It could not be tried.
-    NotTried,
-    /// Something changed that should not, and the key stayed inside.
-    Warning,
-    /// The key's bytes came out.
-    CameOut,
-}
-
-impl Outcome {
-    /// In a word or two.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Refused => "refused",
-            Self::NotTried => "not tried",
-            Self::Warning => "WARNING",
-            Self::CameOut => "CAME OUT",
-        }
-    }
-}
-
-/// A way that was tried.
-#[derive(Clone, Debug, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Trial {
-    /// The way.
-    pub way: &'static str,
-    /// How the throw-away key wraps.
-    pub mode: &'static str,
-    /// What came of it.
-    pub outcome: Outcome,
-    /// The same, in words.
-    pub what: String,
-}
-
-/// What a token was tried on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum ThrowAway {
-    /// A key that lives in a session.
-    SessionObject,
-    /// A key in the token, which was destroyed afterwards.
-    TokenObject,
-}
-
-impl ThrowAway {
-    /// In words.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::SessionObject => "throw-away session objects",
-            Self::TokenObject => "throw-away token objects, destroyed afterwards,",
-        }
-    }
-}
-
-/// Every way that was tried on a token.
-#[derive(Clone, Debug, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Trials {
-    /// On what; one token object is enough to be named.
-    pub throw_away: Option<ThrowAway>,
-    /// What came of each way.
-    pub trials: Vec<Trial>,
-}
-
-type Told = (Outcome, String);
-type Way = (&'static str, fn(&Stand, &Key) -> Result<Told, CallError>);
+pub(super) type Told = (Outcome, String);
+pub(super) type Way = (&'static str, fn(&Stand, &Key) -> Result<Told, CallError>);
 
 /// Each is gone on a key of its own.
-const WAYS: [Way; 6] = [
+pub(super) const WAYS: [Way; 6] = [
     ("read CKA_VALUE", |stand, key| stand.read(key, key.handle)),
     ("copy it as EXTRACTABLE and not SENSITIVE", |stand, key| stand.copy(key)),
     ("wrap it under itself", |stand, key| stand.wrap_under(key, key.handle, key.handle, false)),
@@ -111,110 +34,64 @@ const WAYS: [Way; 6] = [
     ("set EXTRACTABLE=true", |stand, key| stand.loosen(key, Attribute::Extractable(true))),
 ];
 
-impl Trials {
-    /// The worst that came of any way; `NotTried` if nothing was tried at all.
-    #[must_use]
-    pub fn verdict(&self) -> Outcome {
-        let tried = self.trials.iter().map(|trial| trial.outcome).filter(|outcome| *outcome != Outcome::NotTried);
-        tried.max().unwrap_or(Outcome::NotTried)
-    }
-}
-
-/// Goes every way, for keys of each of these modes. Without `may_write`, only session objects are made.
-///
-/// # Errors
-/// The token is out of reach.
-pub(super) fn try_every_way(connected: &Connected, modes: &[Mode], may_write: bool) -> Result<Trials, CallError> {
-    let session = connected.open_session()?;
-    let stand = Stand { session: &session, codes: &connected.codes, made: RefCell::default() };
-    let mut done = Trials { throw_away: None, trials: Vec::new() };
-    for mode in modes {
-        for (way, how) in WAYS {
-            let (outcome, what) = match stand.throw_away(*mode, may_write) {
-                Ok((key, kind)) => {
-                    done.throw_away = done.throw_away.max(Some(kind));
-                    let told = how(&stand, &key);
-                    stand.clear()?;
-                    told?
-                }
-                Err(error) => (Outcome::NotTried, format!("no throw-away key can be made: {}", stand.refused(error)?)),
-            };
-            done.trials.push(Trial { way, mode: mode.as_str(), outcome, what });
-        }
-    }
-    Ok(done)
-}
-
-/// The first way on which a key of this mode comes out, if there is one. Only session objects are made.
-///
-/// # Errors
-/// The token is out of reach.
-pub(super) fn way_out(connected: &Connected, mode: Mode) -> Result<Option<String>, CallError> {
-    let Trials { trials, .. } = try_every_way(connected, &[mode], false)?;
-    let out = trials.into_iter().find(|trial| trial.outcome == Outcome::CameOut);
-    Ok(out.map(|trial| format!("{}: {}", trial.way, trial.what)))
-}
-
-/// Has a throw-away key of this mode wrap a value and unwrap it, since what a token's flags say proves nothing: why that
-/// does not work, if it does not.
-///
-/// # Errors
-/// The token is out of reach.
-pub(super) fn try_mode(connected: &Connected, mode: Mode) -> Result<Option<String>, CallError> {
-    let session = connected.open_session()?;
-    let stand = Stand { session: &session, codes: &connected.codes, made: RefCell::default() };
-    match stand.throw_away(mode, false) {
-        Ok((key, _)) if stand.opens(&key, key.handle)? => Ok(None),
-        Ok(_) => Ok(Some("the token does not unwrap what it has wrapped".into())),
-        Err(error) => stand.refused(error).map(Some),
-    }
-}
-
 /// A session, and the keys that were made in it: they go with it, however it ends.
-struct Stand<'s> {
+pub(super) struct Stand<'s> {
     session: &'s Session,
     codes: &'s Codes,
     made: RefCell<Vec<ObjectHandle>>,
 }
 
 /// A throw-away key, and what it has wrapped.
-struct Key {
+pub(super) struct Key {
     handle: ObjectHandle,
     spec: KekSpec,
     value: Dek,
     wrapped: Vec<u8>,
 }
 
+impl<'s> Stand<'s> {
+    pub(super) fn new(session: &'s Session, codes: &'s Codes) -> Self {
+        Self { session, codes, made: RefCell::default() }
+    }
+}
+
 impl Stand<'_> {
-    fn throw_away(&self, mode: Mode, may_write: bool) -> Result<(Key, ThrowAway), CallError> {
+    /// A key of this kind; in the session if the token makes it there, else in the token if that is allowed.
+    pub(super) fn throw_away(&self, kind: Kind, may_write: bool) -> Result<(Key, ThrowAway), CallError> {
         let mut id = [0; 16];
         getrandom::fill(&mut id)?;
         id.iter_mut().zip(ID_PREFIX).for_each(|(byte, letter)| *byte = *letter);
         let identity = Identity::of_pkcs11(&id);
-        let spec = KekSpec { identity, id: id.to_vec(), label: LABEL.into(), mode };
-        let (handle, kind) = match self.generate(&spec, false) {
+        let spec = KekSpec { identity, id: id.to_vec(), label: LABEL.into(), mode: kind.mode };
+        let (handle, object) = match self.generate(&spec, kind, false) {
             Err(error) if may_write => {
                 self.refused(error)?;
-                (self.generate(&spec, true)?, ThrowAway::TokenObject)
+                (self.generate(&spec, kind, true)?, ThrowAway::TokenObject)
             }
             made => (made?, ThrowAway::SessionObject),
         };
         self.made.borrow_mut().push(handle);
         let value = Dek::generate()?;
-        let wrapped = mechanism::wrap(mode, self.session, handle, identity, &value)?;
-        Ok((Key { handle, spec, value, wrapped }, kind))
+        let wrapped = mechanism::wrap(kind.mode, self.session, handle, identity, &value)?;
+        Ok((Key { handle, spec, value, wrapped }, object))
     }
 
-    /// As a KEK is made.
-    fn generate(&self, spec: &KekSpec, in_token: bool) -> Result<ObjectHandle, CallError> {
+    /// As a KEK is made, but for what is said otherwise.
+    fn generate(&self, spec: &KekSpec, kind: Kind, in_token: bool) -> Result<ObjectHandle, CallError> {
         let mut template = lane::template(spec);
-        template.retain(|attribute| attribute.attribute_type() != AttributeType::Token);
-        template.push(Attribute::Token(in_token));
+        for attribute in &mut template {
+            match attribute {
+                Attribute::Token(token) => *token = in_token,
+                Attribute::Modifiable(modifiable) => *modifiable = kind.modifiable,
+                Attribute::Copyable(copyable) => *copyable = kind.copyable,
+                _ => (),
+            }
+        }
         Ok(self.session.generate_key(&Mechanism::AesKeyGen, &template)?)
     }
 
     /// The answer of a token that is well and will not do this; any other error goes on.
-    fn refused(&self, error: CallError) -> Result<String, CallError> {
+    pub(super) fn refused(&self, error: CallError) -> Result<String, CallError> {
         match error.class(self.codes) {
             // kryoptic calls a key that may not wrap an invalid handle.
             Class::Session if self.session.get_session_info().is_ok() => Ok(error.to_string()),
@@ -224,10 +101,15 @@ impl Stand<'_> {
     }
 
     /// Destroys what was made.
-    fn clear(&self) -> Result<(), CallError> {
+    pub(super) fn clear(&self) -> Result<(), CallError> {
         let made = self.made.take();
         let destroyed: Vec<_> = made.into_iter().map(|key| self.session.destroy_object(key)).collect();
         Ok(destroyed.into_iter().collect::<Result<(), _>>()?)
+    }
+
+    /// Whether a throw-away key unwraps what it has wrapped.
+    pub(super) fn opens_its_own(&self, key: &Key) -> Result<bool, CallError> {
+        self.opens(key, key.handle)
     }
 
     /// Whether the key behind a handle unwraps what the throw-away key has wrapped, and so is the same.
