@@ -81,6 +81,8 @@ const REFERENCE: &str = "README.md, under Profiles, has every key of a profile w
 pub enum Status {
     /// The whole test suite ran on such a token.
     Tested,
+    /// It says what others report, and nobody has run it.
+    Community,
 }
 
 /// Profiles that every binary carries; a file of the same name in the configuration's `hsm-profiles/` goes first.

@@ -90,6 +90,32 @@ fn what_is_made_wrong_is_found_with_a_remedy() {
 }
 
 #[test]
+fn a_profile_of_what_was_found_can_be_used() {
+    let host = Host::new();
+    std::fs::create_dir(host.path("hsm-profiles")).unwrap();
+    let file = host.path("hsm-profiles/found.toml");
+    let out = ["--profile-out", file.to_str().unwrap()];
+    let (found, _) = findings(&host, &out);
+    assert!(has(&found, "profile", "good", "read it before you use it"), "{found:#?}");
+    // It is not written over.
+    let (found, _) = findings(&host, &out);
+    assert!(has(&found, "profile", "failure", "a file that is not there yet"), "{found:#?}");
+
+    // No module is named: the profile's is found.
+    let configuration = host.configuration();
+    let lines = configuration.lines().filter(|line| !line.starts_with("module = "));
+    let profile = format!("profile = \"{}\"", host.token.family.profile());
+    let configuration = lines.collect::<Vec<_>>().join("\n").replace(&profile, "profile = \"found\"");
+    host.write_secret("trousseau.toml", &configuration);
+    let configuration = host.path("trousseau.toml");
+    for mode in ["wrapkey", "gcm"] {
+        let generate = ["key", "generate", "--unsynchronized-clock-ok", "--activate-in", "0s", "--mode", mode];
+        let done = host.command(&generate).arg("--config").arg(&configuration).output().unwrap();
+        assert!(done.status.success(), "{mode}: {done:?}");
+    }
+}
+
+#[test]
 fn a_token_that_hangs_does_not_hold_it_up_for_ever() {
     let Some(library) = library() else { return };
     let host = Host::new();

@@ -7,6 +7,7 @@
 mod encryption_config;
 mod host;
 mod kubernetes;
+mod profile;
 mod socket;
 mod token;
 
@@ -33,6 +34,7 @@ Exit code 0: no finding is a failure, though there may be warnings. 1: at least 
 
 Examples:
   trousseau doctor
+  trousseau doctor --profile-out /etc/trousseau/hsm-profiles/ours.toml
   trousseau doctor --encryption-config /etc/kubernetes/encryption/encryption-config.yaml
   trousseau doctor --config ./trousseau.toml --output json";
 
@@ -46,6 +48,9 @@ pub(super) struct DoctorArgs {
     /// The API server's EncryptionConfiguration [default: what an API server here was started with].
     #[arg(long, value_name = "FILE")]
     encryption_config: Option<PathBuf>,
+    /// Write a profile of what was found into this new file, for a token that no profile knows.
+    #[arg(long, value_name = "FILE")]
+    profile_out: Option<PathBuf>,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -147,8 +152,12 @@ async fn examine(args: &DoctorArgs, findings: &mut Findings) {
             findings.add_from("PIN", move |findings| token::examine_pins(&theirs, &of, findings)).await;
             match assemble::providers(&config, &state, &Leader::default()) {
                 Ok(providers) => {
+                    let mut surveys = Vec::new();
                     for (pkcs11, provider) in providers.iter().zip(&config.providers) {
-                        token::examine(pkcs11, provider, findings).await;
+                        surveys.extend(token::examine(pkcs11, provider, findings).await);
+                    }
+                    if let Some(file) = &args.profile_out {
+                        profile::write(file, &surveys, findings);
                     }
                     token::examine_keks(&assemble::keyring_of(&config, providers, state), findings).await;
                 }

@@ -26,26 +26,31 @@ pub(super) fn examine_pins(config: &Config, state: &Arc<State>, findings: &mut F
                     findings.warning("PIN", format!("{token} {what}"), remedy);
                 }
             }
-            // Why is told when it is connected to.
-            Err(reason) => findings.warning("PIN", format!("{token}: nothing is known of its PIN: {reason}"), ""),
+            Err(_) => (), // why is told when it is connected to
         }
     }
 }
 
-/// The module, the slot, the login, and what the token does.
-pub(super) async fn examine(pkcs11: &Pkcs11, provider: &ProviderConfig, findings: &mut Findings) {
+/// The module, the slot, the login, and what the token does: what was found, of each token within reach.
+pub(super) async fn examine(pkcs11: &Pkcs11, provider: &ProviderConfig, findings: &mut Findings) -> Vec<Survey> {
     let surveys = tokio::time::timeout(TIMEOUT, pkcs11.survey(false, Instant::now() + TIMEOUT));
     let Ok(surveys) = surveys.await else {
         let remedy = "see what the vendor's tools say of it";
-        return findings.failure(TOKEN, format!("provider {}: a token does not answer", provider.name), remedy);
+        findings.failure(TOKEN, format!("provider {}: a token does not answer", provider.name), remedy);
+        return Vec::new();
     };
+    let mut found = Vec::new();
     for survey in surveys {
         match survey {
-            Ok(survey) => report(&survey, provider, findings),
+            Ok(survey) => {
+                report(&survey, provider, findings);
+                found.push(survey);
+            }
             // These texts end with what to do.
             Err(reason) => findings.failure(TOKEN, reason.to_string(), ""),
         }
     }
+    found
 }
 
 fn report(survey: &Survey, provider: &ProviderConfig, findings: &mut Findings) {
