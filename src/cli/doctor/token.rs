@@ -6,7 +6,7 @@ use std::time::Instant;
 use jiff::Timestamp;
 
 use super::{Findings, Severity, TIMEOUT};
-use crate::config::{Config, ProviderConfig, Status};
+use crate::config::{Config, ProviderConfig};
 use crate::keyring::{KekState, Keyring};
 use crate::provider::pkcs11::{Outcome, Pkcs11, Survey, Value, pin_states};
 use crate::state::State;
@@ -93,11 +93,6 @@ fn report(survey: &Survey, provider: &ProviderConfig, findings: &mut Findings) {
                 format!("{identity} on {name} is {}: a token may let its protection be changed", loose.join(" and "));
             findings.warning(KEK, what, "`trousseau key generate` makes KEKs that are not; rotate to one");
         }
-    }
-    if provider.profile.status != Status::Tested {
-        let what =
-            format!("profile {} was written from documents: nobody ran it on such a token", provider.profile.name);
-        findings.warning(TOKEN, what, "try everything on a token that holds nothing, and tell us what came of it");
     }
 }
 

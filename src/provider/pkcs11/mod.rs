@@ -177,7 +177,7 @@ impl Pkcs11 {
         let rank = Rank { not_before, id: id.to_vec() };
         let kek = first.rules.spec_of(&Admitted { rank, mode, exception: None });
         let template = kek.clone();
-        let way_out = first.run(deadline, move |lane| exportability::way_out(&lane.connected, mode)).await?;
+        let way_out = first.run(deadline, move |lane| exportability::way_out(lane, mode)).await?;
         if let Some(way) = way_out.as_ref().filter(|_| self.exportable == Exportable::Refuse) {
             return Err(refused(format!(
                 "a key that may not leave its token does: {way}: use another token; `[policy] exportable` has the last word"

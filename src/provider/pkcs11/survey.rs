@@ -174,13 +174,13 @@ impl Lane {
             token: self.token_facts()?,
             complaints: self.connected.complaints()?,
             modes: of.rules.modes.iter().map(|mode| self.mode_facts(*mode)).collect::<Result<_, _>>()?,
-            exportability: exportability::try_every_way(&self.connected, &like, may_write)?,
+            exportability: exportability::try_every_way(self, &like, may_write)?,
             keys: keys.into_iter().map(|(key, _)| key).collect(),
         })
     }
 
     fn mode_facts(&self, mode: Mode) -> Result<ModeFacts, CallError> {
-        let failure = exportability::try_mode(&self.connected, mode)?;
+        let failure = exportability::try_mode(self, mode)?;
         Ok(ModeFacts { mode: mode.as_str(), failure })
     }
 

@@ -9,8 +9,8 @@ mod stand;
 use serde::Serialize;
 
 use self::stand::{Stand, WAYS};
-use super::connection::Connected;
 use super::error::CallError;
+use super::lane::Lane;
 use crate::config::Mode;
 
 /// A kind of KEK.
@@ -132,9 +132,8 @@ impl Trials {
 ///
 /// # Errors
 /// The token is out of reach.
-pub(super) fn try_every_way(connected: &Connected, kinds: &[Kind], may_write: bool) -> Result<Trials, CallError> {
-    let session = connected.open_session()?;
-    let stand = Stand::new(&session, &connected.codes);
+pub(super) fn try_every_way(lane: &Lane, kinds: &[Kind], may_write: bool) -> Result<Trials, CallError> {
+    let stand = Stand::new(&lane.session, &lane.connected.codes);
     let mut done = Trials { throw_away: None, trials: Vec::new() };
     for kind in kinds {
         for (way, how) in WAYS {
@@ -159,8 +158,8 @@ pub(super) fn try_every_way(connected: &Connected, kinds: &[Kind], may_write: bo
 ///
 /// # Errors
 /// The token is out of reach.
-pub(super) fn way_out(connected: &Connected, mode: Mode) -> Result<Option<String>, CallError> {
-    let Trials { trials, .. } = try_every_way(connected, &[Kind::made_by_us(mode)], false)?;
+pub(super) fn way_out(lane: &Lane, mode: Mode) -> Result<Option<String>, CallError> {
+    let Trials { trials, .. } = try_every_way(lane, &[Kind::made_by_us(mode)], false)?;
     let out = trials.into_iter().find(|trial| trial.outcome == Outcome::CameOut);
     Ok(out.map(|trial| format!("{}: {}", trial.way, trial.what)))
 }
@@ -170,9 +169,8 @@ pub(super) fn way_out(connected: &Connected, mode: Mode) -> Result<Option<String
 ///
 /// # Errors
 /// The token is out of reach.
-pub(super) fn try_mode(connected: &Connected, mode: Mode) -> Result<Option<String>, CallError> {
-    let session = connected.open_session()?;
-    let stand = Stand::new(&session, &connected.codes);
+pub(super) fn try_mode(lane: &Lane, mode: Mode) -> Result<Option<String>, CallError> {
+    let stand = Stand::new(&lane.session, &lane.connected.codes);
     match stand.throw_away(Kind::made_by_us(mode), false) {
         Ok((key, _)) if stand.opens_its_own(&key)? => Ok(None),
         Ok(_) => Ok(Some("the token does not unwrap what it has wrapped".into())),

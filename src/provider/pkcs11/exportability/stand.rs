@@ -34,7 +34,7 @@ pub(super) const WAYS: [Way; 6] = [
     ("set EXTRACTABLE=true", |stand, key| stand.loosen(key, Attribute::Extractable(true))),
 ];
 
-/// A session, and the keys that were made in it: they go with it, however it ends.
+/// A session, and the keys that were made in it. They are destroyed with the stand, and go with the session in any case.
 pub(super) struct Stand<'s> {
     session: &'s Session,
     codes: &'s Codes,
@@ -193,7 +193,7 @@ impl Stand<'_> {
                 self.refused(error.into())?;
                 continue;
             }
-            match self.session.wrap_key(mechanism, by, handle) {
+            match self.session.wrap_key(mechanism, by, handle).map(Zeroizing::new) {
                 Ok(wrapped) if !wrapped.is_empty() => {
                     let (outcome, what) = self.open(key, mechanism, by, &wrapped, is_open)?;
                     return Ok((outcome, format!("by {name}: {what}")));
