@@ -77,7 +77,7 @@ struct Policy {
 enum Verdict {
     KeysStay,
     KeysStayWithWarnings,
-    NotTried,
+    Unproven,
     KeyBytesCameOut,
 }
 
@@ -86,7 +86,7 @@ impl Verdict {
         match trials.verdict() {
             Outcome::Refused => Self::KeysStay,
             Outcome::Warning => Self::KeysStayWithWarnings,
-            Outcome::NotTried => Self::NotTried,
+            Outcome::NotTried => Self::Unproven,
             Outcome::CameOut => Self::KeyBytesCameOut,
         }
     }
@@ -95,7 +95,7 @@ impl Verdict {
         match self {
             Self::KeysStay => "no way that was tried got key bytes out",
             Self::KeysStayWithWarnings => "no way that was tried got key bytes out; there are warnings",
-            Self::NotTried => "nothing is proved: no way could be tried",
+            Self::Unproven => "NOT PROVED: a token could not be tried",
             Self::KeyBytesCameOut => "KEY BYTES CAME OUT",
         }
     }
@@ -119,14 +119,17 @@ pub(super) async fn attest(args: &AttestArgs) -> Result<(), Failure> {
             Err(_) => described(provider, Vec::new(), vec![format!("provider {}: {late}", provider.name)]),
         });
     }
-    let tokens = providers.iter().flat_map(|provider| &provider.tokens);
+    let verdicts = providers.iter().flat_map(|provider| {
+        let tried = provider.tokens.iter().map(|token| Verdict::of(&token.exportability));
+        tried.chain(provider.out_of_reach.iter().map(|_| Verdict::Unproven))
+    });
     let attestation = Attestation {
         time: Timestamp::now(),
         host: std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned(),
         software: software(),
         configuration: args.config.config.clone(),
         cluster: config.keyring.cluster,
-        verdict: tokens.map(|token| Verdict::of(&token.exportability)).max().unwrap_or(Verdict::NotTried),
+        verdict: verdicts.max().unwrap_or(Verdict::Unproven),
         providers,
     };
     match args.output.output {
@@ -154,14 +157,14 @@ fn conclude(attestation: &Attestation) -> Result<(), Failure> {
             let remedy = "use another token: this one keeps a KEK only from those who do not ask for it";
             return Err(Failure::failed("key bytes came out of a token", remedy));
         }
-        Verdict::KeysStay | Verdict::KeysStayWithWarnings | Verdict::NotTried => (),
+        Verdict::KeysStay | Verdict::KeysStayWithWarnings | Verdict::Unproven => (),
     }
     if let Some(lost) = attestation.providers.iter().flat_map(|provider| &provider.out_of_reach).next() {
         return Err(Failure::unavailable(lost.clone(), ""));
     }
     match attestation.verdict {
-        Verdict::NotTried => {
-            Err(Failure::failed(Verdict::NotTried.as_str(), "the report says what the token answered"))
+        Verdict::Unproven => {
+            Err(Failure::failed(Verdict::Unproven.as_str(), "the report says what the token answered"))
         }
         _ => Ok(()),
     }
