@@ -36,7 +36,7 @@ pub(super) async fn examine(pkcs11: &Pkcs11, provider: &ProviderConfig, findings
     let surveys = tokio::time::timeout(TIMEOUT, pkcs11.survey(false, Instant::now() + TIMEOUT));
     let Ok(surveys) = surveys.await else {
         let remedy = "see what the vendor's tools say of it";
-        findings.failure(TOKEN, format!("provider {}: a token does not answer", provider.name), remedy);
+        findings.failure(TOKEN, format!("provider {}: its tokens did not answer in time", provider.name), remedy);
         return Vec::new();
     };
     let mut found = Vec::new();

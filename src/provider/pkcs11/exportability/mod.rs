@@ -133,7 +133,9 @@ impl Trials {
 /// # Errors
 /// The token is out of reach.
 pub(super) fn try_every_way(lane: &Lane, kinds: &[Kind], may_write: bool) -> Result<Trials, CallError> {
-    let stand = Stand::new(&lane.session, &lane.connected.codes);
+    // One of its own: what a session has done must not change what is found out of a KEK in it.
+    let session = lane.connected.open_session()?;
+    let stand = Stand::new(&session, &lane.connected.codes);
     let mut done = Trials { throw_away: None, trials: Vec::new() };
     for kind in kinds {
         for (way, how) in WAYS {
@@ -170,7 +172,9 @@ pub(super) fn way_out(lane: &Lane, mode: Mode) -> Result<Option<String>, CallErr
 /// # Errors
 /// The token is out of reach.
 pub(super) fn try_mode(lane: &Lane, mode: Mode) -> Result<Option<String>, CallError> {
-    let stand = Stand::new(&lane.session, &lane.connected.codes);
+    // One of its own: what a session has done must not change what is found out of a KEK in it.
+    let session = lane.connected.open_session()?;
+    let stand = Stand::new(&session, &lane.connected.codes);
     match stand.throw_away(Kind::made_by_us(mode), false) {
         Ok((key, _)) if stand.opens_its_own(&key)? => Ok(None),
         Ok(_) => Ok(Some("the token does not unwrap what it has wrapped".into())),
