@@ -15,6 +15,8 @@ pub(super) struct File {
     pub(super) listen: Listen,
     pub(super) keyring: Keyring,
     #[serde(default)]
+    pub(super) policy: Policy,
+    #[serde(default)]
     pub(super) provider: Vec<Provider>,
 }
 
@@ -58,6 +60,12 @@ pub(super) struct Keyring {
     pub(super) state: Option<PathBuf>,
 }
 
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub(super) struct Policy {
+    pub(super) exportable: super::Exportable,
+}
+
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum ProviderType {
@@ -88,6 +96,7 @@ pub(super) struct Provider {
 pub(super) struct AdmittedKek {
     pub(super) id: String,
     pub(super) not_before: toml::value::Datetime,
+    pub(super) exception: Option<String>,
 }
 
 fn yes() -> bool {

@@ -11,7 +11,7 @@ use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass};
 use jiff::{SignedDuration, Timestamp};
 
 use super::raw;
-use crate::config::{Excusable, Mode, Omissible, Profile};
+use crate::config::{Admission, Excusable, Mode, Omissible, Profile};
 use crate::identity::Identity;
 use crate::provider::Rank;
 
@@ -39,13 +39,13 @@ pub(super) struct Rules {
     pub(super) label: String,
     pub(super) profile: Arc<Profile>,
     /// KEKs made elsewhere, by CKA_ID.
-    pub(super) admitted: BTreeMap<Vec<u8>, Timestamp>,
+    pub(super) admitted: BTreeMap<Vec<u8>, Admission>,
 }
 
 impl Rules {
     pub(super) fn admit(&self, said: &Said, now: Timestamp) -> Result<Admitted, String> {
-        let not_before = said.id().and_then(|id| self.admitted.get(id)).copied();
-        admit(said, &self.profile, not_before, now)
+        let admission = said.id().and_then(|id| self.admitted.get(id));
+        admit(said, &self.profile, admission, now)
     }
 
     pub(super) fn spec_of(&self, kek: &Admitted) -> KekSpec {
@@ -73,6 +73,8 @@ pub(super) struct Said(pub(super) Vec<Attribute>);
 pub(super) struct Admitted {
     pub(super) rank: Rank,
     pub(super) mode: Mode,
+    /// What the token does not vouch for, and why that is excused.
+    pub(super) exception: Option<String>,
 }
 
 /// No CKA_ID of ours is older: this plugin did not exist.
@@ -82,12 +84,13 @@ pub const LONGEST_WAIT: SignedDuration = SignedDuration::from_hours(30 * 24);
 
 /// Decides about one key.
 ///
-/// `not_before` is the instant that the configuration gives for this key, if it
-/// admits it by id: then its history is the administrator's word, and only what it is now counts.
+/// `admission` is what the configuration says of this key, if it admits it by id. That excuses a foreign id. That the
+/// token says nothing of a key's history its profile excuses; that it denies one, only a stated exception; and nothing
+/// excuses what the key is now.
 ///
 /// # Errors
 /// Why the key is not used, and what to do.
-fn admit(said: &Said, profile: &Profile, not_before: Option<Timestamp>, now: Timestamp) -> Result<Admitted, String> {
+fn admit(said: &Said, profile: &Profile, admission: Option<&Admission>, now: Timestamp) -> Result<Admitted, String> {
     let Said(attributes) = said;
     if !attributes.contains(&Attribute::Class(ObjectClass::SECRET_KEY)) {
         return Err("it is not a secret key: give it another label".into());
@@ -99,25 +102,51 @@ fn admit(said: &Said, profile: &Profile, not_before: Option<Timestamp>, now: Tim
     let id = said.id().ok_or("it has no CKA_ID: KEKs are made with `trousseau key generate`")?;
     said.requires("SENSITIVE", &Attribute::Sensitive(true))?;
     said.requires("EXTRACTABLE=false", &Attribute::Extractable(false))?;
-    let not_before = match not_before {
-        Some(instant) => instant,
-        None => {
-            for (name, wanted, excusable) in [
-                ("ALWAYS_SENSITIVE", Attribute::AlwaysSensitive(true), Excusable::CkaAlwaysSensitive),
-                ("NEVER_EXTRACTABLE", Attribute::NeverExtractable(true), Excusable::CkaNeverExtractable),
-                ("LOCAL", Attribute::Local(true), Excusable::CkaLocal),
-            ] {
-                if !(profile.excuses.contains(&excusable) && said.is_silent_about(&wanted)) {
-                    said.requires(name, &wanted)?;
-                }
-            }
-            instant_of(id, now)?
-        }
+    let exception = excuse(said, profile, admission)?;
+    let not_before = match admission {
+        Some(admission) => admission.not_before,
+        None => instant_of(id, now)?,
     };
     let mode = said
         .mode_in(profile)?
         .ok_or("its usage attributes fit no mode of the profile: KEKs are made with `trousseau key generate`")?;
-    Ok(Admitted { rank: Rank { not_before, id: id.to_vec() }, mode })
+    Ok(Admitted { rank: Rank { not_before, id: id.to_vec() }, mode, exception })
+}
+
+/// By what a token vouches that a key was born in it and could never leave. Some lose it in a restore or a cloning, and
+/// some never say it.
+const HISTORY: [(&str, Attribute, Excusable); 3] = [
+    ("ALWAYS_SENSITIVE", Attribute::AlwaysSensitive(true), Excusable::CkaAlwaysSensitive),
+    ("NEVER_EXTRACTABLE", Attribute::NeverExtractable(true), Excusable::CkaNeverExtractable),
+    ("LOCAL", Attribute::Local(true), Excusable::CkaLocal),
+];
+
+/// What the token does not vouch for, and who excuses it: the profile, or the administrator's word for this key.
+fn excuse(said: &Said, profile: &Profile, admission: Option<&Admission>) -> Result<Option<String>, String> {
+    let (mut silent, mut unvouched) = (Vec::new(), Vec::new());
+    for (name, wanted, excusable) in HISTORY.iter().filter(|(_, wanted, _)| !said.0.contains(wanted)) {
+        if profile.excuses.contains(excusable) && said.is_silent_about(wanted) {
+            silent.push(*name);
+            continue;
+        }
+        if admission.is_none() {
+            said.requires(name, wanted)?;
+        }
+        unvouched.push(*name);
+    }
+    let mut excused = Vec::new();
+    if !silent.is_empty() {
+        let what = format!("the token does not say whether it is {}", silent.join(", "));
+        excused.push(format!("{what}; profile {} excuses that", profile.name));
+    }
+    if !unvouched.is_empty() {
+        let what = format!("the token does not vouch that it is {}", unvouched.join(", "));
+        let why = admission.and_then(|admission| admission.exception.as_ref()).ok_or_else(|| {
+            format!("{what}: if you know where it was, say so with `exception = \"…\"` in its [[provider.kek]]")
+        })?;
+        excused.push(format!("{what}; the configuration excuses that: {why}"));
+    }
+    Ok((!excused.is_empty()).then(|| excused.join("; ")))
 }
 
 /// The activation instant in a CKA_ID: it is a UUIDv7 (RFC 9562 section 5.7).
@@ -285,7 +314,8 @@ mod tests {
     fn a_key_of_our_own_making_is_a_kek() {
         let id = new_id(now()).unwrap();
         let admitted = admit(&Said(kek(&id)), &plain(), None, now()).unwrap();
-        assert_eq!(admitted, Admitted { rank: Rank { not_before: now(), id: id.to_vec() }, mode: Mode::Wrapkey });
+        let rank = Rank { not_before: now(), id: id.to_vec() };
+        assert_eq!(admitted, Admitted { rank, mode: Mode::Wrapkey, exception: None });
     }
 
     #[test]
@@ -327,21 +357,35 @@ mod tests {
 
         // Unless the profile excuses just that; a token that denies it is not excused.
         let excused = profile(r#"["wrapkey"]"#, r#"excuses = ["CKA_LOCAL"]"#);
-        admit(&Said(said), &excused, None, now()).unwrap();
+        let exception = admit(&Said(said), &excused, None, now()).unwrap().exception.unwrap();
+        assert!(exception.contains("LOCAL") && exception.contains("profile"), "{exception}");
         for denied in [Attribute::Local(false), Attribute::AlwaysSensitive(false)] {
             admit(&with(denied), &excused, None, now()).unwrap_err();
         }
     }
 
     #[test]
-    fn a_key_that_the_configuration_admits_needs_no_history() {
-        let not_before = Some("2026-01-01T00:00:00Z".parse().unwrap());
-        for changed in [Attribute::Id(vec![1]), Attribute::Local(false), Attribute::NeverExtractable(false)] {
-            let admitted = admit(&with(changed), &plain(), not_before, now()).unwrap();
-            assert_eq!(Some(admitted.rank.not_before), not_before);
+    fn a_key_that_the_configuration_admits_needs_no_id_of_ours_and_a_word_for_a_history_that_it_lacks() {
+        let not_before = "2026-01-01T00:00:00Z".parse().unwrap();
+        let bare = Admission { not_before, exception: None };
+        let excused = Admission { not_before, exception: Some("restored in May".into()) };
+        for admission in [&bare, &excused] {
+            let admitted = admit(&with(Attribute::Id(vec![1])), &plain(), Some(admission), now()).unwrap();
+            assert_eq!((admitted.rank.not_before, admitted.exception), (not_before, None));
+        }
+        for (changed, name) in [
+            (Attribute::Local(false), "LOCAL"),
+            (Attribute::NeverExtractable(false), "NEVER_EXTRACTABLE"),
+            (Attribute::AlwaysSensitive(false), "ALWAYS_SENSITIVE"),
+        ] {
+            let said = with(changed);
+            let error = admit(&said, &plain(), Some(&bare), now()).unwrap_err();
+            assert!(error.contains(name) && error.contains("exception ="), "{error}");
+            let exception = admit(&said, &plain(), Some(&excused), now()).unwrap().exception.unwrap();
+            assert!(exception.contains(name) && exception.contains("restored in May"), "{exception}");
         }
         for changed in [Attribute::Sensitive(false), Attribute::Extractable(true), Attribute::ValueLen(16.into())] {
-            admit(&with(changed), &plain(), not_before, now()).unwrap_err();
+            admit(&with(changed), &plain(), Some(&excused), now()).unwrap_err();
         }
     }
 

@@ -34,6 +34,8 @@ const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// A loaded library.
 pub(super) struct Module {
+    /// Its file, with no link in the path.
+    path: PathBuf,
     library: Pkcs11,
     in_use: Mutex<InUseBy>,
     given_up: Condvar,
@@ -93,8 +95,13 @@ impl Module {
         }
         refuse_if_writable_by_others(&path)?;
         let library = Pkcs11::new(&path).map_err(|error| load_error(&path, &error))?;
-        let module =
-            Arc::new(Self { library, in_use: Mutex::default(), given_up: Condvar::new(), slots: Slots::default() });
+        let module = Arc::new(Self {
+            path: path.clone(),
+            library,
+            in_use: Mutex::default(),
+            given_up: Condvar::new(),
+            slots: Slots::default(),
+        });
         loaded.insert(path, Arc::clone(&module));
         Ok(module)
     }
@@ -103,6 +110,10 @@ impl Module {
 impl InUse {
     pub(super) fn library(&self) -> &Pkcs11 {
         &self.0.library
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.0.path
     }
 
     pub(super) fn slots(&self) -> &Slots {
