@@ -18,7 +18,7 @@ use crate::runtime::Leader;
 
 pub(super) const EXAMPLES: &str = "It changes nothing about a KEK: of these it reads attributes only. What it tries, it \
 tries on throw-away keys that it makes like a KEK and destroys: in a session where the token makes such keys, else in the \
-token. Exit code 1: key bytes came out, or nothing could be tried. Redirect the report into a file and keep it.
+token. Exit code 1: key bytes came out, or a token could not be tried; 69: one is out of reach. Redirect the report into a file and keep it.
 
 Examples:
   trousseau key attest
@@ -61,6 +61,9 @@ struct Provider {
     name: String,
     profile: String,
     profile_status: Status,
+    /// The same, for people, if it is not tested.
+    #[serde(skip)]
+    caveat: Option<String>,
     policy: Policy,
     tokens: Vec<Survey>,
     out_of_reach: Vec<String>,
@@ -144,6 +147,7 @@ fn described(provider: &ProviderConfig, tokens: Vec<Survey>, out_of_reach: Vec<S
         name: provider.name.clone(),
         profile: provider.profile.name.clone(),
         profile_status: provider.profile.status,
+        caveat: provider.profile.caveat(),
         policy: Policy { exportable: provider.exportable },
         tokens,
         out_of_reach,
@@ -194,9 +198,9 @@ fn text(attestation: &Attestation) -> String {
     for provider in providers {
         let _infallible = writeln!(
             text,
-            "\nprovider {}, profile {}; a token that hands keys out: {}",
+            "\nprovider {}\n  profile      {}\n  [policy]     exportable = \"{}\"",
             provider.name,
-            provider.profile,
+            provider.caveat.as_ref().unwrap_or(&format!("{} is tested", provider.profile)),
             provider.policy.exportable.as_str(),
         );
         for lost in &provider.out_of_reach {
@@ -229,7 +233,7 @@ fn tell_token(text: &mut String, survey: &Survey) {
     }
     for mode in &survey.modes {
         let told = mode.failure.as_deref().unwrap_or("wraps and unwraps");
-        let _infallible = writeln!(text, "    mode {:<8}{told}", mode.mode);
+        let _infallible = writeln!(text, "    mode {:<12} {told}", mode.mode);
     }
     let on = match survey.exportability.throw_away {
         Some(on) => format!("on {} like a KEK", on.as_str()),

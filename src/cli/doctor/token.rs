@@ -128,8 +128,8 @@ pub(super) async fn examine_keks(keyring: &Keyring, findings: &mut Findings) {
     }
     let (keks, refused) = keyring.describe(Timestamp::now());
     for kek in &keks {
-        let held_by = kek.held_by.len();
-        let what = format!("{} is {}, on {held_by} tokens, in mode {}", kek.identity, kek.state.as_str(), kek.mode);
+        let (state, tokens) = (kek.state.as_str(), kek.held_by.join(" and "));
+        let what = format!("{} is {state}, in mode {}, and held by {tokens}", kek.identity, kek.mode);
         findings.good(KEK, what);
     }
     for refused in refused {

@@ -25,7 +25,8 @@ from then on, and makes it active at its instant. The first KEK of a keyring is 
 `trousseau key list --expect ID` on each host says whether its plugin is ready.
 
 It refuses while a configured replica is out of reach, while two keys have one CKA_ID, and while this host's clock is \
-not synchronized or is behind the newest KEK.
+not synchronized or is behind the newest KEK. It makes none in a token that hands out a throw-away key like it, unless \
+`[policy] exportable` says so.
 
 The key is made in the first token. Its vendor's tools clone it to the replicas: do that before the instant. Back up \
 the token before a KEK wraps anything that you cannot lose.
