@@ -14,8 +14,10 @@
 //!
 //! Arrows point down only. Beside that way stand [`identity`], the names that live as long as the data; [`secret`],
 //! the types that wipe themselves; [`state`], what one host remembers; [`health`], what Status says; [`config`], which
-//! is checked once and ends at the constructors; [`systemd`], [`telemetry`] and [`observe`], what
-//! others are told; and [`cli`], a file for each verb.
+//! is checked once and ends at the constructors; [`systemd`], [`telemetry`] and [`observe`], what others are told; and
+//! [`cli`], a file for each verb. Whether a token keeps a key in is tried by the verbs that ask for it (`key attest`,
+//! `doctor`, `key generate`), on throw-away keys, in the room `exportability` of [`provider::pkcs11`]; what a key is worth
+//! without a token's word for its history, in the room `admission`.
 //!
 //! # Who may know what
 //!

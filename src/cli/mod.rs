@@ -1,6 +1,7 @@
 //! The command line: a file for each verb.
 
 mod assemble;
+mod attest;
 mod bench;
 mod check;
 mod dev;

@@ -15,6 +15,8 @@ pub(super) struct File {
     pub(super) listen: Listen,
     pub(super) keyring: Keyring,
     #[serde(default)]
+    pub(super) policy: Policy,
+    #[serde(default)]
     pub(super) observe: Observe,
     #[serde(default)]
     pub(super) provider: Vec<Provider>,
@@ -66,6 +68,12 @@ pub(super) struct Observe {
     pub(super) http: Option<String>,
 }
 
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub(super) struct Policy {
+    pub(super) exportable: super::Exportable,
+}
+
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum ProviderType {
@@ -96,6 +104,7 @@ pub(super) struct Provider {
 pub(super) struct AdmittedKek {
     pub(super) id: String,
     pub(super) not_before: toml::value::Datetime,
+    pub(super) exception: Option<String>,
 }
 
 fn yes() -> bool {

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use jiff::{SignedDuration, Span, SpanRelativeTo, Timestamp};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 pub use self::codes::{Class, Code, Codes};
 pub use self::credential::{Credential, CredentialError};
@@ -94,6 +94,37 @@ pub enum SealUnder {
     All,
 }
 
+/// What becomes of a token from which a throw-away key's bytes can be got out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Exportable {
+    /// No KEK is made in it.
+    #[default]
+    Refuse,
+    /// A KEK is made in it, with a warning.
+    Warn,
+}
+
+impl Exportable {
+    /// The word for it in the configuration.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Refuse => "refuse",
+            Self::Warn => "warn",
+        }
+    }
+}
+
+/// A `[[provider.kek]]`: a KEK made elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Admission {
+    /// Its activation instant.
+    pub not_before: Timestamp,
+    /// Why it is a KEK although the token does not vouch for its history.
+    pub exception: Option<String>,
+}
+
 /// One `[[provider]]` of type `pkcs11`.
 #[derive(Debug)]
 pub struct ProviderConfig {
@@ -113,8 +144,10 @@ pub struct ProviderConfig {
     pub pin: Credential,
     /// Sessions, and so worker threads, a token: 1 to 256.
     pub sessions: usize,
-    /// KEKs made elsewhere, by CKA_ID, each with its activation instant.
-    pub admitted: BTreeMap<Vec<u8>, Timestamp>,
+    /// KEKs made elsewhere, by CKA_ID.
+    pub admitted: BTreeMap<Vec<u8>, Admission>,
+    /// `[policy]`: what becomes of a token that hands keys out.
+    pub exportable: Exportable,
 }
 
 impl ProviderConfig {
@@ -144,7 +177,7 @@ impl Config {
         let providers: Vec<ProviderConfig> = file
             .provider
             .into_iter()
-            .map(|provider| check.provider(provider, &keyring.cluster))
+            .map(|provider| check.provider(provider, &keyring.cluster, file.policy.exportable))
             .collect::<Result<_, _>>()?;
         check.providers_together(&providers)?;
         let observe = check.observe(file.observe)?;
@@ -241,7 +274,12 @@ impl Check<'_> {
         text.parse().map(Some).map_err(wrong)
     }
 
-    fn provider(&self, file: file::Provider, cluster: &str) -> Result<ProviderConfig, ConfigError> {
+    fn provider(
+        &self,
+        file: file::Provider,
+        cluster: &str,
+        exportable: Exportable,
+    ) -> Result<ProviderConfig, ConfigError> {
         let name = file.name;
         let wrong =
             |field: &str, what: &str, remedy: &str| self.error(format!("provider {name}: {field}: {what}"), remedy);
@@ -297,11 +335,12 @@ impl Check<'_> {
             pin,
             sessions: file.sessions,
             admitted,
+            exportable,
             name,
         })
     }
 
-    fn admitted(&self, provider: &str, kek: &file::AdmittedKek) -> Result<(Vec<u8>, Timestamp), ConfigError> {
+    fn admitted(&self, provider: &str, kek: &file::AdmittedKek) -> Result<(Vec<u8>, Admission), ConfigError> {
         let id = base16ct::lower::decode_vec(&kek.id).ok().filter(|id| !id.is_empty());
         let id = id.ok_or_else(|| {
             let what = format!("provider {provider}: kek.id `{}` is not a CKA_ID in lower-case hex digits", kek.id);
@@ -311,7 +350,12 @@ impl Check<'_> {
             let what = format!("provider {provider}: kek.not-before `{}` is not an instant", kek.not_before);
             self.error(what, "write it with its zone, for example 2026-11-23T00:00:00Z")
         })?;
-        Ok((id, not_before))
+        let said = |why: &&String| !why.trim().is_empty() && why.len() <= 200 && !why.contains(char::is_control);
+        if let Some(why) = kek.exception.as_ref().filter(|why| !said(why)) {
+            let what = format!("provider {provider}: kek.exception `{}` is not a reason", why.escape_debug());
+            return Err(self.error(what, "say in at most 200 letters of one line where the key was before"));
+        }
+        Ok((id, Admission { not_before, exception: kek.exception.clone() }))
     }
 
     /// What holds for the providers as a whole.

@@ -73,6 +73,12 @@ impl Keyring {
         self.outages().into_iter().chain(incomplete).collect()
     }
 
+    /// KEKs for whose history a token does not vouch, each with what excuses that, as of the last look.
+    #[must_use]
+    pub fn exceptions(&self) -> Vec<String> {
+        self.members.iter().flat_map(|member| member.seen().exceptions.clone()).collect()
+    }
+
     /// Every KEK as of the last look, and every key that is not used; no mark is moved.
     #[must_use]
     pub fn describe(&self, now: Timestamp) -> (Vec<KekDescription>, Vec<Refused>) {

@@ -27,6 +27,8 @@ pub(super) struct Seen {
     pub(super) partly_out: Vec<String>,
     /// Which token lacks which KEK that another one holds.
     pub(super) incomplete: Vec<String>,
+    /// KEKs for whose history a token does not vouch.
+    pub(super) exceptions: Vec<String>,
 }
 
 /// The active KEK of one provider.
@@ -47,6 +49,7 @@ impl Member {
             outage,
             partly_out: Vec::new(),
             incomplete: Vec::new(),
+            exceptions: Vec::new(),
         });
         Self { provider, seals, seen }
     }
@@ -74,7 +77,7 @@ impl Member {
         for outage in sighting.out_of_reach.iter().filter(|outage| !seen.partly_out.contains(outage)) {
             tracing::warn!(provider, outage, "replica is out of reach");
         }
-        let Sighting { keks, refused, out_of_reach } = sighting;
+        let Sighting { keks, refused, out_of_reach, exceptions } = sighting;
         let gap = |token: String, kek: Identity| {
             format!("token {token} of provider {provider} lacks KEK {kek}: clone it there")
         };
@@ -87,7 +90,10 @@ impl Member {
         for gap in incomplete.iter().filter(|gap| !seen.incomplete.contains(gap)) {
             tracing::warn!(provider, gap, "replicas are not alike");
         }
-        *seen = Seen { keks, refused, outage: None, partly_out: out_of_reach, incomplete };
+        for exception in exceptions.iter().filter(|exception| !seen.exceptions.contains(exception)) {
+            tracing::warn!(provider, exception, "a KEK is admitted by way of exception");
+        }
+        *seen = Seen { keks, refused, outage: None, partly_out: out_of_reach, incomplete, exceptions };
     }
 
     /// Remembers that a look failed; what was seen before stays.

@@ -125,6 +125,8 @@ pub struct Sighting {
     pub refused: Vec<Refused>,
     /// Why tokens could not be looked at, while others could.
     pub out_of_reach: Vec<String>,
+    /// KEKs for whose history a token does not vouch, each with what excuses that.
+    pub exceptions: Vec<String>,
 }
 
 /// A key that looks like a KEK and is not one.

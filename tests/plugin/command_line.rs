@@ -33,6 +33,12 @@ fn a_bad_configuration_is_refused_with_its_place_and_a_remedy() {
         ("sessions = 2", "seal = false", &["no [[provider]] seals"]),
         ("sessions = 2", "[[provider.kek]]\nid = \"XY\"\nnot-before = 2026-01-01T00:00:00Z", &["kek.id `XY`"]),
         ("sessions = 2", "[[provider.kek]]\nid = \"01\"\nnot-before = 2026-01-01", &["kek.not-before", "zone"]),
+        (
+            "sessions = 2",
+            "[[provider.kek]]\nid = \"01\"\nnot-before = 2026-01-01T00:00:00Z\nexception = \" \"",
+            &["kek.exception ` ` is not a reason"],
+        ),
+        ("sessions = 2", "[policy]\nexportable = \"ignore\"", &["unknown variant `ignore`", "refuse"]),
         ("version", "version = [", &["line"]),
     ];
     let host = Host::new();

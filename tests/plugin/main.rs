@@ -12,11 +12,13 @@
     clippy::indexing_slicing
 )]
 
+mod attest;
 mod caller;
 mod chaos;
 mod command_line;
 mod daemon;
 mod disk;
+mod doctor;
 mod fault_module;
 mod faults;
 mod foreign_input;

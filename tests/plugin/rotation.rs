@@ -93,7 +93,7 @@ fn a_dry_run_shows_what_would_be_asked_for_and_makes_no_key() {
     }
     assert_eq!(template["LABEL"], "trousseau-test");
     let text = stdout(&host.run(&dry));
-    for words in ["no key is made", "CKA_ALLOWED_MECHANISMS CKM_AES_", "active from ", "1 of 2 tokens"] {
+    for words in ["no KEK is made", "CKA_ALLOWED_MECHANISMS CKM_AES_", "active from ", "1 of 2 tokens"] {
         assert!(text.contains(words), "{words}: {text}");
     }
     assert_eq!(host.list()["keks"].as_array().unwrap().len(), 0);

@@ -25,7 +25,8 @@ from then on, and makes it active at its instant. The first KEK of a keyring is 
 `trousseau key list --expect ID` on each host says whether its plugin is ready.
 
 It refuses while a configured replica is out of reach, while two keys have one CKA_ID, and while this host's clock is \
-not synchronized or is behind the newest KEK.
+not synchronized or is behind the newest KEK. It makes none in a token that hands out a throw-away key like it, unless \
+`[policy] exportable` says so.
 
 The key is made in the first token. Its vendor's tools clone it to the replicas: do that before the instant. Back up \
 the token before a KEK wraps anything that you cannot lose.
@@ -52,7 +53,7 @@ pub(in super::super) struct GenerateArgs {
     /// Go on although this host's clock is not synchronized.
     #[arg(long)]
     unsynchronized_clock_ok: bool,
-    /// Show what the token would be asked for, after all the same checks, and make no key.
+    /// Show what the token would be asked for, after all the same checks, and make no KEK.
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
@@ -68,6 +69,8 @@ struct Made<'a> {
     mode: &'static str,
     held_by: &'a [String],
     lacked_by: &'a [String],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    way_out: Option<&'a str>,
 }
 
 /// What `--dry-run` prints.
@@ -79,6 +82,8 @@ struct Planned<'a> {
     made_in: &'a str,
     to_be_cloned_to: &'a [String],
     template: BTreeMap<&'static str, &'a Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    way_out: Option<&'a str>,
 }
 
 pub(super) async fn run(args: &GenerateArgs) -> Result<(), Failure> {
@@ -99,12 +104,13 @@ pub(super) async fn run(args: &GenerateArgs) -> Result<(), Failure> {
             made_in: &plan.made_in,
             to_be_cloned_to: &plan.to_be_cloned_to,
             template: plan.template.iter().map(|(name, value)| (*name, value)).collect(),
+            way_out: plan.way_out.as_deref(),
         }),
         (None, Format::Text) => print(&planned_text(provider, &plan)),
     }
 }
 
-fn made<'a>(plan: &Plan, generated: &'a Generated) -> Made<'a> {
+fn made<'a>(plan: &'a Plan, generated: &'a Generated) -> Made<'a> {
     Made {
         identity: generated.identity,
         id: base16ct::lower::encode_string(&generated.id),
@@ -112,6 +118,7 @@ fn made<'a>(plan: &Plan, generated: &'a Generated) -> Made<'a> {
         mode: plan.mode.as_str(),
         held_by: &generated.held_by,
         lacked_by: &generated.lacked_by,
+        way_out: plan.way_out.as_deref(),
     }
 }
 
@@ -131,6 +138,7 @@ fn made_text(provider: &ProviderConfig, plan: &Plan, generated: &Generated) -> S
         );
         text.push_str(&lacks);
     }
+    text.push_str(&warning(plan));
     if made.not_before > Timestamp::now() {
         text.push_str(&format!("\n  until then  on every host: trousseau key list --expect {}", made.id));
     }
@@ -139,7 +147,7 @@ fn made_text(provider: &ProviderConfig, plan: &Plan, generated: &Generated) -> S
 
 fn planned_text(provider: &ProviderConfig, plan: &Plan) -> String {
     let mut text = format!(
-        "no key is made; without --dry-run, token {} of provider {} would be asked for C_GenerateKey \
+        "no KEK is made; without --dry-run, token {} of provider {} would be asked for C_GenerateKey \
          CKM_AES_KEY_GEN with",
         plan.made_in, provider.name
     );
@@ -161,7 +169,12 @@ fn planned_text(provider: &ProviderConfig, plan: &Plan) -> String {
     for token in &plan.to_be_cloned_to {
         text.push_str(&format!("\n  lacked by   {token}, until the vendor's tools have cloned it there"));
     }
-    text
+    text + &warning(plan)
+}
+
+fn warning(plan: &Plan) -> String {
+    let warning = |way| format!("\n  WARNING     such a key leaves its token: {way}");
+    plan.way_out.as_deref().map(warning).unwrap_or_default()
 }
 
 /// All but the 48 bits of time is random, and another value when the key is made.
@@ -183,7 +196,7 @@ async fn plan(
         (None, None) => SignedDuration::ZERO,
     };
     let not_before = activation_instant(Timestamp::now(), wait, newest, args.unsynchronized_clock_ok)?;
-    let plan = pkcs11.plan(not_before, args.mode)?;
+    let plan = pkcs11.plan(not_before, args.mode, deadline).await?;
     Ok((pkcs11, plan, deadline))
 }
 
@@ -192,7 +205,7 @@ pub(in super::super) fn ensure_first(config: &Config, provider: &ProviderConfig)
     super::super::runtime()?.block_on(in_time(async {
         let (pkcs11, newest, deadline) = reach(config, provider).await?;
         if newest.is_none() {
-            pkcs11.generate(&pkcs11.plan(Timestamp::now(), None)?, deadline).await?;
+            pkcs11.generate(&pkcs11.plan(Timestamp::now(), None, deadline).await?, deadline).await?;
         }
         Ok(())
     }))

@@ -46,6 +46,7 @@ pub(in super::super) struct ListArgs {
 struct Listing {
     keks: Vec<KekDescription>,
     refused: Vec<Refused>,
+    exceptions: Vec<String>,
     outages: Vec<String>,
     warnings: Vec<String>,
 }
@@ -54,7 +55,8 @@ impl Listing {
     fn of(keyring: &Keyring) -> Self {
         let now = Timestamp::now();
         let (keks, refused) = keyring.describe(now);
-        Self { keks, refused, outages: keyring.outages(), warnings: keyring.concerns(now) }
+        let (exceptions, outages) = (keyring.exceptions(), keyring.outages());
+        Self { keks, refused, exceptions, outages, warnings: keyring.concerns(now) }
     }
 }
 
@@ -105,6 +107,9 @@ fn text(listing: &Listing, with_attributes: bool) -> String {
     }
     for refused in &listing.refused {
         text.push_str(&format!("\nnot used: {}: {}", refused.key, refused.reason));
+    }
+    for exception in &listing.exceptions {
+        text.push_str(&format!("\nexception: {exception}"));
     }
     for warning in &listing.warnings {
         text.push_str(&format!("\nwarning: {warning}"));

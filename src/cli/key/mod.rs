@@ -10,8 +10,8 @@ use std::time::Duration;
 use clap::Subcommand;
 
 pub(super) use self::generate::ensure_first;
-use super::assemble;
 use super::output::Failure;
+use super::{assemble, attest};
 use crate::config::Config;
 use crate::keyring::Keyring;
 use crate::runtime::Leader;
@@ -27,6 +27,9 @@ pub(super) enum KeyVerb {
     /// List the KEKs, and the keys that look like one and are not used.
     #[command(after_help = list::EXAMPLES)]
     List(list::ListArgs),
+    /// Report what the tokens say of the KEKs, and whether a key like them can be got out.
+    #[command(after_help = attest::EXAMPLES)]
+    Attest(attest::AttestArgs),
 }
 
 pub(super) fn run(verb: KeyVerb) -> Result<(), Failure> {
@@ -34,6 +37,7 @@ pub(super) fn run(verb: KeyVerb) -> Result<(), Failure> {
     match verb {
         KeyVerb::Generate(args) => runtime.block_on(generate::run(&args)),
         KeyVerb::List(args) => runtime.block_on(list::run(&args)),
+        KeyVerb::Attest(args) => runtime.block_on(attest::attest(&args)),
     }
 }
 

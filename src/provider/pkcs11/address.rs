@@ -7,6 +7,7 @@ use std::sync::mpsc::Sender;
 
 use cryptoki::slot::{Slot, TokenInfo};
 
+use super::Complaint;
 use super::connection::Connected;
 use super::error::CallError;
 use super::login::{Latch, Retry};
@@ -83,6 +84,33 @@ impl Address {
         let in_use = Module::acquire(&self.module, self.profile.reinitialize)?;
         let (_, info) = self.find_slot(&in_use).map_err(|error| error.reason().to_owned())?;
         self.latch(&info).allow_retry(&info, final_try_ok).map_err(|error| error.to_string())
+    }
+
+    /// What is wrong with the PIN, with what to do, as far as it can be known without a login.
+    ///
+    /// # Errors
+    /// The token is not there, or the state directory cannot be used.
+    pub(super) fn pin_state(&self) -> Result<Vec<Complaint>, String> {
+        let in_use = Module::acquire(&self.module, self.profile.reinitialize)?;
+        let (_, info) = self.find_slot(&in_use).map_err(|error| error.reason().to_owned())?;
+        let once = "log in once with the right PIN, so that the count begins anew";
+        let officer = "have the security officer set it, with the vendor's tools";
+        let said = [
+            (info.user_pin_locked(), "has locked its PIN", officer),
+            (!info.user_pin_locked() && info.user_pin_final_try(), "will be locked by the next wrong PIN", once),
+            (
+                !info.user_pin_final_try() && info.user_pin_count_low(),
+                "has seen a wrong PIN since the last login",
+                once,
+            ),
+            (info.token_initialized() && !info.user_pin_initialized(), "says that it has no user PIN", officer),
+        ];
+        let said = said.into_iter().filter(|(so, ..)| *so).map(|(_, what, remedy)| (what.to_owned(), remedy));
+        let held_back = self.latch(&info).held_back().map_err(|error| error.to_string())?;
+        let latched = held_back.into_iter().map(|what| {
+            (format!("had a PIN tried that is held back now: {what}"), "correct the PIN file, or `trousseau pin retry`")
+        });
+        Ok(said.chain(latched).collect())
     }
 
     fn latch(&self, info: &TokenInfo) -> Latch {

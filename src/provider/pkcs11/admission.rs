@@ -13,7 +13,7 @@ use jiff::{SignedDuration, Timestamp};
 use super::error::{CallError, Class};
 use super::oaep::Pair;
 use super::{halves, raw};
-use crate::config::{Excusable, Mode, Omissible, Profile};
+use crate::config::{Admission, Excusable, Mode, Omissible, Profile};
 use crate::envelope::WrapAlgorithm;
 use crate::identity::Identity;
 use crate::provider::{Attributes, Rank};
@@ -45,7 +45,7 @@ pub(super) struct Rules {
     pub(super) label: String,
     pub(super) profile: Arc<Profile>,
     /// KEKs made elsewhere, by CKA_ID.
-    pub(super) admitted: BTreeMap<Vec<u8>, Timestamp>,
+    pub(super) admitted: BTreeMap<Vec<u8>, Admission>,
 }
 
 impl Rules {
@@ -54,16 +54,16 @@ impl Rules {
         let pairs = self.profile.modes.contains(&Mode::Oaep);
         let (halves, others): (Vec<_>, Vec<_>) = objects.into_iter().partition(|said| pairs && halves::is_half(said));
         let alone = |said: &Said| {
-            let not_before = said.id().and_then(|id| self.admitted.get(id)).copied();
+            let admission = said.id().and_then(|id| self.admitted.get(id));
             let identity = said.id().map(Identity::of_pkcs11);
-            Decision::new(said, identity, admit(said, &self.profile, not_before, now))
+            Decision::new(said, identity, admit(said, &self.profile, admission, now))
         };
         let others = others.iter().filter(|said| !(pairs && halves::is_public(said)));
         others.map(alone).chain(halves::decide(&halves, self, now)).collect()
     }
 
     pub(super) fn spec_of(&self, kek: &Admitted) -> KekSpec {
-        let Admitted { rank: Rank { id, .. }, mode, pair } = kek;
+        let Admitted { rank: Rank { id, .. }, mode, pair, .. } = kek;
         let identity = pair.as_ref().map_or_else(|| Identity::of_pkcs11(id), |pair| pair.identity);
         KekSpec { identity, id: id.clone(), label: self.label.clone(), mode: *mode, pair: pair.clone() }
     }
@@ -121,6 +121,8 @@ pub(super) struct Admitted {
     pub(super) rank: Rank,
     pub(super) mode: Mode,
     pub(super) pair: Option<Arc<Pair>>,
+    /// What the token does not vouch for, and why that is excused.
+    pub(super) exception: Option<String>,
 }
 
 /// No CKA_ID of ours is older: this plugin did not exist.
@@ -130,12 +132,13 @@ pub const LONGEST_WAIT: SignedDuration = SignedDuration::from_hours(30 * 24);
 
 /// Decides about one key.
 ///
-/// `not_before` is the instant that the configuration gives for this key, if it
-/// admits it by id: then its history is the administrator's word, and only what it is now counts.
+/// `admission` is what the configuration says of this key, if it admits it by id. That excuses a foreign id. That the
+/// token says nothing of a key's history its profile excuses; that it denies one, only a stated exception; and nothing
+/// excuses what the key is now.
 ///
 /// # Errors
 /// Why the key is not used, and what to do.
-fn admit(said: &Said, profile: &Profile, not_before: Option<Timestamp>, now: Timestamp) -> Result<Admitted, String> {
+fn admit(said: &Said, profile: &Profile, admission: Option<&Admission>, now: Timestamp) -> Result<Admitted, String> {
     let Said(attributes) = said;
     if !attributes.contains(&Attribute::Class(ObjectClass::SECRET_KEY)) {
         return Err("it is not a secret key: give it another label".into());
@@ -145,12 +148,48 @@ fn admit(said: &Said, profile: &Profile, not_before: Option<Timestamp>, now: Tim
         return Err("it is not an AES key of 256 bits: give it another label".into());
     }
     let id = said.id().ok_or("it has no CKA_ID: KEKs are made with `trousseau key generate`")?;
-    said.requires_secrecy(profile, not_before.is_none())?;
-    let not_before = not_before.map_or_else(|| instant_of(id, now), Ok)?;
+    let exception = said.secrecy(profile, admission)?;
+    let not_before = admission.map_or_else(|| instant_of(id, now), |admission| Ok(admission.not_before))?;
     let mode = said
         .mode_in(profile)?
         .ok_or("its usage attributes fit no mode of the profile: KEKs are made with `trousseau key generate`")?;
-    Ok(Admitted { rank: Rank { not_before, id: id.to_vec() }, mode, pair: None })
+    Ok(Admitted { rank: Rank { not_before, id: id.to_vec() }, mode, pair: None, exception })
+}
+
+/// By what a token vouches that a key was born in it and could never leave. Some lose it in a restore or a cloning, and
+/// some never say it.
+const HISTORY: [(&str, Attribute, Excusable); 3] = [
+    ("ALWAYS_SENSITIVE", Attribute::AlwaysSensitive(true), Excusable::CkaAlwaysSensitive),
+    ("NEVER_EXTRACTABLE", Attribute::NeverExtractable(true), Excusable::CkaNeverExtractable),
+    ("LOCAL", Attribute::Local(true), Excusable::CkaLocal),
+];
+
+/// What the token does not vouch for, and who excuses it: the profile, or the administrator's word for this key.
+fn excuse(said: &Said, profile: &Profile, admission: Option<&Admission>) -> Result<Option<String>, String> {
+    let (mut silent, mut unvouched) = (Vec::new(), Vec::new());
+    for (name, wanted, excusable) in HISTORY.iter().filter(|(_, wanted, _)| !said.0.contains(wanted)) {
+        if profile.excuses.contains(excusable) && said.is_silent_about(wanted) {
+            silent.push(*name);
+            continue;
+        }
+        if admission.is_none() {
+            said.requires(name, wanted)?;
+        }
+        unvouched.push(*name);
+    }
+    let mut excused = Vec::new();
+    if !silent.is_empty() {
+        let what = format!("the token does not say whether it is {}", silent.join(", "));
+        excused.push(format!("{what}; profile {} excuses that", profile.name));
+    }
+    if !unvouched.is_empty() {
+        let what = format!("the token does not vouch that it is {}", unvouched.join(", "));
+        let why = admission.and_then(|admission| admission.exception.as_ref()).ok_or_else(|| {
+            format!("{what}: if you know where it was, say so with `exception = \"…\"` in its [[provider.kek]]")
+        })?;
+        excused.push(format!("{what}; the configuration excuses that: {why}"));
+    }
+    Ok((!excused.is_empty()).then(|| excused.join("; ")))
 }
 
 /// The activation instant in a CKA_ID: it is a UUIDv7 (RFC 9562 section 5.7).
@@ -217,19 +256,14 @@ impl Said {
     }
 
     /// That it is secret; with `ever`, that it always was, unless the profile excuses what the token cannot say.
-    pub(super) fn requires_secrecy(&self, profile: &Profile, ever: bool) -> Result<(), String> {
+    /// Whether the key cannot leave its token, and never could: what of that is excused, and why.
+    ///
+    /// # Errors
+    /// It can, or nobody excuses what the token does not vouch for.
+    pub(super) fn secrecy(&self, profile: &Profile, admission: Option<&Admission>) -> Result<Option<String>, String> {
         self.requires("SENSITIVE", &Attribute::Sensitive(true))?;
         self.requires("EXTRACTABLE=false", &Attribute::Extractable(false))?;
-        for (name, wanted, excusable) in [
-            ("ALWAYS_SENSITIVE", Attribute::AlwaysSensitive(true), Excusable::CkaAlwaysSensitive),
-            ("NEVER_EXTRACTABLE", Attribute::NeverExtractable(true), Excusable::CkaNeverExtractable),
-            ("LOCAL", Attribute::Local(true), Excusable::CkaLocal),
-        ] {
-            if ever && !(profile.excuses.contains(&excusable) && self.is_silent_about(&wanted)) {
-                self.requires(name, &wanted)?;
-            }
-        }
-        Ok(())
+        excuse(self, profile, admission)
     }
 
     fn requires(&self, name: &str, wanted: &Attribute) -> Result<(), String> {
@@ -337,10 +371,8 @@ mod tests {
     fn a_key_of_our_own_making_is_a_kek() {
         let id = new_id(now()).unwrap();
         let admitted = admit(&Said(kek(&id)), &plain(), None, now()).unwrap();
-        assert_eq!(
-            admitted,
-            Admitted { rank: Rank { not_before: now(), id: id.to_vec() }, mode: Mode::Wrapkey, pair: None }
-        );
+        let rank = Rank { not_before: now(), id: id.to_vec() };
+        assert_eq!(admitted, Admitted { rank, mode: Mode::Wrapkey, pair: None, exception: None });
     }
 
     #[test]
@@ -382,21 +414,35 @@ mod tests {
 
         // Unless the profile excuses just that; a token that denies it is not excused.
         let excused = profile(r#"["wrapkey"]"#, r#"excuses = ["CKA_LOCAL"]"#);
-        admit(&Said(said), &excused, None, now()).unwrap();
+        let exception = admit(&Said(said), &excused, None, now()).unwrap().exception.unwrap();
+        assert!(exception.contains("LOCAL") && exception.contains("profile"), "{exception}");
         for denied in [Attribute::Local(false), Attribute::AlwaysSensitive(false)] {
             admit(&with(denied), &excused, None, now()).unwrap_err();
         }
     }
 
     #[test]
-    fn a_key_that_the_configuration_admits_needs_no_history() {
-        let not_before = Some("2026-01-01T00:00:00Z".parse().unwrap());
-        for changed in [Attribute::Id(vec![1]), Attribute::Local(false), Attribute::NeverExtractable(false)] {
-            let admitted = admit(&with(changed), &plain(), not_before, now()).unwrap();
-            assert_eq!(Some(admitted.rank.not_before), not_before);
+    fn a_key_that_the_configuration_admits_needs_no_id_of_ours_and_a_word_for_a_history_that_it_lacks() {
+        let not_before = "2026-01-01T00:00:00Z".parse().unwrap();
+        let bare = Admission { not_before, exception: None };
+        let excused = Admission { not_before, exception: Some("restored in May".into()) };
+        for admission in [&bare, &excused] {
+            let admitted = admit(&with(Attribute::Id(vec![1])), &plain(), Some(admission), now()).unwrap();
+            assert_eq!((admitted.rank.not_before, admitted.exception), (not_before, None));
+        }
+        for (changed, name) in [
+            (Attribute::Local(false), "LOCAL"),
+            (Attribute::NeverExtractable(false), "NEVER_EXTRACTABLE"),
+            (Attribute::AlwaysSensitive(false), "ALWAYS_SENSITIVE"),
+        ] {
+            let said = with(changed);
+            let error = admit(&said, &plain(), Some(&bare), now()).unwrap_err();
+            assert!(error.contains(name) && error.contains("exception ="), "{error}");
+            let exception = admit(&said, &plain(), Some(&excused), now()).unwrap().exception.unwrap();
+            assert!(exception.contains(name) && exception.contains("restored in May"), "{exception}");
         }
         for changed in [Attribute::Sensitive(false), Attribute::Extractable(true), Attribute::ValueLen(16.into())] {
-            admit(&with(changed), &plain(), not_before, now()).unwrap_err();
+            admit(&with(changed), &plain(), Some(&excused), now()).unwrap_err();
         }
     }
 

@@ -1,7 +1,7 @@
 //! What a token says of a key, and what is asked of it when one is made, as people read it: by the names of PKCS#11.
 
 use cryptoki::mechanism::MechanismType;
-use cryptoki::object::{Attribute, KeyType, ObjectClass};
+use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass};
 
 use super::admission::{self, KekSpec, Said};
 use super::{oaep, raw};
@@ -57,36 +57,99 @@ impl Said {
 
 /// Attributes by their names without CKA_, in the same order; those that have no name here are left out.
 pub(super) fn readable(attributes: &[Attribute]) -> Attributes {
-    let named = |attribute: &Attribute| {
-        Some(match attribute {
-            Attribute::Class(class) => ("CLASS", Value::Text(class.to_string())),
-            Attribute::KeyType(key_type) => ("KEY_TYPE", Value::Text(key_type.to_string())),
-            Attribute::ValueLen(length) => ("VALUE_LEN", Value::Text(length.to_string())),
-            Attribute::Label(label) => ("LABEL", Value::Text(String::from_utf8_lossy(label).into_owned())),
-            Attribute::Id(id) => ("ID", Value::Text(base16ct::lower::encode_string(id))),
-            Attribute::Token(flag) => ("TOKEN", Value::Flag(*flag)),
-            Attribute::Private(flag) => ("PRIVATE", Value::Flag(*flag)),
-            Attribute::Sensitive(flag) => ("SENSITIVE", Value::Flag(*flag)),
-            Attribute::AlwaysSensitive(flag) => ("ALWAYS_SENSITIVE", Value::Flag(*flag)),
-            Attribute::Extractable(flag) => ("EXTRACTABLE", Value::Flag(*flag)),
-            Attribute::NeverExtractable(flag) => ("NEVER_EXTRACTABLE", Value::Flag(*flag)),
-            Attribute::Local(flag) => ("LOCAL", Value::Flag(*flag)),
-            Attribute::Modifiable(flag) => ("MODIFIABLE", Value::Flag(*flag)),
-            Attribute::Copyable(flag) => ("COPYABLE", Value::Flag(*flag)),
-            Attribute::Wrap(flag) => ("WRAP", Value::Flag(*flag)),
-            Attribute::Unwrap(flag) => ("UNWRAP", Value::Flag(*flag)),
-            Attribute::Encrypt(flag) => ("ENCRYPT", Value::Flag(*flag)),
-            Attribute::Decrypt(flag) => ("DECRYPT", Value::Flag(*flag)),
-            Attribute::Sign(flag) => ("SIGN", Value::Flag(*flag)),
-            Attribute::Verify(flag) => ("VERIFY", Value::Flag(*flag)),
-            Attribute::Derive(flag) => ("DERIVE", Value::Flag(*flag)),
-            Attribute::AllowedMechanisms(mechanisms) => {
-                ("ALLOWED_MECHANISMS", Value::Names(mechanisms.iter().map(MechanismType::to_string).collect()))
-            }
-            _ => return None,
-        })
-    };
+    let named = |attribute: &Attribute| Some((name(attribute.attribute_type())?, value(attribute)?));
     attributes.iter().filter_map(named).collect()
+}
+
+/// What an auditor asks of a key, besides its CKA_ID and CKA_ALLOWED_MECHANISMS.
+pub(super) const EXAMINED: [AttributeType; 19] = [
+    AttributeType::Label,
+    AttributeType::KeyType,
+    AttributeType::ValueLen,
+    AttributeType::Token,
+    AttributeType::Private,
+    AttributeType::Sensitive,
+    AttributeType::AlwaysSensitive,
+    AttributeType::Extractable,
+    AttributeType::NeverExtractable,
+    AttributeType::Local,
+    AttributeType::Modifiable,
+    AttributeType::Copyable,
+    AttributeType::Encrypt,
+    AttributeType::Decrypt,
+    AttributeType::Wrap,
+    AttributeType::Unwrap,
+    AttributeType::Sign,
+    AttributeType::Verify,
+    AttributeType::Derive,
+];
+
+/// The name of an attribute, without CKA_.
+pub(super) const fn name(attribute: AttributeType) -> Option<&'static str> {
+    Some(match attribute {
+        AttributeType::Class => "CLASS",
+        AttributeType::KeyType => "KEY_TYPE",
+        AttributeType::ValueLen => "VALUE_LEN",
+        AttributeType::Label => "LABEL",
+        AttributeType::Id => "ID",
+        AttributeType::Token => "TOKEN",
+        AttributeType::Private => "PRIVATE",
+        AttributeType::Sensitive => "SENSITIVE",
+        AttributeType::AlwaysSensitive => "ALWAYS_SENSITIVE",
+        AttributeType::Extractable => "EXTRACTABLE",
+        AttributeType::NeverExtractable => "NEVER_EXTRACTABLE",
+        AttributeType::Local => "LOCAL",
+        AttributeType::Modifiable => "MODIFIABLE",
+        AttributeType::Copyable => "COPYABLE",
+        AttributeType::Wrap => "WRAP",
+        AttributeType::Unwrap => "UNWRAP",
+        AttributeType::Encrypt => "ENCRYPT",
+        AttributeType::Decrypt => "DECRYPT",
+        AttributeType::Sign => "SIGN",
+        AttributeType::Verify => "VERIFY",
+        AttributeType::Derive => "DERIVE",
+        AttributeType::AllowedMechanisms => "ALLOWED_MECHANISMS",
+        _ => return None,
+    })
+}
+
+/// The name of a mechanism, with CKM_; cryptoki does not know all.
+pub(super) fn mechanism_name(mechanism: MechanismType) -> String {
+    match mechanism {
+        raw::AES_KWP => "CKM_AES_KEY_WRAP_KWP".into(),
+        raw::UNNAMED => "one that cannot be read".into(),
+        named => named.to_string(),
+    }
+}
+
+fn value(attribute: &Attribute) -> Option<Value> {
+    Some(match attribute {
+        Attribute::Class(class) => Value::Text(class.to_string()),
+        Attribute::KeyType(key_type) => Value::Text(key_type.to_string()),
+        Attribute::ValueLen(length) => Value::Text(length.to_string()),
+        Attribute::Label(label) => Value::Text(String::from_utf8_lossy(label).into_owned()),
+        Attribute::Id(id) => Value::Text(base16ct::lower::encode_string(id)),
+        Attribute::Token(flag)
+        | Attribute::Private(flag)
+        | Attribute::Sensitive(flag)
+        | Attribute::AlwaysSensitive(flag)
+        | Attribute::Extractable(flag)
+        | Attribute::NeverExtractable(flag)
+        | Attribute::Local(flag)
+        | Attribute::Modifiable(flag)
+        | Attribute::Copyable(flag)
+        | Attribute::Wrap(flag)
+        | Attribute::Unwrap(flag)
+        | Attribute::Encrypt(flag)
+        | Attribute::Decrypt(flag)
+        | Attribute::Sign(flag)
+        | Attribute::Verify(flag)
+        | Attribute::Derive(flag) => Value::Flag(*flag),
+        Attribute::AllowedMechanisms(mechanisms) => {
+            Value::Names(mechanisms.iter().copied().map(mechanism_name).collect())
+        }
+        _ => return None,
+    })
 }
 
 #[cfg(test)]

@@ -3,12 +3,14 @@
 //! A login holds for every session of the process and ends with the last one; the anchor is the session that stays.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use cryptoki::context::Info;
 use cryptoki::session::Session;
-use cryptoki::slot::Slot;
+use cryptoki::slot::{Slot, TokenInfo};
 use secrecy::SecretString;
 
 use super::error::CallError;
@@ -68,14 +70,24 @@ impl Connected {
         Ok(self.in_use.library().open_rw_session(self.slot)?)
     }
 
+    pub(super) fn token_info(&self) -> Result<TokenInfo, CallError> {
+        self.in_use.token_info(self.slot)
+    }
+
+    pub(super) fn library_info(&self) -> Result<Info, CallError> {
+        Ok(self.in_use.library().get_library_info()?)
+    }
+
+    /// The file of the library.
+    pub(super) fn module_path(&self) -> &Path {
+        self.in_use.path()
+    }
+
     /// What the token's flags say that they should not (CK_TOKEN_INFO, PKCS#11 v3.1 section 3.2), with what to do.
     pub(super) fn complaints(&self) -> Result<Vec<(&'static str, &'static str)>, CallError> {
-        let info = self.in_use.token_info(self.slot)?;
-        let few_tries = "log in once with the right PIN, so that the count begins anew";
+        let info = self.token_info()?;
         let said = [
             (!info.login_required(), "needs no login: anybody may use its keys", "initialize it with a user PIN"),
-            (info.user_pin_count_low(), "has seen a wrong PIN since the last login", few_tries),
-            (info.user_pin_final_try(), "will be locked by the next wrong PIN", few_tries),
             (info.user_pin_to_be_changed(), "wants its PIN to be changed", "change it with the vendor's tools"),
             (info.write_protected(), "is write-protected: no KEK can be made in it", "lift that to make a KEK"),
             (info.error_state(), "says that it failed its self-test", "restart it, and ask its vendor"),

@@ -5,8 +5,8 @@ use std::time::Instant;
 use jiff::Timestamp;
 
 use super::admission::{self, Admitted, KekSpec};
-use super::{Pkcs11, attributes};
-use crate::config::Mode;
+use super::{Pkcs11, attributes, exportability};
+use crate::config::{Exportable, Mode};
 use crate::identity::Identity;
 use crate::provider::{Attributes, KekError, Provider, Rank, Refused};
 
@@ -25,6 +25,8 @@ pub struct Plan {
     pub to_be_cloned_to: Vec<String>,
     /// What the token is asked for. The end of the CKA_ID is random, and another one with each plan.
     pub template: Attributes,
+    /// The way by which a key like it comes out of its token, where the policy puts up with that.
+    pub way_out: Option<String>,
 }
 
 /// A KEK that was made: what its maker wants to know.
@@ -43,9 +45,11 @@ pub struct Generated {
 impl Pkcs11 {
     /// Plans a KEK that becomes active at `not_before`, in the first token. `mode`: the profile's first, if `None`.
     ///
+    /// Whether the token hands out such a key is tried, on throw-away keys that live in a session.
+    ///
     /// # Errors
-    /// The mode is not one of the profile's.
-    pub fn plan(&self, not_before: Timestamp, mode: Option<Mode>) -> Result<Plan, KekError> {
+    /// The mode is not one of the profile's, the token is out of reach, or it hands out keys that it should not.
+    pub async fn plan(&self, not_before: Timestamp, mode: Option<Mode>, deadline: Instant) -> Result<Plan, KekError> {
         let mode = mode.or(self.modes.first().copied()).filter(|mode| self.modes.contains(mode));
         let mode = mode.ok_or_else(|| {
             let known: Vec<_> = self.modes.iter().map(|mode| mode.as_str()).collect();
@@ -53,10 +57,17 @@ impl Pkcs11 {
         })?;
         let (first, replicas) = self.tokens.split_first().ok_or_else(|| self.refused("it has no token".into()))?;
         let id = admission::new_id(not_before).map_err(|error| self.refused(error.to_string()))?;
-        let spec = first.rules.spec_of(&Admitted { rank: Rank { not_before, id: id.to_vec() }, mode, pair: None });
+        let rank = Rank { not_before, id: id.to_vec() };
+        let spec = first.rules.spec_of(&Admitted { rank, mode, pair: None, exception: None });
+        let way_out = first.run(deadline, move |lane| exportability::way_out(lane, mode)).await?;
+        if let Some(way) = way_out.as_ref().filter(|_| self.exportable == Exportable::Refuse) {
+            return Err(self.refused(format!(
+                "a key that may not leave its token does: {way}: use another token; `[policy] exportable` has the last word"
+            )));
+        }
         let template = attributes::readable(&attributes::template(&first.rules.profile, &spec));
         let to_be_cloned_to = replicas.iter().map(|token| token.uri().to_string()).collect();
-        Ok(Plan { spec, not_before, mode, made_in: first.uri().to_string(), to_be_cloned_to, template })
+        Ok(Plan { spec, not_before, mode, made_in: first.uri().to_string(), to_be_cloned_to, template, way_out })
     }
 
     /// Makes the KEK of a plan.

@@ -46,12 +46,13 @@ pub(super) fn decide(halves: &[Said], rules: &Rules, now: Timestamp) -> Vec<Deci
 /// Why it is not used, and what to do.
 fn admit(half: &Said, signer: &Said, rules: &Rules, now: Timestamp) -> Result<Admitted, String> {
     let id = half.id().ok_or("it has no CKA_ID: KEKs are made with `trousseau key generate`")?;
-    let not_before = rules.admitted.get(id).copied();
+    let admission = rules.admitted.get(id);
+    let mut exceptions = Vec::new();
     for key in [half, signer] {
         if !key.0.contains(&Attribute::KeyType(KeyType::RSA)) {
             return Err("it is not an RSA key: give it another label".into());
         }
-        key.requires_secrecy(&rules.profile, not_before.is_none())?;
+        exceptions.extend(key.secrecy(&rules.profile, admission)?);
     }
     let (decrypts, signs) = (Attribute::Decrypt(true), Attribute::Sign(true));
     let omitted: Vec<_> = rules.profile.omit_attributes.iter().copied().map(omitted).collect();
@@ -67,9 +68,11 @@ fn admit(half: &Said, signer: &Said, rules: &Rules, now: Timestamp) -> Result<Ad
                 .into(),
         );
     }
-    let not_before = not_before.map_or_else(|| instant_of(id, now), Ok)?;
+    let not_before = admission.map_or_else(|| instant_of(id, now), |admission| Ok(admission.not_before))?;
+    exceptions.dedup(); // both halves have one history
+    let exception = (!exceptions.is_empty()).then(|| exceptions.join("; "));
     let pair = Some(Arc::new(Pair::new(id, half, signer)?));
-    Ok(Admitted { rank: Rank { not_before, id: id.to_vec() }, mode: Mode::Oaep, pair })
+    Ok(Admitted { rank: Rank { not_before, id: id.to_vec() }, mode: Mode::Oaep, pair, exception })
 }
 
 #[cfg(test)]

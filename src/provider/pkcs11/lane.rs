@@ -27,7 +27,7 @@ use crate::state::{Reference, State, StateError};
 
 /// A session of a worker. It is closed before the connection that it came from is let go.
 pub(super) struct Lane {
-    session: Session,
+    pub(super) session: Session,
     handles: HashMap<Identity, Handles>,
     pub(super) connected: Arc<Connected>,
     state: Arc<State>,
@@ -285,11 +285,10 @@ impl Lane {
         now: Timestamp,
         refused: &mut Vec<Refused>,
     ) -> Result<Vec<Candidate>, CallError> {
-        let label = Attribute::Label(rules.label.clone().into_bytes());
         let named =
             |id: Option<&[u8]>| format!("key {} with label {}", id.map_or("without id".into(), hex), rules.label);
         let mut objects = Vec::new();
-        for handle in self.session.find_objects(&[Attribute::Token(true), label])? {
+        for handle in self.find_labelled(rules)? {
             match self.ask(handle) {
                 Ok(said) => objects.push(said),
                 Err(error) if self.class(&error) == Class::Refused => {
@@ -315,7 +314,14 @@ impl Lane {
         }
     }
 
-    fn ask(&self, object: ObjectHandle) -> Result<Said, CallError> {
+    /// Every object with the KEKs' label.
+    pub(super) fn find_labelled(&self, rules: &Rules) -> Result<Vec<ObjectHandle>, CallError> {
+        let label = Attribute::Label(rules.label.clone().into_bytes());
+        Ok(self.session.find_objects(&[Attribute::Token(true), label])?)
+    }
+
+    /// What decides whether an object is a KEK.
+    pub(super) fn ask(&self, object: ObjectHandle) -> Result<Said, CallError> {
         let mut attributes = self.session.get_attributes(object, &admission::ASKED)?;
         attributes.extend(raw::allowed_mechanisms(&self.session, object)?);
         Ok(Said(attributes))

@@ -189,6 +189,11 @@ impl Latch {
         Ok(Retry::Allowed(refused))
     }
 
+    /// What had happened to the PINs that are held back.
+    pub(super) fn held_back(&self) -> Result<Vec<String>, CallError> {
+        Ok(self.record()?.refused.iter().map(told).collect())
+    }
+
     fn record(&self) -> Result<PinRecord, CallError> {
         let damaged = |error: StateError| CallError::new(Class::Token, format!("{error}: {}", error.remedy()));
         if let Some(record) = self.state.pin_record(&self.name).map_err(damaged)? {

@@ -78,7 +78,7 @@ pub(super) fn unwrap(
 }
 
 /// AES-KW or AES-KWP.
-fn key_wrap(profile: &Profile, mode: Mode) -> Mechanism<'static> {
+pub(super) fn key_wrap(profile: &Profile, mode: Mode) -> Mechanism<'static> {
     let code = profile.mechanism(mode);
     match mode.algorithm() {
         WrapAlgorithm::AesKwp => raw::mechanism(code, profile.explicit_iv.then_some(&KWP_IV)),
@@ -130,7 +130,7 @@ fn session_object() -> Vec<Attribute> {
     ]
 }
 
-fn wipe(template: &mut [Attribute]) {
+pub(super) fn wipe(template: &mut [Attribute]) {
     for attribute in template {
         if let Attribute::Value(value) = attribute {
             zeroize::Zeroize::zeroize(value);

@@ -5,14 +5,16 @@
 //! session does; [`mechanism`] is how a KEK wraps ([`oaep`] if it is two RSA pairs), and [`raw`] what cryptoki cannot name of that; [`address`] finds a
 //! token by what [`slots`] say, and [`login`] logs in to it unless its PIN was refused ([`tries`]); a [`connection`]
 //! comes of that; [`module`] loads a library. [`pace`] knows how long calls take, [`timing`] measures them without the
-//! pool, [`admission`] decides which keys are KEKs, [`generation`] makes one, [`attributes`] is what is said of them, and
-//! [`error`] says what failed. They are the only rooms that know the cryptoki crate.
+//! pool, [`admission`] decides which keys are KEKs, [`generation`] makes one, [`attributes`] is what is said of them,
+//! [`survey`] is what a token says of all that, [`exportability`] tries to get a key out of it, and [`error`] says what
+//! failed. They are the only rooms that know the cryptoki crate.
 
 mod address;
 mod admission;
 mod attributes;
 mod connection;
 mod error;
+mod exportability;
 mod generation;
 mod halves;
 mod job;
@@ -29,6 +31,7 @@ mod queue;
 mod raw;
 pub mod setup;
 mod slots;
+mod survey;
 mod timing;
 mod token;
 mod token_info;
@@ -52,17 +55,19 @@ use tokio::time::timeout;
 use self::address::Address;
 use self::admission::KekSpec;
 pub use self::admission::LONGEST_WAIT;
+pub use self::exportability::{Like, Outcome, ThrowAway, Trial, Trials};
 pub use self::generation::{Generated, Plan};
 use self::kek::{Pkcs11Kek, Places};
 use self::lane::{Candidate, Inventory};
 use self::link::SILENCE;
 pub use self::login::Retry;
 pub use self::module::leave;
+pub use self::survey::{KeyFacts, ModeFacts, ModuleFacts, Survey, TokenFacts};
 pub use self::timing::Operation;
 use self::token::Token;
 use self::wraps::WrapCounter;
 use super::{Answer, Kek, KekError, Provider, Rank, Refused, Sighting};
-use crate::config::{Mode, ProviderConfig, TokenUri};
+use crate::config::{Exportable, Mode, ProviderConfig, TokenUri};
 use crate::envelope::WrapAlgorithm;
 use crate::identity::Identity;
 use crate::runtime::Leader;
@@ -79,6 +84,7 @@ pub struct Pkcs11 {
     name: String,
     modes: Vec<Mode>,
     longest_algorithm: WrapAlgorithm,
+    exportable: Exportable,
     tokens: Vec<Arc<Token>>,
     state: Arc<State>,
     changed: Arc<Notify>,
@@ -112,13 +118,16 @@ fn in_time<T: Send + 'static>(limit: Duration, work: impl FnOnce() -> T + Send +
     })
 }
 
-/// A token that can be used, and what may soon be wrong with it.
-#[derive(Clone, Debug)]
-pub struct Diagnosis {
-    /// The token, as people know it.
-    pub name: String,
-    /// What it says of itself that it should not, each with what to do.
-    pub complaints: Vec<(&'static str, &'static str)>,
+/// What is wrong with a token, and what to do.
+pub type Complaint = (String, &'static str);
+
+/// What is known of the PIN of each token of a provider without a login: the token as people know it, and what is wrong,
+/// each with what to do, or why nothing is known.
+pub fn pin_states(provider: &ProviderConfig, state: &Arc<State>) -> Vec<(String, Result<Vec<Complaint>, String>)> {
+    let look = |uri: &TokenUri| {
+        (format!("token {uri} of provider {}", provider.name), Address::new(uri.clone(), provider, state).pin_state())
+    };
+    provider.tokens.iter().map(look).collect()
 }
 
 impl Pkcs11 {
@@ -131,8 +140,9 @@ impl Pkcs11 {
         let start = |uri: &TokenUri| Token::start(uri.clone(), config, state, leader, Arc::clone(&changed));
         let tokens = config.tokens.iter().map(start).collect::<Result<_, _>>()?;
         let (name, modes) = (config.name.clone(), config.profile.modes.clone());
-        let longest_algorithm = config.longest_algorithm();
-        Ok(Self { name, modes, longest_algorithm, tokens, state: Arc::clone(state), changed, keks: Mutex::default() })
+        let (longest_algorithm, exportable) = (config.longest_algorithm(), config.exportable);
+        let (state, keks) = (Arc::clone(state), Mutex::default());
+        Ok(Self { name, modes, longest_algorithm, exportable, tokens, state, changed, keks })
     }
 
     /// Waits until every token was tried once.
@@ -148,16 +158,6 @@ impl Pkcs11 {
         join_all(self.tokens.iter().map(|token| token.link.first_attempt())).await;
     }
 
-    /// What each token says of itself, or why it is out of reach.
-    pub async fn diagnose(&self, deadline: Instant) -> Vec<Result<Diagnosis, KekError>> {
-        self.every_first_attempt().await;
-        join_all(self.tokens.iter().map(|token| async move {
-            let complaints = token.run(deadline, |lane| lane.connected.complaints()).await?;
-            Ok(Diagnosis { name: token.link.name.clone(), complaints })
-        }))
-        .await
-    }
-
     /// What one token holds.
     async fn look_at(&self, token: &Arc<Token>, deadline: Instant) -> Result<Inventory, KekError> {
         let of = Arc::clone(token);
@@ -169,7 +169,7 @@ impl Pkcs11 {
 
     async fn look_at_every_token(&self, deadline: Instant) -> Result<Sighting, KekError> {
         let mut found: HashMap<Identity, (KekSpec, Rank, Places)> = HashMap::new();
-        let mut refused = Vec::new();
+        let (mut refused, mut exceptions) = (Vec::new(), Vec::new());
         let (mut looked_at, mut out_of_reach) = (Vec::new(), Vec::new());
         let looks = join_all(self.tokens.iter().map(|token| self.look_at(token, deadline))).await;
         for (token, look) in self.tokens.iter().zip(looks) {
@@ -186,6 +186,8 @@ impl Pkcs11 {
             refused.extend(inventory.refused.into_iter().map(place));
             for Candidate { kek, attributes, .. } in inventory.keks {
                 let name = token.rules.spec_of(&kek);
+                exceptions
+                    .extend(kek.exception.map(|why| format!("KEK {} on {}: {why}", name.identity, token.link.name)));
                 let (_, _, places) = found.entry(name.identity).or_insert_with(|| (name, kek.rank, Places::default()));
                 places.holders.push((Arc::clone(token), attributes));
             }
@@ -204,7 +206,7 @@ impl Pkcs11 {
             places.lacking = looked_at.iter().filter(|token| lacks(token)).map(|token| Arc::clone(token)).collect();
         }
         let keks = found.into_values().map(|(name, rank, places)| self.known(name, rank, places)).collect();
-        Ok(Sighting { keks, refused, out_of_reach })
+        Ok(Sighting { keks, refused, out_of_reach, exceptions })
     }
 
     /// The keys that the configuration admits, and that nobody shows.

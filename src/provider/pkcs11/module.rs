@@ -36,6 +36,8 @@ const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// A loaded library.
 pub(super) struct Module {
+    /// Its file, with no link in the path.
+    path: PathBuf,
     library: Pkcs11,
     token_infos: TokenInfos,
     in_use: Mutex<InUseBy>,
@@ -97,8 +99,14 @@ impl Module {
         refuse_if_writable_by_others(&path)?;
         let library = Pkcs11::new(&path).map_err(|error| load_error(&path, &error))?;
         let token_infos = TokenInfos::load(&path).map_err(|error| load_error(&path, &error))?;
-        let (in_use, given_up, slots) = (Mutex::default(), Condvar::new(), Slots::default());
-        let module = Arc::new(Self { library, token_infos, in_use, given_up, slots });
+        let module = Arc::new(Self {
+            path: path.clone(),
+            library,
+            token_infos,
+            in_use: Mutex::default(),
+            given_up: Condvar::new(),
+            slots: Slots::default(),
+        });
         loaded.insert(path, Arc::clone(&module));
         Ok(module)
     }
@@ -112,6 +120,10 @@ impl InUse {
     /// What the token in the slot says of itself.
     pub(super) fn token_info(&self, slot: Slot) -> Result<TokenInfo, CallError> {
         Ok(self.0.token_infos.of(slot)?)
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.0.path
     }
 
     pub(super) fn slots(&self) -> &Slots {

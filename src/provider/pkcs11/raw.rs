@@ -24,6 +24,9 @@ const TAG_BITS: c_ulong = 128;
 /// Stands in CKA_ALLOWED_MECHANISMS for a list that has a mechanism which cryptoki does not know.
 pub(super) const UNNAMED: MechanismType = mechanism_type(c_ulong::MAX);
 
+/// CKM_AES_KEY_WRAP_KWP, which cryptoki does not know.
+pub(super) const AES_KWP: MechanismType = mechanism_type(0x210b);
+
 /// A mechanism by its code, whatever it is.
 pub(super) const fn mechanism_type(code: c_ulong) -> MechanismType {
     // SAFETY: MechanismType is `#[repr(transparent)]` over a CK_MECHANISM_TYPE of any value (cryptoki 0.12 makes one of

@@ -46,3 +46,19 @@ pub fn parse(text: &str) -> Option<CK_RV> {
 pub fn name(code: CK_RV) -> String {
     CODES.iter().find(|(_, known)| *known == code).map_or_else(|| format!("{code:#x}"), |(name, _)| (*name).to_owned())
 }
+
+/// What a key is said to be, or not to be.
+const ATTRIBUTES: &[(&str, CK_ATTRIBUTE_TYPE)] = &[
+    ("CKA_SENSITIVE", CKA_SENSITIVE),
+    ("CKA_ALWAYS_SENSITIVE", CKA_ALWAYS_SENSITIVE),
+    ("CKA_EXTRACTABLE", CKA_EXTRACTABLE),
+    ("CKA_NEVER_EXTRACTABLE", CKA_NEVER_EXTRACTABLE),
+    ("CKA_LOCAL", CKA_LOCAL),
+    ("CKA_MODIFIABLE", CKA_MODIFIABLE),
+    ("CKA_COPYABLE", CKA_COPYABLE),
+];
+
+/// An attribute by its name.
+pub fn attribute(text: &str) -> Option<CK_ATTRIBUTE_TYPE> {
+    ATTRIBUTES.iter().find(|(name, _)| *name == text).map(|(_, attribute)| *attribute)
+}

@@ -219,6 +219,15 @@ fn attributes<'a>(template: *mut CK_ATTRIBUTE, count: CK_ULONG) -> &'a mut [CK_A
     unsafe { std::slice::from_raw_parts_mut(template, count as usize) }
 }
 
+/// What the rules say of keys, instead of what was asked for or is so.
+fn said(context: &Context) -> Vec<(CK_ATTRIBUTE_TYPE, CK_BBOOL)> {
+    let said = context.about().filter_map(|rule| match rule.action {
+        Action::Say(attribute, value) => rule.fires().map(|_| (attribute, if value { CK_TRUE } else { CK_FALSE })),
+        _ => None,
+    });
+    said.collect()
+}
+
 pub unsafe extern "C" fn C_GenerateKey(
     session: CK_SESSION_HANDLE,
     mechanism: *mut CK_MECHANISM,
@@ -238,6 +247,13 @@ pub unsafe extern "C" fn C_GenerateKey(
                 _ => (),
             }
         }
+        let mut said = said(context);
+        wanted.retain(|attribute| said.iter().all(|(of, _)| *of != attribute.type_));
+        wanted.extend(said.iter_mut().map(|(of, value)| CK_ATTRIBUTE {
+            type_: *of,
+            pValue: (&raw mut *value).cast(),
+            ulValueLen: size_of::<CK_BBOOL>() as CK_ULONG,
+        }));
         forward!(C_GenerateKey(session, mechanism, wanted.as_mut_ptr(), wanted.len() as CK_ULONG, key))
     })
 }
@@ -256,6 +272,16 @@ pub unsafe extern "C" fn C_GetAttributeValue(
             for attribute in attributes(template, count).iter_mut().filter(|attribute| attribute.type_ == hidden) {
                 attribute.ulValueLen = CK_UNAVAILABLE_INFORMATION;
                 code = CKR_ATTRIBUTE_TYPE_INVALID;
+            }
+        }
+        for (of, value) in said(context) {
+            let answered = attributes(template, count).iter_mut();
+            let has_room = |it: &&mut CK_ATTRIBUTE| {
+                it.type_ == of && !it.pValue.is_null() && it.ulValueLen == size_of::<CK_BBOOL>() as CK_ULONG
+            };
+            for attribute in answered.filter(has_room) {
+                // SAFETY: there is room for one, says the real module.
+                unsafe { *attribute.pValue.cast() = value };
             }
         }
         code

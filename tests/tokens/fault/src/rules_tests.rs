@@ -27,6 +27,8 @@ fn good_lines() {
         ("C_GenerateKey forbid 0x103", Action::Forbid(0x103)),
         ("C_GenerateKey drop 0x40000600", Action::Drop(0x4000_0600)),
         ("C_GetAttributeValue hide 0x163", Action::Hide(0x163)),
+        ("C_GenerateKey say CKA_EXTRACTABLE=true", Action::Say(0x162, true)),
+        ("C_GetAttributeValue say CKA_LOCAL=false", Action::Say(0x163, false)),
     ] {
         let parsed = rules(&format!("# a comment\n\nseed 7\n{line}\n"));
         assert_eq!(parsed.0.len(), 1, "{line}");
@@ -66,6 +68,10 @@ fn bad_lines_are_named() {
         ("C_OpenSession limit 3 times 2", "times"),
         ("C_Login lock-after", "lacks"),
         ("C_Logout lock-after 3", "C_Login only"),
+        ("C_Login say CKA_LOCAL=true", "say is for"),
+        ("C_GenerateKey say CKA_LOCAL", "not CKA_"),
+        ("C_GenerateKey say CKA_ID=true", "CKA_ID is no attribute"),
+        ("C_GenerateKey say CKA_LOCAL=yes", "yes is not"),
         ("seed x", "not a number"),
         ("seed", "no function"),
     ] {

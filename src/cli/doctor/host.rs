@@ -1,0 +1,148 @@
+//! The machine: its clock, its limits, SELinux, and the order in which systemd starts things.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use super::Findings;
+use crate::cli::key::clock_is_unsynchronized;
+use crate::config::DEFAULT_PATH;
+
+const HOST: &str = "host";
+
+/// What starts an API server, and so must start after us.
+const AFTER_US: [&str; 3] = ["kubelet.service", "k3s.service", "rke2-server.service"];
+
+/// Every DEK of the moment lies in memory of its own that is locked, a page at most.
+const MEMLOCK: u64 = 1 << 20;
+
+pub(super) fn examine(config: &Path, findings: &mut Findings) {
+    match clock_is_unsynchronized() {
+        false => findings.good(HOST, "the clock is synchronized"),
+        true => findings.warning(
+            HOST,
+            "the clock is not synchronized: a new KEK would become active here at another moment than elsewhere",
+            "start chrony or systemd-timesyncd",
+        ),
+    }
+    // The limits are those of the process that serves, if it can be seen, else of this one.
+    let plugin = processes("trousseau").into_iter().find(|process| serves(&arguments(&process.path), config));
+    let (of, process) = match &plugin {
+        Some(plugin) => (format!("the serving plugin (pid {})", plugin.pid), plugin.path.as_str()),
+        None => ("this process".to_owned(), "/proc/self"),
+    };
+    let limits = fs::read_to_string(format!("{process}/limits")).unwrap_or_default();
+    if let Some(limit) = soft_limit(&limits, "Max locked memory") {
+        match limit < MEMLOCK {
+            true => findings.warning(
+                HOST,
+                format!("{of} may lock {limit} bytes of memory: data keys may reach swap"),
+                "set LimitMEMLOCK=8M in the unit, or swap nothing",
+            ),
+            false => findings.good(HOST, format!("{of} may lock enough memory for its data keys")),
+        }
+    }
+    match soft_limit(&limits, "Max core file size").filter(|_| plugin.is_some()) {
+        Some(0) => findings.good(HOST, format!("{of} leaves no core file")),
+        Some(_) => findings.failure(
+            HOST,
+            format!("{of} may leave a core file, with the PIN and data keys in it"),
+            "set LimitCORE=0 in the unit",
+        ),
+        None => (),
+    }
+}
+
+/// A process, by its directory under /proc.
+pub(super) struct Process {
+    pub(super) pid: String,
+    pub(super) path: String,
+}
+
+/// The processes of this name, as comm(5) cuts it.
+pub(super) fn processes(name: &str) -> Vec<Process> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let named =
+        |entry: &fs::DirEntry| fs::read_to_string(entry.path().join("comm")).is_ok_and(|comm| comm.trim_end() == name);
+    let process = |entry: fs::DirEntry| {
+        let pid = entry.file_name().into_string().ok()?;
+        pid.bytes().all(|digit| digit.is_ascii_digit()).then(|| Process { path: format!("/proc/{pid}"), pid })
+    };
+    entries.filter(named).filter_map(process).collect()
+}
+
+/// The arguments of a process.
+pub(super) fn arguments(process: &str) -> Vec<String> {
+    let line = fs::read(Path::new(process).join("cmdline")).unwrap_or_default();
+    line.split(|byte| *byte == 0).map(|argument| String::from_utf8_lossy(argument).into_owned()).collect()
+}
+
+/// Whether these are the arguments of a plugin that serves by this configuration.
+fn serves(arguments: &[String], config: &Path) -> bool {
+    let named = arguments.iter().position(|argument| argument == "--config").and_then(|at| arguments.get(at + 1));
+    let named = named.map_or(DEFAULT_PATH, String::as_str);
+    arguments.get(1).is_some_and(|verb| verb == "serve") && Path::new(named) == config
+}
+
+/// A soft limit of proc_pid_limits(5).
+fn soft_limit(limits: &str, name: &str) -> Option<u64> {
+    let soft = limits.lines().find_map(|line| line.strip_prefix(name))?.split_whitespace().next()?;
+    if soft == "unlimited" { Some(u64::MAX) } else { soft.parse().ok() }
+}
+
+/// Under systemd, the unit must be ordered before what starts the API server.
+pub(super) fn examine_unit(findings: &mut Findings) {
+    let properties = ["show", "trousseau.service", "--property=LoadState,Before"];
+    let Ok(answer) = Command::new("systemctl").args(properties).output() else { return };
+    let shown = String::from_utf8_lossy(&answer.stdout);
+    if !shown.contains("LoadState=loaded") {
+        return; // not run by systemd, or not by this one
+    }
+    let before: BTreeSet<&str> =
+        shown.lines().filter_map(|line| line.strip_prefix("Before=")).flat_map(str::split_whitespace).collect();
+    match AFTER_US.iter().find(|unit| !before.contains(*unit)) {
+        None => findings.good("unit", "trousseau.service starts before kubelet, k3s and rke2-server"),
+        Some(unit) => {
+            let what = format!("trousseau.service is not ordered before {unit}: a boot may wait for what waits for it");
+            findings.failure("unit", what, format!("add Before={unit} to the unit and `systemctl daemon-reload`"));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plugin_is_known_by_its_configuration() {
+        let words = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        for (arguments, config, is_it) in [
+            ("trousseau serve", DEFAULT_PATH, true),
+            ("trousseau serve --config /a.toml", "/a.toml", true),
+            ("trousseau serve --config /a.toml", DEFAULT_PATH, false),
+            ("trousseau doctor --config /a.toml", "/a.toml", false),
+            ("trousseau serve --config", "/a.toml", false),
+        ] {
+            assert_eq!(serves(&words(arguments), Path::new(config)), is_it, "{arguments}");
+        }
+    }
+
+    #[test]
+    fn limits_are_read_as_the_kernel_writes_them() {
+        let limits = "Limit                     Soft Limit           Hard Limit           Units     \n\
+                      Max core file size        0                    unlimited            bytes     \n\
+                      Max locked memory         8388608              8388608              bytes     \n\
+                      Max file locks            unlimited            unlimited            locks     \n";
+        for (name, limit) in [
+            ("Max core file size", Some(0)),
+            ("Max locked memory", Some(8_388_608)),
+            ("Max file locks", Some(u64::MAX)),
+            ("Max nonsense", None),
+        ] {
+            assert_eq!(soft_limit(limits, name), limit, "{name}");
+        }
+        let own = fs::read_to_string("/proc/self/limits").unwrap_or_default();
+        assert!(soft_limit(&own, "Max locked memory").is_some(), "{own}");
+    }
+}

@@ -1,0 +1,224 @@
+//! The API servers of this host: their users, their EncryptionConfiguration, and whether they see our socket.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::Findings;
+use super::encryption_config;
+use super::host::{Process, arguments, processes};
+use crate::config::Listen;
+
+/// Names of processes, as comm(5) cuts them.
+const API_SERVERS: [&str; 4] = ["kube-apiserver", "k3s-server", "k3s", "rke2"];
+
+/// Where distributions write the configuration themselves.
+const WRITTEN_BY_DISTRIBUTIONS: [&str; 2] = [
+    "/var/lib/rancher/k3s/server/cred/encryption-config.json",
+    "/var/lib/rancher/rke2/server/cred/encryption-config.json",
+];
+
+const FLAG: &str = "--encryption-provider-config=";
+/// A larger file is none.
+const LARGEST: u64 = 1 << 20;
+
+const API_SERVER: &str = "API server";
+
+pub(super) fn examine(listen: &Listen, named: Option<PathBuf>, findings: &mut Findings) {
+    let servers: Vec<Process> = API_SERVERS.iter().flat_map(|name| processes(name)).collect();
+    examine_servers(&servers, listen, named, findings);
+}
+
+fn examine_servers(servers: &[Process], listen: &Listen, named: Option<PathBuf>, findings: &mut Findings) {
+    examine_peers(servers, listen, findings);
+    let file = named.or_else(|| find_configuration(servers));
+    match &file {
+        Some(file) => match read(file) {
+            Ok(text) => encryption_config::examine(&file.display().to_string(), &text, listen, findings),
+            Err(error) => {
+                let what = format!("the EncryptionConfiguration {} cannot be read: {error}", file.display());
+                findings.failure(API_SERVER, what, "run it as root, or name the file with --encryption-config");
+            }
+        },
+        None if servers.is_empty() => (), // none runs here, and none is asked about
+        None => findings.failure(
+            API_SERVER,
+            format!("the API server here was started without {FLAG}FILE: it encrypts nothing"),
+            "`trousseau encryption-config` prints the file and how to name it",
+        ),
+    }
+    servers.iter().for_each(|server| examine_mount(server, &listen.socket, findings));
+}
+
+/// The users as which they run must be allowed to connect.
+fn examine_peers(servers: &[Process], listen: &Listen, findings: &mut Findings) {
+    let uids: BTreeSet<u32> =
+        servers.iter().filter_map(|server| Some(fs::metadata(&server.path).ok()?.uid())).collect();
+    for uid in uids {
+        if listen.allow_uids.contains(&uid) {
+            findings.good("peers", format!("the API server here runs as uid {uid}, which may connect"));
+        } else {
+            let what = format!("the API server here runs as uid {uid}, which may not connect");
+            findings.failure("peers", what, format!("add {uid} to listen.allow-uids"));
+        }
+    }
+}
+
+/// What an API server was started with, as it sees it; else what a distribution has written.
+fn find_configuration(servers: &[Process]) -> Option<PathBuf> {
+    let started_with = servers.iter().find_map(|server| {
+        let arguments = arguments(&server.path);
+        let file = arguments.iter().find_map(|argument| argument.strip_prefix(FLAG))?;
+        Some(seen_by(server, Path::new(file)))
+    });
+    started_with.or_else(|| WRITTEN_BY_DISTRIBUTIONS.iter().map(PathBuf::from).find(|path| path.exists()))
+}
+
+/// A path in the mounts of a process.
+fn seen_by(process: &Process, path: &Path) -> PathBuf {
+    Path::new(&process.path).join("root").join(path.strip_prefix("/").unwrap_or(path))
+}
+
+fn read(file: &Path) -> std::io::Result<String> {
+    let metadata = fs::metadata(file)?;
+    if !metadata.is_file() || metadata.len() > LARGEST {
+        return Err(std::io::Error::other("it is no file of at most 1 MiB"));
+    }
+    fs::read_to_string(file)
+}
+
+/// A bind mount of the socket itself, or of a directory that was made anew, shows for ever what was there before.
+fn examine_mount(server: &Process, socket: &Path, findings: &mut Findings) {
+    let (Ok(ours), Process { pid, .. }) = (fs::metadata(socket), server) else { return };
+    let shown = socket.display();
+    match fs::metadata(seen_by(server, socket)) {
+        Ok(theirs) if (theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino()) => {
+            findings.good(API_SERVER, format!("the API server (pid {pid}) sees the socket that is served, at {shown}"));
+        }
+        Ok(_) => findings.failure(
+            API_SERVER,
+            format!("the API server (pid {pid}) has another socket at {shown} than the one that is served"),
+            "mount the directory and not the socket, and restart the API server",
+        ),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => findings.warning(
+            API_SERVER,
+            format!("the API server (pid {pid}) sees nothing at {shown}"),
+            "mount the socket's directory there, unless its EncryptionConfiguration names another place",
+        ),
+        Err(error) => findings.warning(
+            API_SERVER,
+            format!("what the API server (pid {pid}) sees at {shown} cannot be told: {error}"),
+            "run it as root",
+        ),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::panic)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::super::Severity::{self, Failure, Good, Warning};
+    use super::*;
+
+    /// An API server as /proc shows it, with a root of its own.
+    struct Server {
+        directory: tempfile::TempDir,
+        listen: Listen,
+    }
+
+    impl Server {
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let socket = directory.path().join("kms.sock");
+            drop(UnixListener::bind(&socket).unwrap());
+            let uid = fs::metadata(&socket).unwrap().uid();
+            let allow_uids = BTreeSet::from([uid]);
+            let server =
+                Self { listen: Listen { socket, mode: 0o600, group: None, allow_uids, v1beta1: false }, directory };
+            server.write("proc/cmdline", &format!("kube-apiserver\0--v=2\0{FLAG}/etc/enc.yaml\0"));
+            let endpoint = server.listen.socket.display();
+            server.write(
+                "proc/root/etc/enc.yaml",
+                &format!(
+                    "kind: EncryptionConfiguration\nresources: [{{resources: [secrets], providers: [{{kms: {{apiVersion: v2, \
+                     name: k, endpoint: 'unix://{endpoint}'}}}}]}}]"
+                ),
+            );
+            let theirs = server.their_socket();
+            fs::create_dir_all(theirs.parent().unwrap()).unwrap();
+            fs::hard_link(&server.listen.socket, theirs).unwrap();
+            server
+        }
+
+        fn write(&self, name: &str, text: &str) {
+            let path = self.directory.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+
+        fn process(&self) -> Process {
+            Process { pid: "7".into(), path: self.directory.path().join("proc").display().to_string() }
+        }
+
+        fn their_socket(&self) -> PathBuf {
+            seen_by(&self.process(), &self.listen.socket)
+        }
+    }
+
+    #[test]
+    fn an_api_server_that_cannot_reach_the_plugin_is_found() {
+        type Change = fn(&mut Server);
+        type Expected = &'static [(Severity, &'static str)];
+        let cases: [(&str, Change, Expected); 6] = [
+            (
+                "all is well",
+                |_| (),
+                &[(Good, "may connect"), (Good, "it is right"), (Good, "sees the socket that is served")],
+            ),
+            (
+                "another user",
+                |server| server.listen.allow_uids = BTreeSet::from([4_000_000]),
+                &[(Failure, "may not connect"), (Good, "it is right"), (Good, "sees the socket")],
+            ),
+            (
+                "an old inode",
+                |server| {
+                    fs::remove_file(server.their_socket()).unwrap();
+                    drop(UnixListener::bind(server.their_socket()).unwrap());
+                },
+                &[(Good, "may connect"), (Good, "it is right"), (Failure, "has another socket")],
+            ),
+            (
+                "no mount",
+                |server| fs::remove_file(server.their_socket()).unwrap(),
+                &[(Good, "may connect"), (Good, "it is right"), (Warning, "sees nothing at")],
+            ),
+            (
+                "no encryption",
+                |server| server.write("proc/cmdline", "kube-apiserver\0--v=2\0"),
+                &[(Good, "may connect"), (Failure, "it encrypts nothing"), (Good, "sees the socket")],
+            ),
+            (
+                "a file that is not there",
+                |server| fs::remove_file(server.directory.path().join("proc/root/etc/enc.yaml")).unwrap(),
+                &[(Good, "may connect"), (Failure, "cannot be read"), (Good, "sees the socket")],
+            ),
+        ];
+        for (case, change, expected) in cases {
+            let mut server = Server::new();
+            change(&mut server);
+            let mut findings = Findings::default();
+            examine_servers(&[server.process()], &server.listen, None, &mut findings);
+            let found: Vec<_> = findings.0.iter().map(|finding| (finding.severity, finding.what.as_str())).collect();
+            assert_eq!(found.len(), expected.len(), "{case}: {found:?}");
+            for ((severity, what), (wanted, words)) in found.iter().zip(expected) {
+                assert!(severity == wanted && what.contains(words), "{case}: {words}: {found:?}");
+            }
+        }
+        let (server, mut findings) = (Server::new(), Findings::default());
+        examine_servers(&[], &server.listen, None, &mut findings);
+        assert!(findings.0.is_empty(), "none runs here, and none is asked about: {:?}", findings.0);
+    }
+}

@@ -1,0 +1,183 @@
+//! Whether a key can be made to leave its token: tried on throw-away keys that are made as KEKs are.
+//!
+//! Attributes prove nothing by themselves: NSS says CKA_EXTRACTABLE=false of a key, wraps it, and hands it out. So each
+//! way is gone, on a key of its own, and what counts is whether bytes come out that are that key's. A real KEK is never
+//! tried. What comes out is compared and wiped; nobody is shown it.
+
+mod stand;
+
+use serde::Serialize;
+
+use self::stand::{Stand, WAYS};
+use super::error::CallError;
+use super::lane::Lane;
+use crate::config::Mode;
+
+/// A kind of KEK.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Kind {
+    pub(super) mode: Mode,
+    pub(super) modifiable: bool,
+    pub(super) copyable: bool,
+}
+
+impl Kind {
+    pub(super) const fn made_by_us(mode: Mode) -> Self {
+        Self { mode, modifiable: false, copyable: false }
+    }
+}
+
+/// What came of one way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// The token did not let it happen.
+    Refused,
+    /// It could not be tried.
+    NotTried,
+    /// Something changed that should not, and the key stayed inside.
+    Warning,
+    /// The key's bytes came out.
+    CameOut,
+}
+
+impl std::fmt::Display for Like {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "mode {}", self.mode)?;
+        let loose = [(self.modifiable, ", MODIFIABLE"), (self.copyable, ", COPYABLE")];
+        loose.iter().filter(|(is_so, _)| *is_so).try_for_each(|(_, text)| f.write_str(text))
+    }
+}
+
+impl Outcome {
+    /// In a word or two.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Refused => "refused",
+            Self::NotTried => "not tried",
+            Self::Warning => "WARNING",
+            Self::CameOut => "CAME OUT",
+        }
+    }
+}
+
+/// What throw-away keys have in common with a KEK, beside what all KEKs have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Like {
+    /// How it wraps.
+    pub mode: &'static str,
+    /// Those that are made elsewhere may be.
+    pub modifiable: bool,
+    /// The same.
+    pub copyable: bool,
+}
+
+/// A way that was tried.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Trial {
+    /// The way.
+    pub way: &'static str,
+    /// On a key like this.
+    pub like: Like,
+    /// What came of it.
+    pub outcome: Outcome,
+    /// The same, in words.
+    pub what: String,
+}
+
+/// What a token was tried on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ThrowAway {
+    /// A key that lives in a session.
+    SessionObject,
+    /// A key in the token, which was destroyed afterwards.
+    TokenObject,
+}
+
+impl ThrowAway {
+    /// In words.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::SessionObject => "throw-away session objects",
+            Self::TokenObject => "throw-away token objects, destroyed afterwards,",
+        }
+    }
+}
+
+/// Every way that was tried on a token.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Trials {
+    /// On what; one token object is enough to be named.
+    pub throw_away: Option<ThrowAway>,
+    /// What came of each way.
+    pub trials: Vec<Trial>,
+}
+
+impl Trials {
+    /// The worst that came of any way; `NotTried` if nothing was tried at all.
+    #[must_use]
+    pub fn verdict(&self) -> Outcome {
+        let tried = self.trials.iter().map(|trial| trial.outcome).filter(|outcome| *outcome != Outcome::NotTried);
+        tried.max().unwrap_or(Outcome::NotTried)
+    }
+}
+
+/// Goes every way, for keys of each of these kinds. Without `may_write`, only session objects are made.
+///
+/// # Errors
+/// The token is out of reach.
+pub(super) fn try_every_way(lane: &Lane, kinds: &[Kind], may_write: bool) -> Result<Trials, CallError> {
+    // One of its own: what a session has done must not change what is found out of a KEK in it.
+    let session = lane.connected.open_session()?;
+    let stand = Stand::new(&session, &lane.connected.profile);
+    let mut done = Trials { throw_away: None, trials: Vec::new() };
+    for kind in kinds {
+        for (way, how) in WAYS {
+            let (outcome, what) = match stand.throw_away(*kind, may_write) {
+                Ok((key, object)) => {
+                    done.throw_away = done.throw_away.max(Some(object));
+                    let told = how(&stand, &key);
+                    stand.clear()?;
+                    told?
+                }
+                Err(error) => (Outcome::NotTried, format!("no throw-away key can be made: {}", stand.refused(error)?)),
+            };
+            let Kind { mode, modifiable, copyable } = *kind;
+            let like = Like { mode: mode.as_str(), modifiable, copyable };
+            done.trials.push(Trial { way, like, outcome, what });
+        }
+    }
+    Ok(done)
+}
+
+/// The first way on which a key of this mode comes out, if there is one. Only session objects are made.
+///
+/// # Errors
+/// The token is out of reach.
+pub(super) fn way_out(lane: &Lane, mode: Mode) -> Result<Option<String>, CallError> {
+    let Trials { trials, .. } = try_every_way(lane, &[Kind::made_by_us(mode)], false)?;
+    let out = trials.into_iter().find(|trial| trial.outcome == Outcome::CameOut);
+    Ok(out.map(|trial| format!("{}: {}", trial.way, trial.what)))
+}
+
+/// Has a throw-away key of this mode wrap a value and unwrap it, since what a token's flags say proves nothing: why that
+/// does not work, if it does not.
+///
+/// # Errors
+/// The token is out of reach.
+pub(super) fn try_mode(lane: &Lane, mode: Mode) -> Result<Option<String>, CallError> {
+    // One of its own: what a session has done must not change what is found out of a KEK in it.
+    let session = lane.connected.open_session()?;
+    let stand = Stand::new(&session, &lane.connected.profile);
+    match stand.throw_away(Kind::made_by_us(mode), false) {
+        Ok((key, _)) if stand.opens_its_own(&key)? => Ok(None),
+        Ok(_) => Ok(Some("the token does not unwrap what it has wrapped".into())),
+        Err(error) => stand.refused(error).map(Some),
+    }
+}

@@ -1,0 +1,317 @@
+//! The throw-away keys, and the ways that are gone on them.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+
+use cryptoki::mechanism::Mechanism;
+use cryptoki::mechanism::aead::GcmParams;
+use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
+use cryptoki::session::Session;
+use zeroize::Zeroizing;
+
+use super::super::admission::KekSpec;
+use super::super::error::{CallError, Class};
+use super::super::mechanism::Handles;
+use super::super::{attributes, mechanism, raw};
+use super::{Kind, Outcome, ThrowAway};
+use crate::config::{Mode, Profile};
+use crate::identity::Identity;
+use crate::secret::Dek;
+
+/// CKA_LABEL of the throw-away keys. Their CKA_ID is no UUIDv7, so that no plugin takes one for a KEK.
+const LABEL: &str = "trousseau-throw-away";
+const ID_PREFIX: &[u8; 10] = b"throw-away";
+
+pub(super) type Told = (Outcome, String);
+pub(super) type Way = (&'static str, fn(&Stand, &Key) -> Result<Told, CallError>);
+
+/// Each is gone on a key of its own.
+pub(super) const WAYS: [Way; 6] = [
+    ("read CKA_VALUE", |stand, key| stand.read(key, key.handle)),
+    ("copy it as EXTRACTABLE and not SENSITIVE", |stand, key| stand.copy(key)),
+    ("wrap it under itself", |stand, key| stand.wrap_under(key, key.handle, key.handle, false)),
+    ("wrap it under a fresh key", |stand, key| stand.wrap_under_fresh(key, key.handle)),
+    ("set SENSITIVE=false", |stand, key| stand.loosen(key, Attribute::Sensitive(false))),
+    ("set EXTRACTABLE=true", |stand, key| stand.loosen(key, Attribute::Extractable(true))),
+];
+
+/// A session, and the keys that were made in it. They are destroyed with the stand, and go with the session in any case.
+pub(super) struct Stand<'s> {
+    session: &'s Session,
+    profile: &'s Profile,
+    made: RefCell<Vec<ObjectHandle>>,
+}
+
+/// A throw-away key, and what it has wrapped.
+pub(super) struct Key {
+    handle: ObjectHandle,
+    spec: KekSpec,
+    value: Dek,
+    wrapped: Vec<u8>,
+}
+
+/// A key that consists of one object.
+const fn of_one(key: ObjectHandle) -> Handles {
+    Handles { key, signing: key }
+}
+
+impl<'s> Stand<'s> {
+    pub(super) fn new(session: &'s Session, profile: &'s Profile) -> Self {
+        Self { session, profile, made: RefCell::default() }
+    }
+}
+
+impl Stand<'_> {
+    /// A key of this kind; in the session if the token makes it there, else in the token if that is allowed.
+    pub(super) fn throw_away(&self, kind: Kind, may_write: bool) -> Result<(Key, ThrowAway), CallError> {
+        if kind.mode == Mode::Oaep {
+            return Err(CallError::new(Class::Refused, "pairs of RSA keys are not tried yet"));
+        }
+        let mut id = [0; 16];
+        getrandom::fill(&mut id)?;
+        id.iter_mut().zip(ID_PREFIX).for_each(|(byte, letter)| *byte = *letter);
+        let identity = Identity::of_pkcs11(&id);
+        let spec = KekSpec { identity, id: id.to_vec(), label: LABEL.into(), mode: kind.mode, pair: None };
+        let (handle, object) = match self.generate(&spec, kind, false) {
+            Err(error) if may_write => {
+                self.refused(error)?;
+                (self.generate(&spec, kind, true)?, ThrowAway::TokenObject)
+            }
+            made => (made?, ThrowAway::SessionObject),
+        };
+        self.made.borrow_mut().push(handle);
+        let value = Dek::generate()?;
+        let wrapped = mechanism::wrap(self.profile, &spec, self.session, of_one(handle), &value)?;
+        Ok((Key { handle, spec, value, wrapped }, object))
+    }
+
+    /// As a KEK is made, but for what is said otherwise.
+    fn generate(&self, spec: &KekSpec, kind: Kind, in_token: bool) -> Result<ObjectHandle, CallError> {
+        let mut template = attributes::template(self.profile, spec);
+        for attribute in &mut template {
+            match attribute {
+                Attribute::Token(token) => *token = in_token,
+                Attribute::Modifiable(modifiable) => *modifiable = kind.modifiable,
+                Attribute::Copyable(copyable) => *copyable = kind.copyable,
+                _ => (),
+            }
+        }
+        Ok(self.session.generate_key(&Mechanism::AesKeyGen, &template)?)
+    }
+
+    /// The answer of a token that is well and will not do this; any other error goes on.
+    pub(super) fn refused(&self, error: CallError) -> Result<String, CallError> {
+        match error.class(&self.profile.errors) {
+            // kryoptic calls a key that may not wrap an invalid handle.
+            Class::Session if self.session.get_session_info().is_ok() => Ok(error.to_string()),
+            Class::Session | Class::Login | Class::Token | Class::Pin | Class::Fatal => Err(error),
+            Class::BadInput | Class::Doubtful | Class::Refused => Ok(error.to_string()),
+        }
+    }
+
+    /// Destroys what was made.
+    pub(super) fn clear(&self) -> Result<(), CallError> {
+        let made = self.made.take();
+        let destroyed: Vec<_> = made.into_iter().map(|key| self.session.destroy_object(key)).collect();
+        Ok(destroyed.into_iter().collect::<Result<(), _>>()?)
+    }
+
+    /// Whether a throw-away key unwraps what it has wrapped.
+    pub(super) fn opens_its_own(&self, key: &Key) -> Result<bool, CallError> {
+        self.opens(key, key.handle)
+    }
+
+    /// Whether the key behind a handle unwraps what the throw-away key has wrapped, and so is the same.
+    fn opens(&self, key: &Key, handle: ObjectHandle) -> Result<bool, CallError> {
+        match mechanism::unwrap(self.profile, &key.spec, self.session, of_one(handle), &key.wrapped) {
+            Ok(value) => Ok(value.expose() == key.value.expose()),
+            Err(error) => self.refused(error).map(|_| false),
+        }
+    }
+
+    /// Whether these bytes are the key's; `None` if the token takes no key from outside to tell it by.
+    fn are_the_keys(&self, key: &Key, bytes: &[u8]) -> Result<Option<bool>, CallError> {
+        let mut template = readable();
+        template.push(Attribute::Value(bytes.to_vec()));
+        template.extend(match key.spec.mode.wraps_objects() {
+            true => [Attribute::Wrap(true), Attribute::Unwrap(true)],
+            false => [Attribute::Encrypt(true), Attribute::Decrypt(true)],
+        });
+        let created = self.session.create_object(&template).map_err(CallError::from);
+        mechanism::wipe(&mut template);
+        match created {
+            Ok(handle) => {
+                self.made.borrow_mut().push(handle);
+                self.opens(key, handle).map(Some)
+            }
+            Err(error) => self.refused(error).map(|_| None),
+        }
+    }
+
+    fn judge(&self, key: &Key, bytes: &[u8]) -> Result<Told, CallError> {
+        let came_out = |what: &str| (Outcome::CameOut, what.to_owned());
+        Ok(match self.are_the_keys(key, bytes)? {
+            Some(true) => came_out("the key's bytes came out"),
+            None => came_out("bytes came out, and the token takes no key by which to tell whether they are the key's"),
+            Some(false) => {
+                let what = format!("{} bytes came out, which are not the key's", bytes.len());
+                (Outcome::Warning, what)
+            }
+        })
+    }
+
+    fn read(&self, key: &Key, handle: ObjectHandle) -> Result<Told, CallError> {
+        let attributes = match self.session.get_attributes(handle, &[AttributeType::Value]) {
+            Ok(attributes) => attributes,
+            Err(error) => return Ok((Outcome::Refused, self.refused(error.into())?)),
+        };
+        let value = attributes.into_iter().find_map(|attribute| match attribute {
+            Attribute::Value(value) if !value.is_empty() => Some(Zeroizing::new(value)),
+            _ => None,
+        });
+        match value {
+            Some(value) => self.judge(key, &value),
+            None => Ok((Outcome::Refused, "the token does not show it".into())),
+        }
+    }
+
+    /// The fresh key is one that whoever makes it can read.
+    fn wrap_under_fresh(&self, key: &Key, handle: ObjectHandle) -> Result<Told, CallError> {
+        let usage =
+            [Attribute::Wrap(true), Attribute::Unwrap(true), Attribute::Encrypt(true), Attribute::Decrypt(true)];
+        let mut template = readable();
+        template.push(Attribute::ValueLen(32.into()));
+        template.extend(usage);
+        match self.session.generate_key(&Mechanism::AesKeyGen, &template) {
+            Ok(fresh) => {
+                self.made.borrow_mut().push(fresh);
+                self.wrap_under(key, handle, fresh, true)
+            }
+            Err(error) => {
+                Ok((Outcome::NotTried, format!("no wrapping key can be made: {}", self.refused(error.into())?)))
+            }
+        }
+    }
+
+    /// Wraps by every mechanism that there is; a `by` that is open first shows, on itself, whether there is one.
+    fn wrap_under(&self, key: &Key, handle: ObjectHandle, by: ObjectHandle, is_open: bool) -> Result<Told, CallError> {
+        let mut iv = [7; 12];
+        let mut refusals: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for mechanism in &wrappings(self.profile, &mut iv)? {
+            let name = attributes::mechanism_name(mechanism.mechanism_type());
+            if is_open && let Err(error) = self.session.wrap_key(mechanism, by, by) {
+                self.refused(error.into())?;
+                continue;
+            }
+            match self.session.wrap_key(mechanism, by, handle).map(Zeroizing::new) {
+                Ok(wrapped) if !wrapped.is_empty() => {
+                    let (outcome, what) = self.open(key, mechanism, by, &wrapped, is_open)?;
+                    return Ok((outcome, format!("by {name}: {what}")));
+                }
+                Ok(_) => refusals.entry("nothing came".into()).or_default().push(name),
+                Err(error) => refusals.entry(self.refused(error.into())?).or_default().push(name),
+            }
+        }
+        if refusals.is_empty() {
+            return Ok((Outcome::NotTried, "the token wraps no key by AES, not even one that may leave it".into()));
+        }
+        let told = refusals.into_iter().map(|(answer, names)| format!("{answer} ({})", names.join(", ")));
+        Ok((Outcome::Refused, told.collect::<Vec<_>>().join("; ")))
+    }
+
+    /// Whether what was wrapped can be made readable.
+    fn open(
+        &self,
+        key: &Key,
+        mechanism: &Mechanism,
+        by: ObjectHandle,
+        wrapped: &[u8],
+        is_open: bool,
+    ) -> Result<Told, CallError> {
+        // Some tokens ask for more room than they then use.
+        let lengths = [wrapped.len(), wrapped.len().saturating_sub(8)];
+        for wrapped in lengths.iter().filter_map(|length| wrapped.get(..*length)) {
+            match self.session.unwrap_key(mechanism, by, wrapped, &readable()) {
+                Ok(copy) => {
+                    self.made.borrow_mut().push(copy);
+                    let told = self.read(key, copy)?;
+                    if told.0 != Outcome::Refused {
+                        return Ok(told);
+                    }
+                }
+                Err(error) => drop(self.refused(error.into())?),
+            }
+        }
+        Ok(match is_open {
+            true => (Outcome::CameOut, "the key came out, wrapped under a key that can be read".into()),
+            false => (Outcome::Warning, "it is wrapped, and the token does not unwrap it as a readable key".into()),
+        })
+    }
+
+    fn copy(&self, key: &Key) -> Result<Told, CallError> {
+        let changes = [Attribute::Token(false), Attribute::Sensitive(false), Attribute::Extractable(true)];
+        match self.session.copy_object(key.handle, &changes) {
+            Err(error) => Ok((Outcome::Refused, self.refused(error.into())?)),
+            Ok(copy) => {
+                self.made.borrow_mut().push(copy);
+                self.take_out(key, copy, "the copy was made")
+            }
+        }
+    }
+
+    fn loosen(&self, key: &Key, change: Attribute) -> Result<Told, CallError> {
+        match self.session.update_attributes(key.handle, &[change]) {
+            Err(error) => Ok((Outcome::Refused, self.refused(error.into())?)),
+            Ok(()) => self.take_out(key, key.handle, "the token took the change"),
+        }
+    }
+
+    /// After a change that the token should not have taken.
+    fn take_out(&self, key: &Key, handle: ObjectHandle, changed: &str) -> Result<Told, CallError> {
+        for (outcome, what) in [self.read(key, handle)?, self.wrap_under_fresh(key, handle)?] {
+            if outcome > Outcome::NotTried {
+                return Ok((outcome, format!("{changed}, and then {what}")));
+            }
+        }
+        Ok((Outcome::Warning, format!("{changed}; the key stayed inside")))
+    }
+}
+
+impl Drop for Stand<'_> {
+    fn drop(&mut self) {
+        let _the_first_error_is_told = self.clear();
+    }
+}
+
+/// A session object whose value anybody in this session can read.
+fn readable() -> Vec<Attribute> {
+    vec![
+        Attribute::Class(ObjectClass::SECRET_KEY),
+        Attribute::KeyType(KeyType::AES),
+        Attribute::Token(false),
+        Attribute::Sensitive(false),
+        Attribute::Extractable(true),
+    ]
+}
+
+/// Every mechanism that wraps a key by AES: the profile's own, and of the standard's those that these are not.
+fn wrappings<'a>(profile: &Profile, iv: &'a mut [u8; 12]) -> Result<Vec<Mechanism<'a>>, CallError> {
+    let modes = profile.modes.iter().filter(|mode| **mode != Mode::Gcm);
+    let own = modes.map(|mode| mechanism::key_wrap(profile, *mode));
+    let standard = [
+        Mechanism::AesKeyWrap,
+        raw::mechanism(*raw::AES_KWP, None::<&[u8; 0]>),
+        Mechanism::AesKeyWrapPad,
+        Mechanism::AesCbcPad([7; 16]),
+        Mechanism::AesCbc([7; 16]),
+        Mechanism::AesEcb,
+        Mechanism::AesGcm(GcmParams::new(iv, &[], 128.into())?),
+    ];
+    let mut all: Vec<Mechanism> = Vec::new();
+    for mechanism in own.chain(standard) {
+        if all.iter().all(|known| known.mechanism_type() != mechanism.mechanism_type()) {
+            all.push(mechanism);
+        }
+    }
+    Ok(all)
+}

@@ -1,0 +1,215 @@
+//! `key attest`, the policy, and `doctor` on a token that hands keys out.
+
+use std::path::Path;
+use std::process::Output;
+
+use serde_json::Value;
+
+use crate::fault_module::{Faults, library};
+use crate::plugin::{Host, admit, admit_by_id};
+use crate::token::{Family, Key};
+
+/// A key is made extractable, and is said not to be: NSS's softoken behaves so.
+const WRAPS_OUT: &str = "C_GenerateKey say CKA_EXTRACTABLE=true
+C_GetAttributeValue say CKA_EXTRACTABLE=false
+C_GetAttributeValue say CKA_NEVER_EXTRACTABLE=true
+";
+
+/// The same, and its value can be read.
+const SHOWS: &str = "C_GenerateKey say CKA_EXTRACTABLE=true
+C_GenerateKey say CKA_SENSITIVE=false
+C_GetAttributeValue say CKA_EXTRACTABLE=false
+C_GetAttributeValue say CKA_NEVER_EXTRACTABLE=true
+C_GetAttributeValue say CKA_SENSITIVE=true
+C_GetAttributeValue say CKA_ALWAYS_SENSITIVE=true
+";
+
+/// A verb of a host's over the module that makes faults.
+fn run(host: &Host, library: &Path, rules: &str, arguments: &[&str]) -> Output {
+    let faults = Faults { host, library };
+    faults.set(rules);
+    drop(faults.command()); // it writes the configuration
+    let mut command = host.command(arguments);
+    command.arg("--config").arg(host.path("trousseau.toml"));
+    command.env("TROUSSEAU_FAULT_MODULE", host.token.family.module());
+    command.env("TROUSSEAU_FAULT_RULES", host.path("rules")).output().unwrap()
+}
+
+fn json(done: &Output) -> Value {
+    serde_json::from_slice(&done.stdout).unwrap_or_else(|error| panic!("{error}: {done:?}"))
+}
+
+/// The ways with this outcome.
+fn ways<'r>(report: &'r Value, outcome: &str) -> Vec<&'r str> {
+    let trials = report["providers"][0]["tokens"][0]["exportability"]["trials"].as_array().unwrap();
+    trials.iter().filter(|trial| trial["outcome"] == outcome).map(|trial| trial["way"].as_str().unwrap()).collect()
+}
+
+#[test]
+fn the_report_names_all_that_an_auditor_asks_for() {
+    let host = Host::new();
+    let kek = host.generate("0s");
+    let report = json(&host.run(&["key", "attest", "--output", "json"]));
+    assert_eq!(report["verdict"], "keys-stay", "{report:#}");
+    for field in ["time", "host", "cluster", "configuration"] {
+        assert!(report[field].is_string(), "{field}: {report:#}");
+    }
+    assert_eq!(report["software"]["sha256"].as_str().unwrap().len(), 64);
+    assert_eq!(report["providers"][0]["policy"]["exportable"], "refuse");
+    let survey = &report["providers"][0]["tokens"][0];
+    assert_eq!(survey["token"]["label"], "trousseau");
+    assert_eq!(survey["token"]["module"]["sha256"].as_str().unwrap().len(), 64);
+    assert!(survey["token"]["flags"].to_string().contains("LOGIN_REQUIRED"));
+    assert!(survey["modes"].as_array().unwrap().iter().all(|mode| mode["failure"].is_null()), "{survey:#}");
+    assert_eq!(survey["exportability"]["throw-away"], "session-object");
+    assert_eq!(survey["exportability"]["trials"].as_array().unwrap().len(), 6, "{survey:#}");
+    let key = &survey["keys"][0];
+    assert_eq!(key["identity"], kek["identity"]);
+    for (attribute, value) in [
+        ("SENSITIVE", true),
+        ("ALWAYS_SENSITIVE", true),
+        ("EXTRACTABLE", false),
+        ("NEVER_EXTRACTABLE", true),
+        ("LOCAL", true),
+        ("MODIFIABLE", false),
+    ] {
+        assert_eq!(key["attributes"][attribute], value, "{attribute}: {key:#}");
+    }
+    assert_eq!(key["attributes"]["ALLOWED_MECHANISMS"][0], "CKM_AES_KEY_WRAP", "{key:#}");
+
+    let text = host.run(&["key", "attest"]);
+    let text = String::from_utf8_lossy(&text.stdout).into_owned();
+    for words in ["no way that was tried got key bytes out", "NEVER_EXTRACTABLE   true", "wrap it under itself"] {
+        assert!(text.contains(words), "{words}: {text}");
+    }
+    // Nothing was left behind, and the KEK was not touched.
+    assert_eq!(host.list()["keks"].as_array().unwrap().len(), 1);
+    host.serve_healthy().round_trip();
+}
+
+#[test]
+fn a_token_that_hands_a_key_out_is_caught_and_one_that_lets_an_attribute_move_is_warned_of() {
+    let Some(library) = library() else { return };
+    let wrap = "wrap it under a fresh key";
+    let (set_sensitive, set_extractable) = ("set SENSITIVE=false", "set EXTRACTABLE=true");
+    let all = ["read CKA_VALUE", "copy it as EXTRACTABLE and not SENSITIVE", "wrap it under itself", wrap];
+    let all = [&all[..], &[set_sensitive, set_extractable]].concat();
+    for (case, rules, code, verdict, outcome, by) in [
+        ("an honest token", "", 0, "keys-stay", "refused", all.clone()),
+        (
+            "one that wraps what it must not",
+            WRAPS_OUT,
+            1,
+            "key-bytes-came-out",
+            "came-out",
+            vec!["wrap it under itself", wrap],
+        ),
+        ("one that shows the value", SHOWS, 1, "key-bytes-came-out", "came-out", vec!["read CKA_VALUE", wrap]),
+        (
+            "one whose attributes move",
+            "C_SetAttributeValue return CKR_OK",
+            0,
+            "keys-stay-with-warnings",
+            "warning",
+            vec![set_sensitive, set_extractable],
+        ),
+        ("one that makes no keys", "C_GenerateKey return CKR_FUNCTION_NOT_SUPPORTED", 1, "unproven", "not-tried", all),
+    ] {
+        let host = Host::new();
+        let done = run(&host, &library, rules, &["key", "attest", "--output", "json"]);
+        let report = json(&done);
+        assert_eq!(report["verdict"], verdict, "{case}: {report:#}");
+        assert_eq!(done.status.code(), Some(code), "{case}: {done:?}");
+        for way in by {
+            // The mode `encrypt` has a key that wraps no key, not even itself.
+            let is_moot = way == "wrap it under itself" && host.token.family == Family::Kryoptic;
+            assert!(is_moot || ways(&report, outcome).contains(&way), "{case}, {way}: {report:#}");
+        }
+        let doctor = json(&run(&host, &library, rules, &["doctor", "--output", "json"])).to_string();
+        assert_eq!(doctor.contains("does not keep a KEK in"), verdict == "key-bytes-came-out", "{case}: {doctor}");
+    }
+}
+
+#[test]
+fn a_token_that_makes_no_session_keys_is_tried_on_a_token_object_that_does_not_stay() {
+    let Some(library) = library() else { return };
+    let host = Host::new();
+    let objects = || {
+        let found = |directory: &Path| std::fs::read_dir(directory).unwrap().count();
+        let tokens = host.token.directory.join("tokens");
+        std::fs::read_dir(tokens).unwrap().map(|token| found(&token.unwrap().path())).sum::<usize>()
+    };
+    let is_softhsm = host.token.family == Family::SoftHsm;
+    let before = if is_softhsm { objects() } else { 0 };
+    // The first calls try the profile's modes.
+    let honest = json(&run(&host, &library, "", &["key", "attest", "--output", "json"]));
+    let modes = honest["providers"][0]["tokens"][0]["modes"].as_array().unwrap().len();
+    let rules = format!("C_GenerateKey return CKR_TEMPLATE_INCONSISTENT times 1 after {modes}");
+    let done = run(&host, &library, &rules, &["key", "attest", "--output", "json"]);
+    let report = json(&done);
+    assert_eq!(report["providers"][0]["tokens"][0]["exportability"]["throw-away"], "token-object", "{report:#}");
+    assert_eq!(report["verdict"], "keys-stay", "{report:#}");
+    // And when the token goes in the middle of it.
+    for seed in 1..=4 {
+        let rules = format!(
+            "seed {seed}\nC_GenerateKey return CKR_TEMPLATE_INCONSISTENT probability 0.6\n\
+             C_CopyObject return CKR_DEVICE_REMOVED"
+        );
+        let done = run(&host, &library, &rules, &["key", "attest", "--output", "json"]);
+        if done.status.code() == Some(69) {
+            assert_eq!(json(&done)["verdict"], "unproven", "{done:?}");
+        }
+        assert!(!is_softhsm || objects() == before, "a key stayed in the token: {done:?}");
+    }
+}
+
+#[test]
+fn no_kek_is_made_in_a_token_that_hands_keys_out_unless_the_policy_puts_up_with_it() {
+    let Some(library) = library() else { return };
+    let mut host = Host::new();
+    let generate = ["key", "generate", "--activate-in", "0s"];
+    for args in [&generate[..], &["key", "generate", "--dry-run"]] {
+        let refused = run(&host, &library, WRAPS_OUT, args);
+        assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+        let stderr = String::from_utf8_lossy(&refused.stderr);
+        assert!(stderr.contains("may not leave its token does") && stderr.contains("[policy] exportable"), "{stderr}");
+    }
+    assert_eq!(host.list()["keks"].as_array().unwrap().len(), 0);
+
+    host.extra = "[policy]\nexportable = \"warn\"".into();
+    let done = run(&host, &library, WRAPS_OUT, &generate);
+    assert!(done.status.success(), "{done:?}");
+    assert!(String::from_utf8_lossy(&done.stdout).contains("WARNING     such a key leaves its token"), "{done:?}");
+}
+
+#[test]
+fn a_key_without_a_history_is_a_kek_only_by_a_reported_exception() {
+    let mut host = Host::new();
+    let planted = Key::generated(b"restored", "trousseau-test");
+    host.token.make_keys(&[Key { value: Some(vec![7; 32]), ..planted }]);
+    host.extra = admit_by_id(b"restored");
+    let listing = host.list();
+    assert_eq!(listing["keks"].as_array().unwrap().len(), 0, "{listing}");
+    assert!(listing["refused"].to_string().contains("exception ="), "{listing}");
+
+    host.extra = admit(b"restored");
+    let said = |text: &str| {
+        assert!(text.contains("does not vouch that it is") && text.contains("LOCAL"), "{text}");
+        assert!(text.contains("restored from a backup"), "{text}");
+    };
+    let plugin = host.serve_healthy();
+    plugin.round_trip();
+    said(&plugin.log());
+    said(&host.list()["exceptions"].to_string());
+    let report = json(&host.run(&["key", "attest", "--output", "json"]));
+    let survey = &report["providers"][0]["tokens"][0];
+    said(&survey["keys"][0]["exception"].to_string());
+    // It was tried on keys that are as loose as this one.
+    let trials = survey["exportability"]["trials"].as_array().unwrap();
+    let modifiable = &survey["keys"][0]["attributes"]["MODIFIABLE"];
+    assert!(trials.iter().all(|trial| trial["like"]["modifiable"] == *modifiable), "{survey:#}");
+    said(&json(&host.run(&["doctor", "--output", "json"])).to_string());
+    for verb in [&["key", "list"][..], &["key", "attest"]] {
+        said(&String::from_utf8_lossy(&host.run(verb).stdout));
+    }
+}
