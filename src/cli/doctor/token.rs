@@ -142,7 +142,7 @@ pub(super) async fn examine_keks(keyring: &Keyring, findings: &mut Findings) {
         findings.warning(
             KEK,
             exception,
-            "know why that is so; rotate to a KEK that the token vouches for, if it vouches for any",
+            "when you can, rotate to a KEK that its token vouches for, if it vouches for any",
         );
     }
     let outages = keyring.outages();
