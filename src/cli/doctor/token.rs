@@ -68,7 +68,7 @@ fn report(survey: &Survey, provider: &ProviderConfig, findings: &mut Findings) {
             None => findings.good(TOKEN, format!("{name}: a throw-away key of mode {} wraps and unwraps", mode.mode)),
             Some(failure) => findings.warning(
                 TOKEN,
-                format!("{name}: mode {} could not be tried on a throw-away key: {failure}", mode.mode),
+                format!("{name}: mode {} does not work with a throw-away key: {failure}", mode.mode),
                 "KEKs of other modes are not touched by this; or take the mode out of the profile",
             ),
         }
