@@ -198,9 +198,9 @@ fn text(attestation: &Attestation) -> String {
     for provider in providers {
         let _infallible = writeln!(
             text,
-            "\nprovider {}\n  profile      {}\n  [policy]     exportable = \"{}\"",
+            "\nprovider {}\n  {}\n  [policy] exportable = \"{}\"",
             provider.name,
-            provider.caveat.as_ref().unwrap_or(&format!("{} is tested", provider.profile)),
+            provider.caveat.as_ref().unwrap_or(&format!("profile {} is tested", provider.profile)),
             provider.policy.exportable.as_str(),
         );
         for lost in &provider.out_of_reach {

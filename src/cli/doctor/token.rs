@@ -68,7 +68,7 @@ fn report(survey: &Survey, provider: &ProviderConfig, findings: &mut Findings) {
             None => findings.good(TOKEN, format!("{name}: a throw-away key of mode {} wraps and unwraps", mode.mode)),
             Some(failure) => findings.warning(
                 TOKEN,
-                format!("{name}: mode {} could not be tried on a throw-away key: {failure}", mode.mode),
+                format!("{name}: mode {} does not work with a throw-away key: {failure}", mode.mode),
                 "KEKs of other modes are not touched by this; or take the mode out of the profile",
             ),
         }
@@ -142,7 +142,7 @@ pub(super) async fn examine_keks(keyring: &Keyring, findings: &mut Findings) {
         findings.warning(
             KEK,
             exception,
-            "know why that is so; rotate to a KEK that the token vouches for, if it vouches for any",
+            "when you can, rotate to a KEK that its token vouches for, if it vouches for any",
         );
     }
     let outages = keyring.outages();
