@@ -34,7 +34,6 @@ mod slots;
 mod survey;
 mod timing;
 mod token;
-mod token_info;
 mod tries;
 mod wraps;
 

@@ -19,8 +19,8 @@ use std::thread;
 use std::time::Duration;
 
 use super::error::CallError;
+use super::raw::token_info::TokenInfos;
 use super::slots::Slots;
-use super::token_info::TokenInfos;
 use crate::sync::lock;
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
 use cryptoki::error::Error;

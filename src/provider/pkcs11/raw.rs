@@ -1,6 +1,9 @@
 //! What the cryptoki crate cannot name: mechanisms below 0x80000000 that it does not know, AES-GCM without an IV, and
-//! parameters of AES-KW. The only room with unsafe code, and with pointers that we make.
+//! parameters of AES-KW; and what it cannot read ([`token_info`]). The only room with unsafe code, and with pointers that
+//! we make.
 #![allow(unsafe_code)]
+
+pub(super) mod token_info;
 
 use std::cell::UnsafeCell;
 use std::ffi::c_ulong;

@@ -1,6 +1,5 @@
 //! CK_TOKEN_INFO, read without the cryptoki crate: that refuses all of it if the token's clock shows no time that it can
 //! read, and openCryptoki's shows `12:34:21`. Nothing here wants the time.
-#![allow(unsafe_code)]
 
 use std::path::Path;
 use std::ptr;
@@ -11,10 +10,10 @@ use cryptoki::slot::{Slot, TokenInfo};
 use cryptoki_sys::{CK_TOKEN_INFO, CKF_CLOCK_ON_TOKEN};
 
 /// A library that cryptoki has loaded, once more: it is the same one, and only counted.
-pub(super) struct TokenInfos(cryptoki_sys::Pkcs11);
+pub(in super::super) struct TokenInfos(cryptoki_sys::Pkcs11);
 
 impl TokenInfos {
-    pub(super) fn load(path: &Path) -> Result<Self, Error> {
+    pub(in super::super) fn load(path: &Path) -> Result<Self, Error> {
         // SAFETY: what the file's initializers do, they have done when cryptoki loaded it.
         Ok(Self(unsafe { cryptoki_sys::Pkcs11::new(path) }?))
     }
@@ -23,7 +22,7 @@ impl TokenInfos {
     ///
     /// # Errors
     /// What the module answered.
-    pub(super) fn of(&self, slot: Slot) -> Result<TokenInfo, Error> {
+    pub(in super::super) fn of(&self, slot: Slot) -> Result<TokenInfo, Error> {
         let mut functions = ptr::null_mut();
         // SAFETY: the library is loaded; it writes the pointer, which is ours.
         let answer = unsafe { self.0.C_GetFunctionList(&mut functions) };
