@@ -47,6 +47,9 @@ fn ways<'r>(report: &'r Value, outcome: &str) -> Vec<&'r str> {
 
 #[test]
 fn the_report_names_all_that_an_auditor_asks_for() {
+    if Family::chosen().lacks_aes() {
+        return;
+    }
     let host = Host::new();
     let kek = host.generate("0s");
     let report = json(&host.run(&["key", "attest", "--output", "json"]));
@@ -89,6 +92,9 @@ fn the_report_names_all_that_an_auditor_asks_for() {
 
 #[test]
 fn a_token_that_hands_a_key_out_is_caught_and_one_that_lets_an_attribute_move_is_warned_of() {
+    if Family::chosen().lacks_aes() {
+        return;
+    }
     let Some(library) = library() else { return };
     let wrap = "wrap it under a fresh key";
     let (set_sensitive, set_extractable) = ("set SENSITIVE=false", "set EXTRACTABLE=true");
@@ -132,6 +138,9 @@ fn a_token_that_hands_a_key_out_is_caught_and_one_that_lets_an_attribute_move_is
 
 #[test]
 fn a_token_that_makes_no_session_keys_is_tried_on_a_token_object_that_does_not_stay() {
+    if Family::chosen().lacks_aes() {
+        return;
+    }
     let Some(library) = library() else { return };
     let host = Host::new();
     let objects = || {
@@ -165,6 +174,9 @@ fn a_token_that_makes_no_session_keys_is_tried_on_a_token_object_that_does_not_s
 
 #[test]
 fn no_kek_is_made_in_a_token_that_hands_keys_out_unless_the_policy_puts_up_with_it() {
+    if Family::chosen().lacks_aes() {
+        return;
+    }
     let Some(library) = library() else { return };
     let mut host = Host::new();
     let generate = ["key", "generate", "--activate-in", "0s"];
@@ -184,6 +196,9 @@ fn no_kek_is_made_in_a_token_that_hands_keys_out_unless_the_policy_puts_up_with_
 
 #[test]
 fn a_key_without_a_history_is_a_kek_only_by_a_reported_exception() {
+    if Family::chosen().lacks_aes() {
+        return;
+    }
     let mut host = Host::new();
     let planted = Key::generated(b"restored", "trousseau-test");
     host.token.make_keys(&[Key { value: Some(vec![7; 32]), ..planted }]);

@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::plugin::{Host, admit};
-use crate::token::Key;
+use crate::token::{Family, Key};
 
 const OLD: &[u8] = b"made elsewhere";
 
@@ -59,7 +59,8 @@ fn a_kek_is_listed_with_what_its_token_says_and_with_the_replica_that_lacks_it()
     ] {
         assert_eq!(said[attribute], value, "{attribute}: {said:#}");
     }
-    assert_eq!(said["WRAP"], host.token.kw_wraps_objects());
+    let use_of_it = if host.token.family.modes() == ["oaep"] { "DECRYPT" } else { "WRAP" };
+    assert_eq!(said[use_of_it], use_of_it == "DECRYPT" || host.token.kw_wraps_objects());
 
     let plugin = host.serve_healthy();
     let id = made["id"].as_str().unwrap();
@@ -93,7 +94,7 @@ fn a_dry_run_shows_what_would_be_asked_for_and_makes_no_key() {
     }
     assert_eq!(template["LABEL"], "trousseau-test");
     let text = stdout(&host.run(&dry));
-    for words in ["no KEK is made", "CKA_ALLOWED_MECHANISMS CKM_AES_", "active from ", "1 of 2 tokens"] {
+    for words in ["no KEK is made", "CKA_EXTRACTABLE        false", "active from ", "1 of 2 tokens"] {
         assert!(text.contains(words), "{words}: {text}");
     }
     assert_eq!(host.list()["keks"].as_array().unwrap().len(), 0);
@@ -101,6 +102,9 @@ fn a_dry_run_shows_what_would_be_asked_for_and_makes_no_key() {
 
 #[test]
 fn no_kek_is_made_nor_planned_while_keys_are_ambiguous_or_the_clock_is_in_doubt() {
+    if Family::chosen().lacks_aes() {
+        return;
+    }
     let mut host = Host::new();
     // Nobody vouches for the clock but this.
     let vouch = |answer: &str| {
@@ -181,6 +185,9 @@ fn an_emergency_rotation_is_over_on_a_host_as_soon_as_it_is_asked() {
 
 #[test]
 fn a_plugin_that_is_not_ready_for_a_kek_is_told_with_the_reason() {
+    if Family::chosen().lacks_aes() {
+        return;
+    }
     // Two hosts whose tokens have a KEK in common, and of another one only the id.
     let (common, other) = (b"common".as_slice(), b"a sibling".as_slice());
     let mut host = Host::new();
@@ -245,6 +252,9 @@ fn a_host_whose_clock_was_an_hour_ahead_keeps_what_it_made_active_and_says_so() 
 
 #[test]
 fn a_kek_past_its_period_is_told_of_everywhere_but_to_the_api_server() {
+    if Family::chosen().lacks_aes() {
+        return;
+    }
     const WORDS: &str = "ended at 2026-04-01T00:00:00Z (keyring.max-age): make a new one";
     let mut host = Host::new();
     host.token.make_keys(&[imported(OLD, 7)]);

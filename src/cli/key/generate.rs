@@ -146,9 +146,12 @@ fn made_text(provider: &ProviderConfig, plan: &Plan, generated: &Generated) -> S
 }
 
 fn planned_text(provider: &ProviderConfig, plan: &Plan) -> String {
+    let call = match plan.mode {
+        Mode::Oaep => "C_GenerateKeyPair CKM_RSA_PKCS_KEY_PAIR_GEN, twice; for the private key that decrypts,",
+        _ => "C_GenerateKey CKM_AES_KEY_GEN",
+    };
     let mut text = format!(
-        "no KEK is made; without --dry-run, token {} of provider {} would be asked for C_GenerateKey \
-         CKM_AES_KEY_GEN with",
+        "no KEK is made; without --dry-run, token {} of provider {} would be asked for {call} with",
         plan.made_in, provider.name
     );
     for (name, value) in &plan.template {

@@ -102,7 +102,7 @@ pub struct Survey {
     /// What it says of itself that it should not, each with what to do.
     #[serde(skip)]
     pub complaints: Vec<(&'static str, &'static str)>,
-    /// What became of each mode of the profile when it was used.
+    /// What became of each mode of the profile when it was used. The mode `oaep` is not tried.
     pub modes: Vec<ModeFacts>,
     /// The keys under the KEKs' label.
     pub keys: Vec<KeyFacts>,
@@ -136,11 +136,12 @@ impl Lane {
         if like.is_empty() {
             like.extend(of.rules.profile.modes.first().map(|mode| Kind::made_by_us(*mode)));
         }
+        let modes = of.rules.profile.modes.iter().filter(|mode| **mode != Mode::Oaep);
         Ok(Survey {
             name: of.link.name.clone(),
             token: self.token_facts()?,
             complaints: self.connected.complaints()?,
-            modes: of.rules.profile.modes.iter().map(|mode| self.mode_facts(*mode)).collect::<Result<_, _>>()?,
+            modes: modes.map(|mode| self.mode_facts(*mode)).collect::<Result<_, _>>()?,
             exportability: exportability::try_every_way(self, &like, may_write)?,
             keys: keys.into_iter().map(|(key, _)| key).collect(),
         })

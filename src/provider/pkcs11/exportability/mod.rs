@@ -138,6 +138,13 @@ pub(super) fn try_every_way(lane: &Lane, kinds: &[Kind], may_write: bool) -> Res
     let stand = Stand::new(&session, &lane.connected.profile);
     let mut done = Trials { throw_away: None, trials: Vec::new() };
     for kind in kinds {
+        let Kind { mode, modifiable, copyable } = *kind;
+        let like = Like { mode: mode.as_str(), modifiable, copyable };
+        if mode == Mode::Oaep {
+            let what = "pairs of RSA keys are not tried yet".to_owned();
+            done.trials.push(Trial { way: "every way", like, outcome: Outcome::NotTried, what });
+            continue;
+        }
         for (way, how) in WAYS {
             let (outcome, what) = match stand.throw_away(*kind, may_write) {
                 Ok((key, object)) => {
@@ -148,8 +155,6 @@ pub(super) fn try_every_way(lane: &Lane, kinds: &[Kind], may_write: bool) -> Res
                 }
                 Err(error) => (Outcome::NotTried, format!("no throw-away key can be made: {}", stand.refused(error)?)),
             };
-            let Kind { mode, modifiable, copyable } = *kind;
-            let like = Like { mode: mode.as_str(), modifiable, copyable };
             done.trials.push(Trial { way, like, outcome, what });
         }
     }

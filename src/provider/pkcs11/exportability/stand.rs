@@ -64,9 +64,6 @@ impl<'s> Stand<'s> {
 impl Stand<'_> {
     /// A key of this kind; in the session if the token makes it there, else in the token if that is allowed.
     pub(super) fn throw_away(&self, kind: Kind, may_write: bool) -> Result<(Key, ThrowAway), CallError> {
-        if kind.mode == Mode::Oaep {
-            return Err(CallError::new(Class::Refused, "pairs of RSA keys are not tried yet"));
-        }
         let mut id = [0; 16];
         getrandom::fill(&mut id)?;
         id.iter_mut().zip(ID_PREFIX).for_each(|(byte, letter)| *byte = *letter);
