@@ -96,8 +96,10 @@ impl<Q: Hash + Eq, A: Clone> Drop for Landing<Q, A> {
     fn drop(&mut self) {
         let mut under_way = lock(&self.flights);
         // Between the last one's leaving and now, another call may have taken its place.
-        if under_way.calls.get(&self.asked).is_some_and(|flight| flight.number == self.number) {
-            under_way.calls.remove(&self.asked);
+        if let Entry::Occupied(flight) = under_way.calls.entry(Arc::clone(&self.asked))
+            && flight.get().number == self.number
+        {
+            flight.remove();
         }
     }
 }

@@ -53,9 +53,7 @@ fn metrics_and_readiness_say_what_status_says() {
 
 #[test]
 fn a_replica_that_lacks_the_kek_is_named_in_the_metrics_before_it_is_needed() {
-    let mut host = observed();
-    host.token.initialize(&["second"]);
-    host.tokens = r#""pkcs11:token=trousseau", "pkcs11:token=second""#.into();
+    let host = observed().with_a_replica();
     host.generate("0s");
     let mut plugin = host.serve_healthy();
     plugin.wait_until("the second was looked at", |plugin| plugin.log().contains("second of provider hsm lacks"));

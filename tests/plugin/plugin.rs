@@ -86,6 +86,13 @@ impl Host {
         file.write_all(text.as_bytes()).unwrap();
     }
 
+    /// Gives the provider a second token, without a KEK.
+    pub fn with_a_replica(mut self) -> Self {
+        self.token.initialize(&["second"]);
+        self.tokens = r#""pkcs11:token=trousseau", "pkcs11:token=second""#.into();
+        self
+    }
+
     pub fn configuration(&self) -> String {
         let Self { token, cluster, label, v1beta1, extra, tokens, sessions, .. } = self;
         let directory = self.directory.path().display();

@@ -28,20 +28,13 @@ pub fn host() -> Option<Host> {
     if Family::chosen().lacks_aes() {
         return None;
     }
-    let mut host = empty_host();
+    let mut host = Host::new().with_a_replica();
     let key = Key { value: Some(vec![7; 32]), wraps: false, ..Key::generated(b"shared", "trousseau-test") };
     for token in ["trousseau", "second"] {
         host.token.make_keys_in(token, std::slice::from_ref(&key));
     }
     host.extra = admit(b"shared");
     Some(host)
-}
-
-fn empty_host() -> Host {
-    let mut host = Host::new();
-    host.token.initialize(&["second"]);
-    host.tokens = r#""pkcs11:token=trousseau", "pkcs11:token=second""#.into();
-    host
 }
 
 #[test]
@@ -111,7 +104,7 @@ fn play(rules: &str, faults: &Faults) {
 
 #[test]
 fn a_replica_that_lacks_the_kek_is_named_before_it_is_needed() {
-    let host = empty_host();
+    let host = Host::new().with_a_replica();
     host.generate("0s"); // in the first one only
     let heard = UnixDatagram::bind(host.path("notify.sock")).unwrap();
     heard.set_read_timeout(Some(Duration::from_secs(20))).unwrap();

@@ -16,13 +16,6 @@ fn imported(id: &[u8], fill: u8) -> Key {
     Key { value: Some(vec![fill; 32]), ..Key::generated(id, "trousseau-test") }
 }
 
-fn host_with_a_replica() -> Host {
-    let mut host = Host::new();
-    host.token.initialize(&["second"]);
-    host.tokens = r#""pkcs11:token=trousseau", "pkcs11:token=second""#.into();
-    host
-}
-
 fn json(done: &Output) -> Value {
     assert!(done.status.success(), "{done:?}");
     serde_json::from_slice(&done.stdout).unwrap()
@@ -38,7 +31,7 @@ fn stderr(done: &Output) -> String {
 
 #[test]
 fn a_kek_is_listed_with_what_its_token_says_and_with_the_replica_that_lacks_it() {
-    let host = host_with_a_replica();
+    let host = Host::new().with_a_replica();
     let made = host.generate("0s");
     assert_eq!(made["held-by"], serde_json::json!(["pkcs11:token=trousseau"]));
     assert_eq!(made["lacked-by"], serde_json::json!(["pkcs11:token=second"]));
@@ -83,7 +76,7 @@ fn a_kek_is_listed_with_what_its_token_says_and_with_the_replica_that_lacks_it()
 
 #[test]
 fn a_dry_run_shows_what_would_be_asked_for_and_makes_no_key() {
-    let host = host_with_a_replica();
+    let host = Host::new().with_a_replica();
     let dry = ["key", "generate", "--dry-run", "--activate-in", "1h", "--unsynchronized-clock-ok"];
     let planned = json(&host.run(&[&dry[..], &["--output", "json"]].concat()));
     assert_eq!(planned["made-in"], "pkcs11:token=trousseau");

@@ -113,6 +113,7 @@ impl KekSpec {
 }
 
 /// What a token says of an object.
+#[derive(Clone)]
 pub(super) struct Said(pub(super) Vec<Attribute>);
 
 /// A key that is a KEK.

@@ -69,15 +69,15 @@ impl Pkcs11Kek {
         if holders.iter().all(|token| token.link.check().is_err()) { answer } else { self.ask(deadline, work).await }
     }
 
-    /// Asks the first token that is well and does not lag. When that does not answer in the time that it should, or cannot, the next one
-    /// is asked as well, and whichever answers first has answered.
+    /// Asks the first token that is well and does not lag. When that does not answer in the time that it should, or
+    /// cannot, the next one is asked as well, and whichever answers first has answered.
     async fn ask<T, W>(&self, deadline: Instant, work: W) -> Result<T, KekError>
     where
         T: Send + 'static,
         W: Fn(&mut Lane, &KekSpec) -> Result<T, CallError> + Clone + Send + 'static,
     {
         let holders = in_order(self.holders());
-        let mut last = KekError::Unavailable(format!("no token holds KEK {}", self.spec.identity));
+        let mut last = None;
         let mut asked = FuturesUnordered::new();
         let mut holders = holders.iter().peekable();
         while let Some(token) = holders.next() {
@@ -86,7 +86,9 @@ impl Pkcs11Kek {
             let patience = holders.peek().map(|_| token.patience());
             while let Some(answer) = in_time(patience, asked.next()).await {
                 match answer {
-                    Err(error @ (KekError::Unavailable(_) | KekError::Refused(_) | KekError::Busy(_))) => last = error,
+                    Err(error @ (KekError::Unavailable(_) | KekError::Refused(_) | KekError::Busy(_))) => {
+                        last = Some(error)
+                    }
                     answer => return answer,
                 }
                 if patience.is_some() {
@@ -94,7 +96,7 @@ impl Pkcs11Kek {
                 }
             }
         }
-        Err(last)
+        Err(last.unwrap_or_else(|| KekError::Unavailable(format!("no token holds KEK {}", self.spec.identity))))
     }
 }
 

@@ -118,9 +118,9 @@ fn unwrap_object(
     value.ok_or_else(|| CallError::new(Class::Refused, "the token does not show the CKA_VALUE of a session object"))
 }
 
-/// A template for a DEK: it lives in the session, and its value can be read. CKA_VALUE_LEN is not said: SoftHSM
+/// A template for a DEK, or for what is to be read: it lives in the session, and its value can be read. CKA_VALUE_LEN is not said: SoftHSM
 /// answers CKR_ATTRIBUTE_READ_ONLY to it in C_UnwrapKey.
-fn session_object() -> Vec<Attribute> {
+pub(super) fn session_object() -> Vec<Attribute> {
     vec![
         Attribute::Class(ObjectClass::SECRET_KEY),
         Attribute::KeyType(KeyType::AES),

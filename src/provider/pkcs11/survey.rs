@@ -174,11 +174,11 @@ impl Lane {
 
     /// What the token says of every key with the KEKs' label, and the mode of those that are KEKs.
     fn key_facts(&self, rules: &Rules, now: Timestamp) -> Result<Vec<(KeyFacts, Option<Mode>)>, CallError> {
-        let objects: Vec<_> = self.find_labelled(rules)?;
-        let said = || objects.iter().map(|object| self.ask(*object)).collect::<Result<Vec<_>, _>>();
-        let decisions = rules.decide(said()?, now);
+        let objects = self.find_labelled(rules)?;
+        let said: Vec<_> = objects.iter().map(|object| self.ask(*object)).collect::<Result<_, _>>()?;
+        let decisions = rules.decide(said.clone(), now);
         let mut keys = Vec::new();
-        for (handle, said) in objects.iter().copied().zip(said()?) {
+        for (handle, said) in objects.into_iter().zip(said) {
             let mut answered = self.session.get_attributes(handle, &EXAMINED)?;
             answered.extend(raw::allowed_mechanisms(&self.session, handle)?);
             let named = EXAMINED.iter().copied().chain([AttributeType::AllowedMechanisms]).filter_map(attributes::name);

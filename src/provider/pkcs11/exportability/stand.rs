@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use cryptoki::mechanism::Mechanism;
 use cryptoki::mechanism::aead::GcmParams;
-use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
+use cryptoki::object::{Attribute, AttributeType, ObjectHandle};
 use cryptoki::session::Session;
 use zeroize::Zeroizing;
 
@@ -128,7 +128,7 @@ impl Stand<'_> {
 
     /// Whether these bytes are the key's; `None` if the token takes no key from outside to tell it by.
     fn are_the_keys(&self, key: &Key, bytes: &[u8]) -> Result<Option<bool>, CallError> {
-        let mut template = readable();
+        let mut template = mechanism::session_object();
         template.push(Attribute::Value(bytes.to_vec()));
         template.extend(match key.spec.mode.wraps_objects() {
             true => [Attribute::Wrap(true), Attribute::Unwrap(true)],
@@ -176,7 +176,7 @@ impl Stand<'_> {
     fn wrap_under_fresh(&self, key: &Key, handle: ObjectHandle) -> Result<Told, CallError> {
         let usage =
             [Attribute::Wrap(true), Attribute::Unwrap(true), Attribute::Encrypt(true), Attribute::Decrypt(true)];
-        let mut template = readable();
+        let mut template = mechanism::session_object();
         template.push(Attribute::ValueLen(32.into()));
         template.extend(usage);
         match self.session.generate_key(&Mechanism::AesKeyGen, &template) {
@@ -228,7 +228,7 @@ impl Stand<'_> {
         // Some tokens ask for more room than they then use.
         let lengths = [wrapped.len(), wrapped.len().saturating_sub(8)];
         for wrapped in lengths.iter().filter_map(|length| wrapped.get(..*length)) {
-            match self.session.unwrap_key(mechanism, by, wrapped, &readable()) {
+            match self.session.unwrap_key(mechanism, by, wrapped, &mechanism::session_object()) {
                 Ok(copy) => {
                     self.made.borrow_mut().push(copy);
                     let told = self.read(key, copy)?;
@@ -278,17 +278,6 @@ impl Drop for Stand<'_> {
     fn drop(&mut self) {
         let _the_first_error_is_told = self.clear();
     }
-}
-
-/// A session object whose value anybody in this session can read.
-fn readable() -> Vec<Attribute> {
-    vec![
-        Attribute::Class(ObjectClass::SECRET_KEY),
-        Attribute::KeyType(KeyType::AES),
-        Attribute::Token(false),
-        Attribute::Sensitive(false),
-        Attribute::Extractable(true),
-    ]
 }
 
 /// Every mechanism that wraps a key by AES: the profile's own, and of the standard's those that these are not.
