@@ -33,6 +33,21 @@ impl Identity {
         Self::of_pkcs11(&[cka_id, &Sha256::digest(encryption), &Sha256::digest(verification)].concat())
     }
 
+    /// The identity of one version of a Transit key, which was created at this second of Unix time. Its name is key name
+    /// ‖ version ‖ creation time, the numbers as decimal digits, each part after its length in two bytes, big-endian.
+    ///
+    /// These travel with the key to another cluster, which namespace, mount and address do not. The creation time of
+    /// version 1 would travel as well, but cannot be asked for any more once `min_decryption_version` is above it.
+    #[must_use]
+    pub fn of_transit(key: &str, version: u32, created: i64) -> Self {
+        let part = |part: &str| {
+            let length = u16::try_from(part.len()).unwrap_or(u16::MAX);
+            [&length.to_be_bytes(), part.as_bytes()].concat()
+        };
+        let name = [part(key), part(&version.to_string()), part(&created.to_string())].concat();
+        Self(hash(&[b"trousseau kek v1", b"transit", &name]))
+    }
+
     /// An identity as it stands in an envelope.
     #[must_use]
     pub const fn from_bytes(bytes: [u8; Self::LEN]) -> Self {

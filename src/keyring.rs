@@ -27,7 +27,7 @@ use self::flights::Flights;
 pub use self::looks::LOOK_SOON;
 use self::looks::Looks;
 use self::member::{ActiveKek, Member};
-use self::opening::Sealed;
+use self::opening::{Sealed, share};
 use crate::config::{KeyringConfig, SealUnder};
 use crate::envelope::{self, Recipient, WrapAlgorithm};
 use crate::health::Health;
@@ -195,6 +195,11 @@ impl Keyring {
             return Err(KeyringError::PlaintextLength { length: plaintext.len(), limit });
         }
         let dek = Arc::new(Dek::generate().map_err(KeyringError::internal)?);
+        // One that hangs must leave time to answer without it.
+        let deadline = match self.seal_under {
+            SealUnder::Any if set.keks.len() > 1 => share(deadline, 2),
+            _ => deadline,
+        };
         let wrapped = join_all(set.keks.iter().map(|active| self.wrap(active, &dek, deadline))).await;
         let mut recipients = Vec::with_capacity(wrapped.len());
         let mut missed = None;

@@ -8,6 +8,7 @@
 //! goes on; the log says so.
 
 mod pins;
+mod transit;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -23,6 +24,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 pub use self::pins::{PinRecord, RefusedPin};
+pub use self::transit::{RefusedLogin, SeenKey};
 use crate::disk;
 use crate::identity::Identity;
 use crate::sync::lock;

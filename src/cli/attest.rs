@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::output::{Failure, Format, print, print_json};
 use super::{ConfigArgs, OutputArgs, assemble};
-use crate::config::{Config, Exportable, ProviderConfig, Status};
+use crate::config::{Config, Exportable, Pkcs11Config, Status};
 use crate::disk;
 use crate::provider::pkcs11::{KeyFacts, Outcome, Survey, Trials};
 use crate::runtime::Leader;
@@ -108,8 +108,8 @@ pub(super) async fn attest(args: &AttestArgs) -> Result<(), Failure> {
     let config = Config::load(&args.config.config)?;
     let state = assemble::state(&config)?;
     let mut providers = Vec::new();
-    for provider in &config.providers {
-        let pkcs11 = assemble::provider(provider, &state, &Leader::default())?;
+    for provider in config.pkcs11() {
+        let pkcs11 = assemble::pkcs11(provider, &state, &Leader::default())?;
         let deadline = Instant::now() + TIMEOUT;
         let late = "its tokens did not answer within two minutes";
         let surveys = tokio::time::timeout(TIMEOUT, pkcs11.survey(true, deadline)).await;
@@ -142,7 +142,7 @@ pub(super) async fn attest(args: &AttestArgs) -> Result<(), Failure> {
     conclude(&attestation)
 }
 
-fn described(provider: &ProviderConfig, tokens: Vec<Survey>, out_of_reach: Vec<String>) -> Provider {
+fn described(provider: &Pkcs11Config, tokens: Vec<Survey>, out_of_reach: Vec<String>) -> Provider {
     Provider {
         name: provider.name.clone(),
         profile: provider.profile.name.clone(),

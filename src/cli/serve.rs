@@ -54,7 +54,7 @@ pub(super) fn serve(
 
 /// What nobody has run is said where it is used.
 fn warn_of_profiles(config: &Config) {
-    for provider in &config.providers {
+    for provider in config.pkcs11() {
         if let Some(caveat) = provider.profile.caveat() {
             tracing::warn!(provider = provider.name, "{caveat}: try it before you rely on it");
         }

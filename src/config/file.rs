@@ -74,29 +74,66 @@ pub(super) struct Policy {
     pub(super) exportable: super::Exportable,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-enum ProviderType {
+pub(super) enum ProviderType {
     Pkcs11,
+    Transit,
 }
 
+/// The keys of every type; which type has which is checked by [`super::provider`]. (A tagged enum would lose the line
+/// of an error.)
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(super) struct Provider {
     pub(super) name: String,
     #[serde(rename = "type")]
-    _type: ProviderType,
+    pub(super) of_type: ProviderType,
     #[serde(default = "yes")]
     pub(super) seal: bool,
+    // pkcs11
     pub(super) profile: Option<String>,
     pub(super) module: Option<PathBuf>,
-    pub(super) tokens: Vec<String>,
+    pub(super) tokens: Option<Vec<String>>,
     pub(super) label: Option<String>,
-    pub(super) pin_file: String,
-    #[serde(default = "four")]
-    pub(super) sessions: usize,
+    pub(super) pin_file: Option<String>,
+    pub(super) sessions: Option<usize>,
     #[serde(default)]
     pub(super) kek: Vec<AdmittedKek>,
+    // transit
+    pub(super) address: Option<String>,
+    pub(super) namespace: Option<String>,
+    pub(super) mount: Option<String>,
+    pub(super) key: Option<String>,
+    pub(super) activation_delay: Option<String>,
+    pub(super) ca_file: Option<PathBuf>,
+    pub(super) auth: Option<Auth>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum AuthMethod {
+    Token,
+    AppRole,
+    Cert,
+    Jwt,
+    Kubernetes,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Auth {
+    pub(super) method: AuthMethod,
+    pub(super) mount: Option<String>,
+    pub(super) namespace: Option<String>,
+    pub(super) token_file: Option<String>,
+    pub(super) role_id_file: Option<String>,
+    pub(super) secret_id_file: Option<String>,
+    pub(super) wrapped: Option<bool>,
+    pub(super) cert_file: Option<PathBuf>,
+    pub(super) key_file: Option<String>,
+    pub(super) role: Option<String>,
+    pub(super) jwt_file: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -114,8 +151,4 @@ fn yes() -> bool {
 /// A habit that people keep: four times a year.
 fn ninety_days() -> String {
     "90d".to_owned()
-}
-
-fn four() -> usize {
-    4
 }

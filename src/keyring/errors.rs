@@ -29,6 +29,12 @@ pub enum KeyringError {
     /// A token, or what leads to it.
     #[error("the token is at fault, the object is intact: {0}")]
     Unavailable(String),
+    /// A provider does not take our word for who we are.
+    #[error("the plugin's login is at fault, the object is intact: {0}")]
+    Unauthenticated(String),
+    /// A provider does not let us.
+    #[error("the plugin's rights are at fault, the object is intact: {0}")]
+    Denied(String),
     /// The tokens can be reached, and have no KEK to wrap with.
     #[error("{0}")]
     NoKek(String),
@@ -57,6 +63,8 @@ impl From<KekError> for KeyringError {
             KekError::Busy(_) => Self::Busy(text),
             KekError::Deadline(_) => Self::Deadline(text),
             KekError::Unavailable(_) | KekError::Refused(_) => Self::Unavailable(text),
+            KekError::Unauthenticated(_) => Self::Unauthenticated(text),
+            KekError::Denied(_) => Self::Denied(text),
         }
     }
 }

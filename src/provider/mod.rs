@@ -2,12 +2,13 @@
 //! service each; the rooms above know only what is said here.
 
 pub mod pkcs11;
+pub mod transit;
 
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
@@ -103,6 +104,11 @@ pub trait Provider: Send + Sync {
     /// The algorithm of its KEKs, whichever it has or may get, that makes the longest recipient.
     fn longest_algorithm(&self) -> WrapAlgorithm;
 
+    /// How often it is asked when nobody else asks.
+    fn pace(&self) -> Pace {
+        Pace::default()
+    }
+
     /// Returns when the provider can be reached, or it is known that it cannot.
     fn settled(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
 
@@ -114,6 +120,24 @@ pub trait Provider: Send + Sync {
 
     /// Returns when the provider has come back, or changed so much, that a [`Provider::look`] is due at once.
     fn changed(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
+}
+
+/// How often a provider is asked when nobody else asks.
+#[derive(Clone, Copy, Debug)]
+pub struct Pace {
+    /// Which KEKs it has.
+    pub look: Duration,
+    /// The same, while nothing can be encrypted.
+    pub unwell: Duration,
+    /// To wrap and unwrap a value with the active KEK.
+    pub probe: Duration,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        let look = Duration::from_secs(30);
+        Self { look, unwell: Duration::from_millis(500), probe: look }
+    }
 }
 
 /// What a look found.
@@ -161,4 +185,10 @@ pub enum KekError {
     /// The provider is there, and will not do this however often it is asked.
     #[error("{0}")]
     Refused(String),
+    /// The provider is there, and does not take our word for who we are.
+    #[error("{0}")]
+    Unauthenticated(String),
+    /// The provider is there, knows who we are, and does not let us.
+    #[error("{0}")]
+    Denied(String),
 }

@@ -129,6 +129,8 @@ pub(super) fn status_of(error: &KeyringError) -> Status {
         KeyringError::Busy(_) => Code::ResourceExhausted,
         KeyringError::Deadline(_) => Code::DeadlineExceeded,
         KeyringError::Unavailable(_) | KeyringError::NoKek(_) => Code::Unavailable,
+        KeyringError::Unauthenticated(_) => Code::Unauthenticated,
+        KeyringError::Denied(_) => Code::PermissionDenied,
         KeyringError::Internal(_) => Code::Internal,
     };
     Status::new(code, error.to_string())

@@ -151,10 +151,10 @@ async fn examine(args: &DoctorArgs, findings: &mut Findings) {
             // Before the login, which sets the token's count of wrong PINs back.
             let (theirs, of) = (Arc::clone(&config), Arc::clone(&state));
             findings.add_from("PIN", move |findings| token::examine_pins(&theirs, &of, findings)).await;
-            match assemble::providers(&config, &state, &Leader::default()) {
+            match assemble::every_pkcs11(&config, &state, &Leader::default()) {
                 Ok(providers) => {
                     let mut surveys = Vec::new();
-                    for (pkcs11, provider) in providers.iter().zip(&config.providers) {
+                    for (pkcs11, provider) in providers.iter().zip(config.pkcs11()) {
                         let found = token::examine(pkcs11, provider, findings).await;
                         surveys.extend(found.into_iter().map(|survey| (provider.profile.name.clone(), survey)));
                     }

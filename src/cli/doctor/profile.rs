@@ -16,7 +16,7 @@ const PROFILE: &str = "profile";
 
 /// How far each provider's profile can be trusted, and what it says that no program can check.
 pub(super) fn examine(config: &Config, findings: &mut Findings) {
-    for profile in config.providers.iter().map(|provider| &provider.profile) {
+    for profile in config.pkcs11().map(|provider| &provider.profile) {
         match profile.caveat() {
             Some(caveat) => {
                 let remedy = format!("try each verb before you rely on it; it is from: {}", profile.sources.join(", "));

@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::super::output::{Failure, Format, print, print_json};
 use super::super::{ConfigArgs, OutputArgs, assemble, duration};
 use super::{TIMEOUT, clock_is_unsynchronized, in_time};
-use crate::config::{Config, Mode, ProviderConfig};
+use crate::config::{Config, Mode, Pkcs11Config};
 use crate::identity::Identity;
 use crate::provider::pkcs11::{Generated, LONGEST_WAIT, Pkcs11, Plan};
 use crate::provider::{Provider, Value};
@@ -122,7 +122,7 @@ fn made<'a>(plan: &'a Plan, generated: &'a Generated) -> Made<'a> {
     }
 }
 
-fn made_text(provider: &ProviderConfig, plan: &Plan, generated: &Generated) -> String {
+fn made_text(provider: &Pkcs11Config, plan: &Plan, generated: &Generated) -> String {
     let made = made(plan, generated);
     let of_tokens = format!("{} of {} tokens", made.held_by.len(), provider.tokens.len());
     let mut text = format!(
@@ -145,7 +145,7 @@ fn made_text(provider: &ProviderConfig, plan: &Plan, generated: &Generated) -> S
     text
 }
 
-fn planned_text(provider: &ProviderConfig, plan: &Plan) -> String {
+fn planned_text(provider: &Pkcs11Config, plan: &Plan) -> String {
     let call = match plan.mode {
         Mode::Oaep => "C_GenerateKeyPair CKM_RSA_PKCS_KEY_PAIR_GEN, twice; for the private key that decrypts,",
         _ => "C_GenerateKey CKM_AES_KEY_GEN",
@@ -189,7 +189,7 @@ fn shown_id(id: &Value) -> String {
 /// The provider, how its next KEK is to be made, and by when all must be done.
 async fn plan(
     config: &Config,
-    provider: &ProviderConfig,
+    provider: &Pkcs11Config,
     args: &GenerateArgs,
 ) -> Result<(Pkcs11, Plan, Instant), Failure> {
     let (pkcs11, newest, deadline) = reach(config, provider).await?;
@@ -204,7 +204,7 @@ async fn plan(
 }
 
 /// Makes the first KEK of a provider that has none.
-pub(in super::super) fn ensure_first(config: &Config, provider: &ProviderConfig) -> Result<(), Failure> {
+pub(in super::super) fn ensure_first(config: &Config, provider: &Pkcs11Config) -> Result<(), Failure> {
     super::super::runtime()?.block_on(in_time(async {
         let (pkcs11, newest, deadline) = reach(config, provider).await?;
         if newest.is_none() {
@@ -216,9 +216,9 @@ pub(in super::super) fn ensure_first(config: &Config, provider: &ProviderConfig)
 
 /// The provider with every token connected and no doubt about any KEK, the activation instant of its newest KEK, and by
 /// when all must be done.
-async fn reach(config: &Config, provider: &ProviderConfig) -> Result<(Pkcs11, Option<Timestamp>, Instant), Failure> {
+async fn reach(config: &Config, provider: &Pkcs11Config) -> Result<(Pkcs11, Option<Timestamp>, Instant), Failure> {
     let deadline = Instant::now() + TIMEOUT;
-    let pkcs11 = assemble::provider(provider, &assemble::state(config)?, &Leader::default())?;
+    let pkcs11 = assemble::pkcs11(provider, &assemble::state(config)?, &Leader::default())?;
     pkcs11.reach_every_token().await?;
     let sighting = pkcs11.look(deadline).await?;
     if let Some(outage) = sighting.out_of_reach.first() {

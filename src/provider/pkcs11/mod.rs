@@ -66,7 +66,7 @@ pub use self::timing::Operation;
 use self::token::Token;
 use self::wraps::WrapCounter;
 use super::{Answer, Kek, KekError, Provider, Rank, Refused, Sighting};
-use crate::config::{Exportable, Mode, ProviderConfig, TokenUri};
+use crate::config::{Exportable, Mode, Pkcs11Config, TokenUri};
 use crate::envelope::WrapAlgorithm;
 use crate::identity::Identity;
 use crate::runtime::Leader;
@@ -94,7 +94,7 @@ pub struct Pkcs11 {
 /// Allows one more try of the PIN for each token of a provider, if it is held back: the token as people know it, and
 /// what was done, or why nothing could be. No token is logged in to.
 pub fn allow_pin_retry(
-    provider: &ProviderConfig,
+    provider: &Pkcs11Config,
     state: &Arc<State>,
     final_try_ok: bool,
 ) -> Vec<(String, Result<Retry, String>)> {
@@ -122,7 +122,7 @@ pub type Complaint = (String, &'static str);
 
 /// What is known of the PIN of each token of a provider without a login: the token as people know it, and what is wrong,
 /// each with what to do, or why nothing is known.
-pub fn pin_states(provider: &ProviderConfig, state: &Arc<State>) -> Vec<(String, Result<Vec<Complaint>, String>)> {
+pub fn pin_states(provider: &Pkcs11Config, state: &Arc<State>) -> Vec<(String, Result<Vec<Complaint>, String>)> {
     let look = |uri: &TokenUri| {
         (format!("token {uri} of provider {}", provider.name), Address::new(uri.clone(), provider, state).pin_state())
     };
@@ -134,7 +134,7 @@ impl Pkcs11 {
     ///
     /// # Errors
     /// The operating system gives no thread.
-    pub fn new(config: &ProviderConfig, state: &Arc<State>, leader: &Leader) -> std::io::Result<Self> {
+    pub fn new(config: &Pkcs11Config, state: &Arc<State>, leader: &Leader) -> std::io::Result<Self> {
         let changed = Arc::new(Notify::new());
         let start = |uri: &TokenUri| Token::start(uri.clone(), config, state, leader, Arc::clone(&changed));
         let tokens = config.tokens.iter().map(start).collect::<Result<_, _>>()?;

@@ -18,7 +18,7 @@ use super::lane::Lane;
 use super::link::{Link, SILENCE};
 use super::module::Module;
 use super::pool::Pool;
-use crate::config::{ProviderConfig, TokenUri};
+use crate::config::{Pkcs11Config, TokenUri};
 use crate::provider::KekError;
 use crate::runtime::Leader;
 use crate::state::State;
@@ -57,7 +57,7 @@ impl Token {
     /// The operating system gives no thread.
     pub(super) fn start(
         uri: TokenUri,
-        provider: &ProviderConfig,
+        provider: &Pkcs11Config,
         state: &Arc<State>,
         leader: &Leader,
         changed: Arc<Notify>,
