@@ -32,7 +32,8 @@ use zeroize::Zeroizing;
 use crate::identity::{Identity, KeySet};
 use crate::secret::{Dek, Plaintext};
 
-const FORMAT: u8 = 1;
+/// The first byte of an envelope of this format.
+pub const FORMAT: u8 = 1;
 const SUITE: u8 = 1;
 const COMMITMENT_LEN: usize = 32;
 const NONCE_LEN: usize = 12;

@@ -11,6 +11,7 @@ mod errors;
 mod flights;
 mod looks;
 mod member;
+mod old;
 mod opening;
 
 use std::sync::Arc;
@@ -28,7 +29,7 @@ pub use self::looks::LOOK_SOON;
 use self::looks::Looks;
 use self::member::{ActiveKek, Member};
 use self::opening::{Sealed, share};
-use crate::config::{KeyringConfig, SealUnder};
+use crate::config::{KeyringConfig, Legacy, SealUnder};
 use crate::envelope::{self, Recipient, WrapAlgorithm};
 use crate::health::Health;
 use crate::identity::{Identity, KeySet};
@@ -42,6 +43,7 @@ pub struct Keyring {
     seal_under: SealUnder,
     max_age: Option<SignedDuration>,
     members: Vec<Member>,
+    legacy: Option<Legacy>,
     state: Arc<State>,
     health: Health,
     decrypts: Flights<Sealed, Result<Plaintext, KeyringError>>,
@@ -59,14 +61,21 @@ pub struct ActiveSet {
 }
 
 impl Keyring {
-    /// A keyring over these providers, each with whether it seals, in the order in which Decrypt takes them.
+    /// A keyring over these providers, each with whether it seals, in the order in which Decrypt takes them; with what
+    /// it reads of older plugins'.
     #[must_use]
-    pub fn new(config: &KeyringConfig, providers: Vec<(Box<dyn Provider>, bool)>, state: Arc<State>) -> Self {
+    pub fn new(
+        config: &KeyringConfig,
+        legacy: Option<Legacy>,
+        providers: Vec<(Box<dyn Provider>, bool)>,
+        state: Arc<State>,
+    ) -> Self {
         Self {
             cluster: config.cluster.clone(),
             seal_under: config.seal_under,
             max_age: config.max_age,
             members: providers.into_iter().map(|(provider, seals)| Member::new(provider, seals)).collect(),
+            legacy,
             state,
             health: Health::default(),
             decrypts: Flights::new(),

@@ -37,6 +37,7 @@ pub mod envelope;
 pub mod health;
 pub mod identity;
 pub mod keyring;
+pub mod legacy;
 pub mod observe;
 pub mod provider;
 pub mod runtime;

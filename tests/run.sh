@@ -91,6 +91,7 @@ warm_up() {
         cargo test --locked --no-run
         tests/tokens/build.sh kryoptic
         tests/tokens/build.sh fault
+        tests/transit/openbao.sh
         ensure_cargo_fuzz && build_fuzz
     } &
     lanes+=($!)
@@ -120,7 +121,8 @@ fi
 
 rust_tests() {
     TROUSSEAU_FAULT_LIB=$(tests/tokens/build.sh fault)
-    export TROUSSEAU_FAULT_LIB
+    TROUSSEAU_BAO=$(tests/transit/openbao.sh)
+    export TROUSSEAU_FAULT_LIB TROUSSEAU_BAO
     cargo test --locked --no-fail-fast -- --skip chaos
     # By itself, since others measure times.
     env "${chaos[@]}" cargo test --locked --test plugin -- --nocapture chaos
@@ -189,11 +191,11 @@ kubernetes_tests() {
     go test -count=1 -p 1 "${go_arguments[@]}" ./...
 }
 
-# SoftHSM; what kryoptic is built with; openCryptoki; a TPM in software; NSS; a C++ compiler for libFuzzer; containers, and
-# systemd-analyze for the units.
+# SoftHSM; what kryoptic is built with; openCryptoki; a TPM in software; NSS; what OpenBao comes with and is asked by; a C++
+# compiler for libFuzzer; containers, and systemd-analyze for the units.
 step "installing packages, where missing" install_packages \
     ca-certificates softhsm2 opencryptoki libtpm2-pkcs11-1 swtpm tpm2-abrmd libtss2-tcti-tabrmd0 dbus libnss3 \
-    libssl-dev libsqlite3-dev libclang-dev pkg-config g++ docker.io debootstrap systemd
+    python3-pip curl openssl libssl-dev libsqlite3-dev libclang-dev pkg-config g++ docker.io debootstrap systemd
 step "finding Rust $(rust_wanted) or newer, else installing Debian's" ensure_rust
 step "finding Go, else installing $go_version" ensure_go
 step "building" warm_up

@@ -63,7 +63,7 @@ pub(super) fn keyring_of(config: &Config, pkcs11: Vec<Pkcs11>, state: Arc<State>
         Some((provider, of.seals()))
     };
     let providers = config.providers.iter().filter_map(provider).collect();
-    Keyring::new(&config.keyring, providers, state)
+    Keyring::new(&config.keyring, config.legacy.clone(), providers, state)
 }
 
 /// The keyring over all providers, which are being connected to. To be called within a runtime.

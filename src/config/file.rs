@@ -6,6 +6,8 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
+use crate::legacy::Format;
+
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(super) struct File {
@@ -20,6 +22,7 @@ pub(super) struct File {
     pub(super) observe: Observe,
     #[serde(default)]
     pub(super) provider: Vec<Provider>,
+    pub(super) legacy: Option<Legacy>,
 }
 
 /// The only version of this file so far.
@@ -142,6 +145,13 @@ pub(super) struct AdmittedKek {
     pub(super) id: String,
     pub(super) not_before: toml::value::Datetime,
     pub(super) exception: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Legacy {
+    pub(super) formats: BTreeSet<Format>,
+    pub(super) provider: String,
 }
 
 fn yes() -> bool {

@@ -7,6 +7,7 @@ mod codes;
 mod credential;
 mod error;
 mod file;
+mod legacy;
 mod pkcs11;
 mod profile;
 mod provider;
@@ -24,6 +25,7 @@ use serde::{Deserialize, Serialize};
 pub use self::codes::{Class, Code, Codes};
 pub use self::credential::{Credential, CredentialError};
 pub use self::error::ConfigError;
+pub use self::legacy::Legacy;
 pub use self::pkcs11::{Admission, Pkcs11Config};
 pub use self::profile::{Excusable, GcmIv, Mode, Omissible, Profile, Status};
 pub use self::provider::ProviderConfig;
@@ -57,6 +59,8 @@ pub struct Config {
     pub observe: Option<SocketAddr>,
     /// Where KEKs are: at least one, of which at least one seals.
     pub providers: Vec<ProviderConfig>,
+    /// What older plugins wrote and is still to be read. `None`: nothing.
+    pub legacy: Option<Legacy>,
 }
 
 /// `[listen]`
@@ -142,7 +146,10 @@ impl Config {
             .collect::<Result<_, _>>()?;
         check.providers_together(&providers)?;
         let observe = check.observe(file.observe)?;
-        Ok(Self { listen: check.listen(file.listen)?, keyring, observe, providers })
+        let listen = check.listen(file.listen)?;
+        let legacy = file.legacy.map(|legacy| Legacy::new(legacy, listen.v1beta1, &providers)).transpose();
+        let legacy = legacy.map_err(|(what, remedy)| check.error(what, remedy))?;
+        Ok(Self { listen, keyring, observe, providers, legacy })
     }
 
     /// The providers of type `pkcs11`.

@@ -1,5 +1,6 @@
 //! Why the keyring did not do what was asked.
 
+use crate::legacy::Unreadable;
 use crate::provider::KekError;
 
 /// Each variant is one row of the contract: the service gives it its gRPC code. The text says first whether the data
@@ -17,6 +18,9 @@ pub enum KeyringError {
     /// Damaged, truncated, foreign, or bound to another key_id. One text for all: an attacker learns nothing.
     #[error("the ciphertext is damaged or is not one of this plugin's: restore the object, retrying does not help")]
     BadCiphertext,
+    /// What an older plugin wrote, and nobody can read, or nobody said that it shall be read.
+    #[error("the ciphertext cannot be read: {0}")]
+    Old(Unreadable),
     /// No KEK of this keyring.
     #[error("{0} is unknown here: check that every control plane uses the same tokens and the same keyring.cluster")]
     UnknownKey(String),

@@ -50,6 +50,9 @@ impl Keyring {
         key_id: Option<&str>,
         deadline: Instant,
     ) -> Result<Plaintext, KeyringError> {
+        if let Some(answer) = self.decrypt_old(ciphertext, key_id, deadline).await {
+            return answer;
+        }
         let envelope = Envelope::parse(ciphertext).map_err(|error| KeyringError::bad_ciphertext(&error))?;
         if let Some(key_id) = key_id {
             self.check_key_id(key_id, &envelope)?;

@@ -14,7 +14,8 @@ use jiff::Timestamp;
 
 use crate::envelope::WrapAlgorithm;
 use crate::identity::Identity;
-use crate::secret::Dek;
+use crate::legacy::Ciphertext;
+use crate::secret::{Dek, Plaintext};
 
 /// A boxed future, as the traits here need.
 pub type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T, KekError>> + Send + 'a>>;
@@ -114,6 +115,11 @@ pub trait Provider: Send + Sync {
 
     /// Looks for KEKs. Each one found has proved that it wraps, or unwraps what it once wrapped.
     fn look(&self, deadline: Instant) -> Answer<'_, Sighting>;
+
+    /// Decrypts what an older plugin had this provider's key encrypt.
+    fn decrypt_old(&self, _old: Ciphertext, _deadline: Instant) -> Answer<'_, Plaintext> {
+        Box::pin(async { Err(KekError::Refused(format!("provider {} has no Transit key", self.name()))) })
+    }
 
     /// Why only a new process could reach the provider again, if that is so.
     fn hopeless(&self) -> Option<String>;

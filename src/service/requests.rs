@@ -124,7 +124,9 @@ fn parse_timeout(text: &str) -> Option<Duration> {
 /// The contract of design and README: each situation has its code.
 pub(super) fn status_of(error: &KeyringError) -> Status {
     let code = match error {
-        KeyringError::PlaintextLength { .. } | KeyringError::BadCiphertext => Code::InvalidArgument,
+        KeyringError::PlaintextLength { .. } | KeyringError::BadCiphertext | KeyringError::Old(_) => {
+            Code::InvalidArgument
+        }
         KeyringError::UnknownKey(_) => Code::FailedPrecondition,
         KeyringError::Busy(_) => Code::ResourceExhausted,
         KeyringError::Deadline(_) => Code::DeadlineExceeded,

@@ -39,6 +39,17 @@ fn a_bad_configuration_is_refused_with_its_place_and_a_remedy() {
             &["kek.exception ` ` is not a reason"],
         ),
         ("sessions = 2", "[policy]\nexportable = \"ignore\"", &["unknown variant `ignore`", "refuse"]),
+        (
+            "sessions = 2",
+            "[legacy]\nformats = [\"trousseau-v3\"]\nprovider = \"hsm\"",
+            &["unknown variant `trousseau-v3`", "did you mean `trousseau-v1`"],
+        ),
+        ("sessions = 2", "[legacy]\nformats = []\nprovider = \"hsm\"", &["legacy.formats is empty"]),
+        (
+            "sessions = 2",
+            "[legacy]\nformats = [\"trousseau-v1\"]\nprovider = \"valut\"",
+            &["legacy.provider `valut`", "Transit key"],
+        ),
         ("version", "version = [", &["line"]),
     ];
     let host = Host::new();
@@ -53,6 +64,10 @@ fn a_bad_configuration_is_refused_with_its_place_and_a_remedy() {
     let long = host.configuration().replace("kms.sock", &"k".repeat(100));
     host.write_secret("trousseau.toml", &long);
     assert_refused(&host, "a long path", &["listen.socket", "at most 104 bytes"]);
+    let legacy = "[legacy]\nformats = [\"trousseau-v2-proxy\"]\nprovider = \"hsm\"";
+    let v2_alone = host.configuration().replace("v1beta1 = true", "") + legacy;
+    host.write_secret("trousseau.toml", &v2_alone);
+    assert_refused(&host, "v2 alone", &["legacy.formats names trousseau-v2-proxy", "`v1beta1 = true`"]);
     let unknown = host.configuration().replace(host.token.family.profile(), "no-such-hsm");
     host.write_secret("trousseau.toml", &unknown);
     assert_refused(&host, "profile", &["profile `no-such-hsm` is unknown", "softhsm"]);

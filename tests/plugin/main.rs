@@ -13,7 +13,11 @@
 )]
 
 mod attest;
+mod bao;
+mod bao_logins;
+mod bao_smoke;
 mod caller;
+mod certificates;
 mod chaos;
 mod command_line;
 mod daemon;

@@ -11,8 +11,9 @@ use super::key::Version;
 use super::link::{Ask, Link};
 use crate::envelope::WrapAlgorithm;
 use crate::identity::Identity;
+use crate::legacy::Ciphertext;
 use crate::provider::{Answer, Attributes, Holder, Kek, KekError, Rank};
-use crate::secret::Dek;
+use crate::secret::{Dek, Plaintext};
 
 /// A version that is a KEK.
 pub(super) struct TransitKek {
@@ -58,11 +59,11 @@ impl TransitKek {
             "}",
         ]);
         let answer = self.link.ask(Ask::Encrypt, body, deadline).await?;
-        let Data { data: Encrypted { ciphertext } } = answer.read().map_err(|_| self.lies())?;
+        let Data { data: Encrypted { ciphertext } } = answer.read().map_err(|_| lies(&self.link))?;
         // Another version's number would be another KEK's.
-        let wrapped = ciphertext.strip_prefix(&self.prefix()).ok_or_else(|| self.lies())?;
-        let wrapped = Base64::decode_vec(wrapped).map_err(|_| self.lies())?;
-        if wrapped.len() == WrapAlgorithm::Transit.wrapped_len() { Ok(wrapped) } else { Err(self.lies()) }
+        let wrapped = ciphertext.strip_prefix(&self.prefix()).ok_or_else(|| lies(&self.link))?;
+        let wrapped = Base64::decode_vec(wrapped).map_err(|_| lies(&self.link))?;
+        if wrapped.len() == WrapAlgorithm::Transit.wrapped_len() { Ok(wrapped) } else { Err(lies(&self.link)) }
     }
 
     async fn unwrap(&self, wrapped: &[u8], deadline: Instant) -> Result<Dek, KekError> {
@@ -75,18 +76,26 @@ impl TransitKek {
             r#""}"#,
         ]);
         let answer = self.link.ask(Ask::Decrypt, body, deadline).await?;
-        let Data { data: Decrypted { plaintext } } = answer.read().map_err(|_| self.lies())?;
+        let Data { data: Decrypted { plaintext } } = answer.read().map_err(|_| lies(&self.link))?;
         let mut bytes = Zeroizing::new([0; Dek::LEN]);
-        let dek = Base64::decode(plaintext, &mut *bytes).map_err(|_| self.lies())?;
-        Dek::from_bytes(dek).ok_or_else(|| self.lies())
+        let dek = Base64::decode(plaintext, &mut *bytes).map_err(|_| lies(&self.link))?;
+        Dek::from_bytes(dek).ok_or_else(|| lies(&self.link))
     }
+}
 
-    fn lies(&self) -> KekError {
-        KekError::Unavailable(format!(
-            "{} answered something that is not Transit's: is a proxy in between?",
-            self.link.place()
-        ))
-    }
+/// What an older plugin had encrypted: nothing else is bound to it.
+pub(super) async fn decrypt_old(link: &Link, old: &Ciphertext, deadline: Instant) -> Result<Plaintext, KekError> {
+    let body = pieces(&[r#"{"ciphertext":""#, &old.to_string(), r#""}"#]);
+    let answer = link.ask(Ask::Decrypt, body, deadline).await?;
+    let Data { data: Decrypted { plaintext } } = answer.read().map_err(|_| lies(link))?;
+    let mut bytes = Zeroizing::new(vec![0; plaintext.len()]);
+    let length = Base64::decode(plaintext, &mut bytes).map_err(|_| lies(link))?.len();
+    bytes.truncate(length);
+    Ok(bytes)
+}
+
+fn lies(link: &Link) -> KekError {
+    KekError::Unavailable(format!("{} answered something that is not Transit's: is a proxy in between?", link.place()))
 }
 
 fn encode<'b>(bytes: &[u8], into: &'b mut [u8]) -> Result<&'b str, KekError> {

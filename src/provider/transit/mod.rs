@@ -32,6 +32,8 @@ use super::{Answer, Kek, KekError, Pace, Provider, Refused, Sighting};
 use crate::config::{Exportable, TransitConfig};
 use crate::envelope::WrapAlgorithm;
 use crate::identity::Identity;
+use crate::legacy::Ciphertext;
+use crate::secret::Plaintext;
 use crate::state::{SeenKey, State};
 use crate::sync::lock;
 
@@ -222,6 +224,10 @@ impl Provider for Transit {
 
     fn look(&self, deadline: Instant) -> Answer<'_, Sighting> {
         Box::pin(self.core.look(deadline))
+    }
+
+    fn decrypt_old(&self, old: Ciphertext, deadline: Instant) -> Answer<'_, Plaintext> {
+        Box::pin(async move { kek::decrypt_old(&self.core.link, &old, deadline).await })
     }
 
     fn hopeless(&self) -> Option<String> {
