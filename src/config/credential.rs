@@ -10,8 +10,10 @@ use rustix::fs::OFlags;
 use secrecy::{ExposeSecret, SecretString};
 use zeroize::Zeroizing;
 
-/// A secret of more bytes than this is a mistake, such as the path of another file. A JWT has some thousand.
-const MAX_LEN: u64 = 16 * 1024;
+/// A PIN, or the like, of more bytes than this is a mistake, such as the path of another file.
+const LONGEST_LINE: usize = 1024;
+/// A file of more bytes than this holds no secret. A JWT or a private key has some thousand.
+const LONGEST_FILE: u64 = 16 * 1024;
 
 /// A file that holds one secret, which is read anew each time it is needed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,7 +71,7 @@ impl Credential {
         if secret.is_empty() {
             return Err(self.error("holds no secret: it is empty", "write the secret into it"));
         }
-        if secret.contains('\n') {
+        if secret.contains('\n') || secret.len() > LONGEST_LINE {
             return Err(self.error("holds more than one line", "leave only the secret in it"));
         }
         Ok(SecretString::from(secret))
@@ -89,13 +91,13 @@ impl Credential {
         })?;
         let metadata = file.metadata().map_err(|error| self.error(error.to_string(), "check the file system"))?;
         self.check_access(&metadata)?;
-        let mut text = Zeroizing::new(String::with_capacity(metadata.len().min(MAX_LEN) as usize + 1));
+        let mut text = Zeroizing::new(String::with_capacity(metadata.len().min(LONGEST_FILE) as usize + 1));
         file.by_ref()
-            .take(MAX_LEN)
+            .take(LONGEST_FILE)
             .read_to_string(&mut text)
             .map_err(|error| self.error(format!("cannot be read: {error}"), "write the secret in UTF-8"))?;
-        if metadata.len() > MAX_LEN {
-            return Err(self.error(format!("has more than {MAX_LEN} bytes"), "leave only the secret in it"));
+        if metadata.len() > LONGEST_FILE {
+            return Err(self.error(format!("has more than {LONGEST_FILE} bytes"), "leave only the secret in it"));
         }
         Ok(SecretString::from(text.as_str()))
     }

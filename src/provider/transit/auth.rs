@@ -17,7 +17,7 @@ use zeroize::Zeroizing;
 
 use super::client::{Call, Client};
 use super::fault::Fault;
-use crate::config::{Auth, Credential, Method, TransitConfig};
+use crate::config::{Auth, Credential, CredentialError, Method, TransitConfig};
 use crate::state::{RefusedLogin, State};
 use crate::sync::lock;
 
@@ -282,7 +282,10 @@ impl Login {
                 self.client.reconnect(); // with the certificate of now
                 (json(&Certificate { name: role.as_deref() }), None)
             }
-            Method::Jwt { role, jwt } => (json(&Jwt { role, jwt: read(jwt)?.expose_secret() }), None),
+            Method::Jwt { role, jwt } => {
+                let jwt = jwt.read_file().map_err(unreadable)?;
+                (json(&Jwt { role, jwt: jwt.expose_secret().trim_ascii_end() }), None)
+            }
         };
         match self.ask(&format!("auth/{}/login", self.auth.mount), None, body).await {
             Ok(lease) => {
@@ -456,7 +459,11 @@ fn lasting(seconds: u64) -> Option<Duration> {
 }
 
 fn read(credential: &Credential) -> Result<SecretString, NoToken> {
-    credential.read().map_err(|error| NoToken::Refused(format!("{error}: {}", error.remedy())))
+    credential.read().map_err(unreadable)
+}
+
+fn unreadable(error: CredentialError) -> NoToken {
+    NoToken::Refused(format!("{error}: {}", error.remedy()))
 }
 
 fn fingerprint(parts: &[&str]) -> String {
