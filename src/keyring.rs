@@ -9,6 +9,7 @@ mod concerns;
 mod description;
 mod errors;
 mod flights;
+mod gaps;
 mod looks;
 mod member;
 mod old;
@@ -25,6 +26,7 @@ pub use self::concerns::Reminder;
 pub use self::description::{KekDescription, KekState};
 pub use self::errors::KeyringError;
 use self::flights::Flights;
+use self::gaps::Gaps;
 pub use self::looks::LOOK_SOON;
 use self::looks::Looks;
 use self::member::{ActiveKek, Member};
@@ -46,6 +48,7 @@ pub struct Keyring {
     legacy: Option<Legacy>,
     state: Arc<State>,
     health: Health,
+    gaps: Gaps,
     decrypts: Flights<Sealed, Result<Plaintext, KeyringError>>,
     /// Held while a look is under way, so that there is one at a time.
     looks: tokio::sync::Mutex<Looks>,
@@ -78,6 +81,7 @@ impl Keyring {
             legacy,
             state,
             health: Health::default(),
+            gaps: Gaps::default(),
             decrypts: Flights::new(),
             looks: tokio::sync::Mutex::default(),
             has_looked: watch::Sender::new(false),
@@ -132,7 +136,12 @@ impl Keyring {
         let found = self.members.iter().find_map(find)?;
         Some(ActiveSet {
             key_set,
-            keks: vec![ActiveKek { identity: kek, algorithm: found.algorithm(), kek: Ok(found) }],
+            keks: vec![ActiveKek {
+                provider: String::new(),
+                identity: kek,
+                algorithm: found.algorithm(),
+                kek: Ok(found),
+            }],
         })
     }
 
@@ -210,18 +219,22 @@ impl Keyring {
             _ => deadline,
         };
         let wrapped = join_all(set.keks.iter().map(|active| self.wrap(active, &dek, deadline))).await;
+        let missed = Self::missed(&set.keks, &wrapped);
         let mut recipients = Vec::with_capacity(wrapped.len());
-        let mut missed = None;
+        let mut fault = None;
         for outcome in wrapped {
             match outcome {
                 Ok(recipient) => recipients.push(recipient),
                 Err(error) if self.seal_under == SealUnder::All => return Err(error.into()),
-                Err(error) => missed = Some(error),
+                Err(error) => fault = Some(error),
             }
         }
-        match missed {
+        match fault {
             Some(error) if recipients.is_empty() => return Err(error.into()),
-            Some(error) => tracing::warn!(%error, "sealed under fewer KEKs than are active"),
+            Some(error) => {
+                tracing::warn!(%error, "sealed under fewer KEKs than are active");
+                self.count_gaps(set.key_set, &missed);
+            }
             None => (),
         }
         envelope::seal(set.key_set, recipients, &dek, plaintext).map_err(KeyringError::internal)

@@ -51,14 +51,18 @@ pub(super) fn every_pkcs11(config: &Config, state: &Arc<State>, leader: &Leader)
     config.pkcs11().map(|config| pkcs11(config, state, leader)).collect()
 }
 
-/// The keyring over all providers: those of tokens, from [`every_pkcs11`] of the same configuration, and the others. To be
-/// called within a runtime.
-pub(super) fn keyring_of(config: &Config, pkcs11: Vec<Pkcs11>, state: Arc<State>) -> Keyring {
-    let mut pkcs11 = pkcs11.into_iter();
+/// Every provider of type `transit`, in the order of the configuration. To be called within a runtime.
+pub(super) fn every_transit(config: &Config, state: &Arc<State>) -> Vec<Transit> {
+    config.transit().map(|config| Transit::new(config, state)).collect()
+}
+
+/// The keyring over all providers, each of the same configuration, in its order.
+pub(super) fn keyring_of(config: &Config, pkcs11: Vec<Pkcs11>, transit: Vec<Transit>, state: Arc<State>) -> Keyring {
+    let (mut pkcs11, mut transit) = (pkcs11.into_iter(), transit.into_iter());
     let provider = |of: &ProviderConfig| -> Option<(Box<dyn Provider>, bool)> {
         let provider: Box<dyn Provider> = match of {
             ProviderConfig::Pkcs11(_) => Box::new(pkcs11.next()?),
-            ProviderConfig::Transit(config) => Box::new(Transit::new(config, &state)),
+            ProviderConfig::Transit(_) => Box::new(transit.next()?),
         };
         Some((provider, of.seals()))
     };
@@ -68,5 +72,6 @@ pub(super) fn keyring_of(config: &Config, pkcs11: Vec<Pkcs11>, state: Arc<State>
 
 /// The keyring over all providers, which are being connected to. To be called within a runtime.
 pub(super) fn keyring(config: &Config, state: Arc<State>, leader: &Leader) -> Result<Keyring, Failure> {
-    Ok(keyring_of(config, every_pkcs11(config, &state, leader)?, state))
+    let (pkcs11, transit) = (every_pkcs11(config, &state, leader)?, every_transit(config, &state));
+    Ok(keyring_of(config, pkcs11, transit, state))
 }

@@ -23,6 +23,14 @@ pub(super) fn text(keyring: &Keyring, now: Timestamp) -> String {
     text.sample("trousseau_gaps", &[], count(keyring.gaps().len()));
     text.gauge("trousseau_concerns", "What somebody should see to: `trousseau key list` says what");
     text.sample("trousseau_concerns", &[], count(keyring.concerns(now).len()));
+    text.gauge(
+        "trousseau_ciphertexts_lacking_recipient",
+        "Sealed on this host under the key_id of now without a provider",
+    );
+    for gap in keyring.envelope_gaps(now) {
+        let labels = [("provider", gap.provider.as_str()), ("kek", &gap.identity.to_string())];
+        text.sample("trousseau_ciphertexts_lacking_recipient", &labels, gap.envelopes.try_into().unwrap_or(i64::MAX));
+    }
     let (keks, refused) = keyring.describe(now);
     text.gauge("trousseau_keys_refused", "Keys under the KEKs' label that are not used");
     text.sample("trousseau_keys_refused", &[], count(refused.len()));

@@ -1,6 +1,6 @@
 //! `trousseau doctor`: everything that a working plugin needs, tried live; each finding with its remedy.
 //!
-//! [`profile`] is what is known of the tokens before they are asked, [`host`] the machine, [`token`] the tokens and their KEKs, [`socket`] the plugin that serves, and
+//! [`profile`] is what is known of the tokens before they are asked, [`host`] the machine, [`token`] the tokens and their KEKs, [`transit`] Vault and OpenBao, [`socket`] the plugin that serves, and
 //! [`kubernetes`] the API server. No check waits for ever: what blocks is done by a thread that is left behind when its
 //! time is over.
 
@@ -10,6 +10,7 @@ mod kubernetes;
 mod profile;
 mod socket;
 mod token;
+mod transit;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -161,7 +162,12 @@ async fn examine(args: &DoctorArgs, findings: &mut Findings) {
                     if let Some(file) = &args.profile_out {
                         profile::write(file, &surveys, findings);
                     }
-                    token::examine_keks(&assemble::keyring_of(&config, providers, state), findings).await;
+                    let transits = assemble::every_transit(&config, &state);
+                    for (transit, provider) in transits.iter().zip(config.transit()) {
+                        transit::examine(transit, provider, findings).await;
+                    }
+                    let keyring = assemble::keyring_of(&config, providers, transits, state);
+                    token::examine_keks(&keyring, findings).await;
                 }
                 Err(failure) => findings.failed("token", &failure),
             }

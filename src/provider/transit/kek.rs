@@ -59,11 +59,11 @@ impl TransitKek {
             "}",
         ]);
         let answer = self.link.ask(Ask::Encrypt, body, deadline).await?;
-        let Data { data: Encrypted { ciphertext } } = answer.read().map_err(|_| lies(&self.link))?;
+        let Data { data: Encrypted { ciphertext } } = answer.read().map_err(|_| self.link.strange())?;
         // Another version's number would be another KEK's.
-        let wrapped = ciphertext.strip_prefix(&self.prefix()).ok_or_else(|| lies(&self.link))?;
-        let wrapped = Base64::decode_vec(wrapped).map_err(|_| lies(&self.link))?;
-        if wrapped.len() == WrapAlgorithm::Transit.wrapped_len() { Ok(wrapped) } else { Err(lies(&self.link)) }
+        let wrapped = ciphertext.strip_prefix(&self.prefix()).ok_or_else(|| self.link.strange())?;
+        let wrapped = Base64::decode_vec(wrapped).map_err(|_| self.link.strange())?;
+        if wrapped.len() == WrapAlgorithm::Transit.wrapped_len() { Ok(wrapped) } else { Err(self.link.strange()) }
     }
 
     async fn unwrap(&self, wrapped: &[u8], deadline: Instant) -> Result<Dek, KekError> {
@@ -76,10 +76,10 @@ impl TransitKek {
             r#""}"#,
         ]);
         let answer = self.link.ask(Ask::Decrypt, body, deadline).await?;
-        let Data { data: Decrypted { plaintext } } = answer.read().map_err(|_| lies(&self.link))?;
+        let Data { data: Decrypted { plaintext } } = answer.read().map_err(|_| self.link.strange())?;
         let mut bytes = Zeroizing::new([0; Dek::LEN]);
-        let dek = Base64::decode(plaintext, &mut *bytes).map_err(|_| lies(&self.link))?;
-        Dek::from_bytes(dek).ok_or_else(|| lies(&self.link))
+        let dek = Base64::decode(plaintext, &mut *bytes).map_err(|_| self.link.strange())?;
+        Dek::from_bytes(dek).ok_or_else(|| self.link.strange())
     }
 }
 
@@ -87,15 +87,11 @@ impl TransitKek {
 pub(super) async fn decrypt_old(link: &Link, old: &Ciphertext, deadline: Instant) -> Result<Plaintext, KekError> {
     let body = pieces(&[r#"{"ciphertext":""#, &old.to_string(), r#""}"#]);
     let answer = link.ask(Ask::Decrypt, body, deadline).await?;
-    let Data { data: Decrypted { plaintext } } = answer.read().map_err(|_| lies(link))?;
+    let Data { data: Decrypted { plaintext } } = answer.read().map_err(|_| link.strange())?;
     let mut bytes = Zeroizing::new(vec![0; plaintext.len()]);
-    let length = Base64::decode(plaintext, &mut bytes).map_err(|_| lies(link))?.len();
+    let length = Base64::decode(plaintext, &mut bytes).map_err(|_| link.strange())?.len();
     bytes.truncate(length);
     Ok(bytes)
-}
-
-fn lies(link: &Link) -> KekError {
-    KekError::Unavailable(format!("{} answered something that is not Transit's: is a proxy in between?", link.place()))
 }
 
 fn encode<'b>(bytes: &[u8], into: &'b mut [u8]) -> Result<&'b str, KekError> {

@@ -47,6 +47,20 @@ pub(super) enum Ask {
     Read,
     Encrypt,
     Decrypt,
+    /// Of the server.
+    Health,
+    /// Of the token, on the paths in the body.
+    Capabilities,
+}
+
+impl Ask {
+    /// What a policy must allow for it.
+    pub(super) const fn capability(self) -> &'static str {
+        match self {
+            Self::Read | Self::Health => "read",
+            Self::Encrypt | Self::Decrypt | Self::Capabilities => "update",
+        }
+    }
 }
 
 impl Link {
@@ -69,6 +83,16 @@ impl Link {
     pub(super) fn place(&self) -> String {
         let namespace = self.namespace.as_ref().map(|namespace| format!("{namespace}/")).unwrap_or_default();
         format!("{}/v1/{namespace}{}/keys/{}", self.address, self.mount, self.key)
+    }
+
+    /// The path of what is asked of the key.
+    pub(super) fn path(&self, ask: Ask) -> String {
+        let verb = match ask {
+            Ask::Encrypt => "encrypt",
+            Ask::Decrypt => "decrypt",
+            _ => "keys",
+        };
+        format!("{}/{verb}/{}", self.mount, self.key)
     }
 
     /// Whether anything is asked of Vault at the moment.
@@ -116,10 +140,11 @@ impl Link {
     }
 
     async fn attempts(&self, ask: Ask, body: &Zeroizing<Vec<u8>>, deadline: Instant) -> Result<Answer, Trouble> {
-        let (method, path) = match ask {
-            Ask::Read => (Method::GET, format!("{}/keys/{}", self.mount, self.key)),
-            Ask::Encrypt => (Method::POST, format!("{}/encrypt/{}", self.mount, self.key)),
-            Ask::Decrypt => (Method::POST, format!("{}/decrypt/{}", self.mount, self.key)),
+        let method = if matches!(ask, Ask::Read | Ask::Health) { Method::GET } else { Method::POST };
+        let path = match ask {
+            Ask::Health => "sys/health?standbyok=true&perfstandbyok=true".into(),
+            Ask::Capabilities => "sys/capabilities-self".into(),
+            Ask::Read | Ask::Encrypt | Ask::Decrypt => self.path(ask),
         };
         let mut token = self.login.token(deadline).await?;
         let mut attempt = 1;
@@ -127,7 +152,8 @@ impl Link {
             let call = Call {
                 method: method.clone(),
                 path: &path,
-                namespace: self.namespace.as_deref(),
+                // The health is of no namespace.
+                namespace: self.namespace.as_deref().filter(|_| !matches!(ask, Ask::Health)),
                 token: Some(token.secret()),
                 body: body.clone(),
             };
@@ -154,7 +180,7 @@ impl Link {
 
     /// What went wrong, on what, and what to do.
     fn explain(&self, trouble: Trouble, ask: Ask) -> KekError {
-        let Self { name, address, mount, key, .. } = self;
+        let Self { name, address, .. } = self;
         let place = self.place();
         let fault = match trouble {
             Trouble::NoToken(NoToken::Refused(why)) => {
@@ -183,13 +209,9 @@ impl Link {
                 "provider {name}: {address} refuses the token, a new one too: see that namespace and auth are those of the key"
             )),
             Fault::Denied => {
-                let (verb, on) = match ask {
-                    Ask::Read => ("read", "keys"),
-                    Ask::Encrypt => ("update", "encrypt"),
-                    Ask::Decrypt => ("update", "decrypt"),
-                };
+                let (verb, path) = (ask.capability(), self.path(ask));
                 KekError::Denied(format!(
-                    "provider {name}: {address} denies {verb} on {mount}/{on}/{key}: allow it in the policy of the token"
+                    "provider {name}: {address} denies {verb} on {path}: allow it in the policy of the token"
                 ))
             }
             Fault::NoKey => {
@@ -203,6 +225,12 @@ impl Link {
             Fault::BadCiphertext => KekError::BadInput,
             Fault::Other(what) => refused(&what),
         }
+    }
+
+    /// An answer of another form than Transit's.
+    pub(super) fn strange(&self) -> KekError {
+        let place = self.place();
+        KekError::Unavailable(format!("{place} answered something that is not Transit's: is a proxy in between?"))
     }
 
     fn open(&self, why: KekError) {

@@ -10,6 +10,7 @@ mod fault;
 mod kek;
 mod key;
 mod link;
+mod survey;
 
 use std::future::Future;
 use std::pin::Pin;
@@ -28,6 +29,7 @@ use self::client::Client;
 use self::kek::TransitKek;
 use self::key::{Key, Version};
 use self::link::{Ask, Link};
+pub use self::survey::Survey;
 use super::{Answer, Kek, KekError, Pace, Provider, Refused, Sighting};
 use crate::config::{Exportable, TransitConfig};
 use crate::envelope::WrapAlgorithm;
@@ -99,6 +101,22 @@ impl Transit {
             }
         });
         Self { core, task }
+    }
+}
+
+impl Transit {
+    /// The key, as people find it.
+    #[must_use]
+    pub fn place(&self) -> String {
+        self.core.link.place()
+    }
+
+    /// What its server says of itself, and lets us do.
+    ///
+    /// # Errors
+    /// It cannot be asked.
+    pub async fn survey(&self, deadline: Instant) -> Result<Survey, KekError> {
+        survey::survey(&self.core.link, deadline).await
     }
 }
 
