@@ -181,9 +181,10 @@ mod tests {
     }
 
     #[derive(Deserialize)]
-    struct IdentityVector {
-        name: String,
-        identity: Identity,
+    #[serde(tag = "provider", rename_all = "lowercase")]
+    enum IdentityVector {
+        Pkcs11 { name: String, identity: Identity },
+        Transit { key: String, version: u32, created: i64, identity: Identity },
     }
 
     #[derive(Deserialize)]
@@ -197,8 +198,15 @@ mod tests {
     fn golden_vectors() {
         let vectors: Vectors = serde_json::from_str(include_str!("../tests/vectors/identity-1.json")).unwrap();
         for vector in vectors.identities {
-            let name = base16ct::lower::decode_vec(&vector.name).unwrap();
-            assert_eq!(Identity::of_pkcs11(&name), vector.identity, "{}", vector.name);
+            match vector {
+                IdentityVector::Pkcs11 { name, identity } => {
+                    let id = base16ct::lower::decode_vec(&name).unwrap();
+                    assert_eq!(Identity::of_pkcs11(&id), identity, "{name}");
+                }
+                IdentityVector::Transit { key, version, created, identity } => {
+                    assert_eq!(Identity::of_transit(&key, version, created), identity, "{key} {version}");
+                }
+            }
         }
         for vector in vectors.key_sets {
             let set = KeySet::of(&vector.cluster, &vector.identities);
