@@ -15,6 +15,7 @@ pub(super) struct Files {
     credentials: PathBuf,
     configuration: String,
     secrets: Vec<(&'static str, Zeroizing<String>)>,
+    secret_files: Vec<(&'static str, String)>,
 }
 
 impl Files {
@@ -23,6 +24,7 @@ impl Files {
         directory: &Path,
         configuration: String,
         secrets: Vec<(&'static str, Zeroizing<String>)>,
+        secret_files: Vec<(&'static str, String)>,
     ) -> Result<Self, Failure> {
         make_directory(directory, 0o755)?;
         // systemd wants whole paths.
@@ -31,7 +33,7 @@ impl Files {
         if !secrets.is_empty() {
             make_directory(&credentials, 0o700)?;
         }
-        let files = Self { directory, credentials, configuration, secrets };
+        let files = Self { directory, credentials, configuration, secrets, secret_files };
         match files.all().iter().find(|(path, ..)| path.symlink_metadata().is_ok()) {
             Some((path, ..)) => Err(failed(path, &ErrorKind::AlreadyExists.into())),
             None => Ok(files),
@@ -40,8 +42,9 @@ impl Files {
 
     /// What the unit must be told, for the secrets to reach the plugin.
     pub(super) fn load_credential(&self) -> Vec<String> {
-        let line = |(name, _): &(&str, _)| format!("LoadCredential={name}:{}", self.credentials.join(name).display());
-        self.secrets.iter().map(line).collect()
+        let of = |name: &str, file: &Path| format!("LoadCredential={name}:{}", file.display());
+        let ours = self.secrets.iter().map(|(name, _)| of(name, &self.credentials.join(name)));
+        ours.chain(self.secret_files.iter().map(|(name, file)| of(name, Path::new(file)))).collect()
     }
 
     /// Writes them, and returns their paths.
@@ -57,9 +60,7 @@ impl Files {
     fn all(&self) -> Vec<(PathBuf, u32, Zeroizing<String>)> {
         let secret = |(name, text): &(&str, Zeroizing<String>)| (self.credentials.join(name), 0o600, text.clone());
         let mut all: Vec<_> = self.secrets.iter().map(secret).collect();
-        if !all.is_empty() {
-            all.push((self.directory.join("credentials.conf"), 0o644, Zeroizing::new(self.drop_in())));
-        }
+        all.push((self.directory.join("credentials.conf"), 0o644, Zeroizing::new(self.drop_in())));
         all.push((self.directory.join("trousseau.toml"), 0o644, Zeroizing::new(self.configuration.clone())));
         all
     }

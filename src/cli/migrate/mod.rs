@@ -75,14 +75,14 @@ fn from_trousseau(args: &FromTrousseauArgs) -> Result<(), Failure> {
         let remedy = "name the file that the old plugin's --config-file-path named";
         Failure::configuration(format!("{}: cannot be read: {error}", old.display()), remedy)
     })?;
-    let Conversion { generation, toml, secrets, not_carried, mut to_check } =
+    let Conversion { generation, toml, secrets, secret_files, not_carried, mut to_check } =
         trousseau::convert(&text, args.cluster.as_deref()).map_err(|refused| failure(old, refused))?;
     if !secrets.is_empty() {
         to_check.push(format!("{} still holds its secrets: remove it when nothing runs from it", old.display()));
     }
     let origin = old.display().to_string();
     let from = format!("# Made by `trousseau migrate` from {}, of version {generation}.\n", origin.escape_debug());
-    let files = Files::new(&args.out, from + &toml, secrets)?;
+    let files = Files::new(&args.out, from + &toml, secrets, secret_files)?;
     let load_credential = files.load_credential();
     let written = files.write()?;
     let report = Report { from_version: generation, written, load_credential, not_carried, to_check, next: NEXT };

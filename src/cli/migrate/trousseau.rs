@@ -36,6 +36,8 @@ pub(super) struct Conversion {
     pub(super) toml: String,
     /// What is a secret in it, by the name of its credential.
     pub(super) secrets: Vec<(&'static str, Zeroizing<String>)>,
+    /// Secrets that are in files of their own already, by the name of their credential.
+    pub(super) secret_files: Vec<(&'static str, String)>,
     /// What has no place in ours, and why.
     pub(super) not_carried: Vec<String>,
     /// What only a person can know.
@@ -188,6 +190,7 @@ struct New {
     provider: String,
     namespace: String,
     secrets: Vec<(&'static str, Zeroizing<String>)>,
+    secret_files: Vec<(&'static str, String)>,
     not_carried: Vec<String>,
     to_check: Vec<String>,
 }
@@ -243,7 +246,7 @@ impl New {
         let (transit, policy) = (mount, "update on {M}/encrypt/{K} and {M}/decrypt/{K}, read on {M}/keys/{K}");
         let policy = policy.replace("{M}", transit).replace("{K}", key);
         self.to_check.push(format!("the policy of the plugin's token allows: {policy}"));
-        let what = "if VAULT_NAMESPACE was in the old plugin's environment, write it as `namespace = …`: its file could not say it";
+        let what = "the old plugin's environment: write VAULT_NAMESPACE as `namespace = …`; nothing here is like VAULT_SKIP_VERIFY";
         self.to_check.push(what.into());
         Ok(())
     }
@@ -265,9 +268,11 @@ impl New {
         if let Some((file, key)) = certificate {
             if ways.is_empty() {
                 self.file("cert-file", file);
-                self.file("key-file", key);
+                self.file("the key's file", key);
+                self.secret_files.push(("vault-client-key", key.to_string()));
             }
-            let files = format!(r#"method = "cert", cert-file = {}, key-file = {}"#, quoted(file), quoted(key));
+            let file = quoted(file);
+            let files = format!(r#"method = "cert", cert-file = {file}, key-file = "credential:vault-client-key""#);
             ways.push(("clientCert and clientKey", files + &path.place("cert", &self.namespace)));
         }
         if let Some(role) = role {
@@ -329,8 +334,8 @@ provider = "vault"
 "#,
             provider = self.provider,
         );
-        let Self { secrets, not_carried, to_check, .. } = self;
-        Ok(Conversion { generation: old.generation, toml, secrets, not_carried, to_check })
+        let Self { secrets, secret_files, not_carried, to_check, .. } = self;
+        Ok(Conversion { generation: old.generation, toml, secrets, secret_files, not_carried, to_check })
     }
 
     fn file(&mut self, key: &str, file: &str) {
