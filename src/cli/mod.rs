@@ -8,6 +8,7 @@ mod dev;
 mod doctor;
 mod encryption_config;
 mod key;
+mod migrate;
 mod output;
 mod pin;
 mod probe;
@@ -70,6 +71,9 @@ enum Verb {
     /// Print the EncryptionConfiguration, flags and mounts that an API server needs.
     #[command(after_help = encryption_config::EXAMPLES)]
     EncryptionConfig(encryption_config::EncryptionConfigArgs),
+    /// Make another plugin's configuration into one of this.
+    #[command(subcommand)]
+    Migrate(migrate::MigrateVerb),
     /// Make a SoftHSM token, a KEK and a configuration, and serve. For development.
     #[command(after_help = dev::EXAMPLES)]
     Dev(dev::DevArgs),
@@ -137,6 +141,7 @@ fn run(verb: Verb) -> Result<(), Failure> {
         Verb::Probe(args) => probe::run(&args),
         Verb::Bench(args) => bench::run(&args),
         Verb::EncryptionConfig(args) => encryption_config::run(&args),
+        Verb::Migrate(verb) => migrate::run(&verb),
         Verb::Dev(args) => {
             crate::telemetry::init("warn");
             dev::run(&args)

@@ -53,8 +53,9 @@ impl Failure {
         Self { code: 77, what, remedy }
     }
 
-    fn configuration(what: String, remedy: String) -> Self {
-        Self { code: 78, what, remedy }
+    /// A configuration cannot be used.
+    pub(super) fn configuration(what: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { code: 78, what: what.into(), remedy: remedy.into() }
     }
 
     /// Prints it, and returns its exit code.

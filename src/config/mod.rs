@@ -184,6 +184,14 @@ fn refuse_if_writable_by_others(path: &Path) -> Result<(), ConfigError> {
     Ok(())
 }
 
+/// What [`is_cluster_name`] takes.
+pub(crate) const CLUSTER_NAME: &str = "1 to 63 letters, digits, `-`, `.` and `_`";
+
+pub(crate) fn is_cluster_name(text: &str) -> bool {
+    let named = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+    (1..=63).contains(&text.len()) && text.chars().all(named)
+}
+
 /// A length of time such as `90d` or `12h`: days have 24 hours here, and months have no length.
 fn period(text: &str) -> Option<SignedDuration> {
     let span: Span = text.parse().ok()?;
@@ -231,10 +239,9 @@ impl Check<'_> {
     }
 
     fn keyring(&self, file: file::Keyring) -> Result<KeyringConfig, ConfigError> {
-        let named = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
-        if file.cluster.is_empty() || file.cluster.len() > 63 || !file.cluster.chars().all(named) {
+        if !is_cluster_name(&file.cluster) {
             let what = format!("keyring.cluster `{}` is not a name", file.cluster);
-            return Err(self.error(what, "use 1 to 63 letters, digits, `-`, `.` and `_`; it can never be changed"));
+            return Err(self.error(what, format!("use {CLUSTER_NAME}; it can never be changed")));
         }
         let state = file.state.or_else(|| std::env::var_os("STATE_DIRECTORY").map(PathBuf::from));
         let state = state.unwrap_or_else(|| DEFAULT_STATE.into());

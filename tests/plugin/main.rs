@@ -30,6 +30,7 @@ mod habits;
 mod hangs;
 mod keys;
 mod load;
+mod migrate;
 mod oaep;
 mod observe;
 mod pin;
