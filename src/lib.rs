@@ -17,7 +17,7 @@
 //!
 //! Arrows point down only. Beside that way stand [`identity`], the names that live as long as the data; [`secret`],
 //! the types that wipe themselves; [`state`], what one host remembers; [`health`], what Status says; [`config`], which
-//! is checked once and ends at the constructors; [`legacy`], what older plugins left in etcd; [`systemd`], [`telemetry`] and [`observe`], what others are told; and
+//! is checked once and ends at the constructors; [`legacy`], what older plugins left in etcd; [`systemd`], [`telemetry`] and [`observe`], what others are told; [`audit`], what auditors read; and
 //! [`cli`], a file for each verb. Whether a token keeps a key in is tried by the verbs that ask for it (`key attest`,
 //! `doctor`, `key generate`), on throw-away keys, in the room `exportability` of [`provider::pkcs11`]; what a key is worth
 //! without a token's word for its history, in the room `admission`.
@@ -33,6 +33,7 @@
 //! each session: a C call blocks and cannot be cancelled, so it must not happen where others wait. Only while a token
 //! answers sooner than a thread is woken does the async thread call it itself, and another stands by to take its place.
 
+pub mod audit;
 pub mod cli;
 pub mod config;
 mod disk;

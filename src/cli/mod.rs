@@ -2,6 +2,7 @@
 
 mod assemble;
 mod attest;
+mod audit;
 mod bench;
 mod check;
 mod dev;
@@ -59,6 +60,9 @@ enum Verb {
     /// Have a PIN tried again that a token has refused.
     #[command(subcommand)]
     Pin(pin::PinVerb),
+    /// Check the audit log.
+    #[command(subcommand)]
+    Audit(audit::AuditVerb),
     /// Show what a serving plugin says of itself.
     #[command(after_help = status::EXAMPLES)]
     Status(status::StatusArgs),
@@ -137,6 +141,7 @@ fn run(verb: Verb) -> Result<(), Failure> {
             key::run(verb)
         }
         Verb::Pin(verb) => pin::run(&verb),
+        Verb::Audit(verb) => audit::run(verb),
         Verb::Status(args) => status::run(&args),
         Verb::Probe(args) => probe::run(&args),
         Verb::Bench(args) => bench::run(&args),

@@ -20,6 +20,7 @@ pub(super) struct File {
     pub(super) policy: Policy,
     #[serde(default)]
     pub(super) observe: Observe,
+    pub(super) audit: Option<Audit>,
     #[serde(default)]
     pub(super) provider: Vec<Provider>,
     pub(super) legacy: Option<Legacy>,
@@ -69,6 +70,21 @@ pub(super) struct Keyring {
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub(super) struct Observe {
     pub(super) http: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Audit {
+    #[serde(default = "audit_log")]
+    pub(super) file: PathBuf,
+    #[serde(default = "a_second")]
+    pub(super) sync: String,
+    #[serde(default)]
+    pub(super) on_failure: super::OnFailure,
+    #[serde(default = "a_quarter_of_a_gib")]
+    pub(super) rotate_at_mib: u64,
+    #[serde(default = "five_minutes")]
+    pub(super) head_every: String,
 }
 
 #[derive(Default, Deserialize)]
@@ -161,4 +177,21 @@ fn yes() -> bool {
 /// A habit that people keep: four times a year.
 fn ninety_days() -> String {
     "90d".to_owned()
+}
+
+fn audit_log() -> PathBuf {
+    "/var/log/trousseau/audit.log".into()
+}
+
+fn a_second() -> String {
+    "1s".to_owned()
+}
+
+/// Some two thirds of a million lines.
+fn a_quarter_of_a_gib() -> u64 {
+    256
+}
+
+fn five_minutes() -> String {
+    "5m".to_owned()
 }

@@ -3,6 +3,7 @@
 //! [`Config::load`] is what `serve` and `check` both call; it touches no token. Its parts end at the constructors that
 //! take them: no other room reads a file of the administrator's.
 
+mod audit;
 mod codes;
 mod credential;
 mod error;
@@ -22,6 +23,7 @@ use std::path::{Path, PathBuf};
 use jiff::{SignedDuration, Span, SpanRelativeTo};
 use serde::{Deserialize, Serialize};
 
+pub use self::audit::{AuditConfig, OnFailure, Sync};
 pub use self::codes::{Class, Code, Codes};
 pub use self::credential::{Credential, CredentialError};
 pub use self::error::ConfigError;
@@ -57,6 +59,8 @@ pub struct Config {
     pub keyring: KeyringConfig,
     /// Where metrics are served. `None`: nowhere.
     pub observe: Option<SocketAddr>,
+    /// The audit log. `None`: none is kept.
+    pub audit: Option<AuditConfig>,
     /// Where KEKs are: at least one, of which at least one seals.
     pub providers: Vec<ProviderConfig>,
     /// What older plugins wrote and is still to be read. `None`: nothing.
@@ -146,10 +150,11 @@ impl Config {
             .collect::<Result<_, _>>()?;
         check.providers_together(&providers)?;
         let observe = check.observe(file.observe)?;
+        let audit = file.audit.map(|audit| check.audit(audit)).transpose()?;
         let listen = check.listen(file.listen)?;
         let legacy = file.legacy.map(|legacy| Legacy::new(legacy, listen.v1beta1, &providers)).transpose();
         let legacy = legacy.map_err(|(what, remedy)| check.error(what, remedy))?;
-        Ok(Self { listen, keyring, observe, providers, legacy })
+        Ok(Self { listen, keyring, observe, audit, providers, legacy })
     }
 
     /// The providers of type `pkcs11`.

@@ -66,6 +66,13 @@ impl Keyring {
         self.members.iter().find_map(|member| member.provider.hopeless())
     }
 
+    /// The KEKs that are active now; no mark is moved.
+    #[must_use]
+    pub fn active_keks(&self) -> Vec<Identity> {
+        let active = |member| self.active_of(member, Timestamp::now()).ok().map(|(active, _)| active.identity);
+        self.members.iter().filter(|member| member.seals).filter_map(active).collect()
+    }
+
     /// Tokens that are out of reach, or lack a KEK, as of the last look; others may serve meanwhile.
     #[must_use]
     pub fn gaps(&self) -> Vec<String> {

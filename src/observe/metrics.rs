@@ -1,20 +1,22 @@
 //! The text of `/metrics`: OpenMetrics 1.0.0. Every label has as many values as there are KEKs and tokens, and no more.
 
-use std::fmt::Write;
+use std::fmt::{Display, Write};
 
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 
 use crate::keyring::{KekDescription, Keyring};
+use crate::service::counters::{Call, Counters};
+use crate::service::ended::name_of;
 
 /// What can be told without asking a token.
-pub(super) fn text(keyring: &Keyring, now: Timestamp) -> String {
+pub(super) fn text(keyring: &Keyring, counters: &Counters, now: Timestamp) -> String {
     let mut text = Text::default();
     text.gauge("trousseau_build_info", "The version that runs");
     text.sample("trousseau_build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1);
     let well = keyring.well(now);
     text.gauge("trousseau_ready", "Whether Encrypt and Decrypt would work, as Status says it");
-    text.sample("trousseau_ready", &[], well.is_ok().into());
+    text.sample("trousseau_ready", &[], u8::from(well.is_ok()));
     text.gauge("trousseau_key_id_info", "The key_id, hashed as the API server's own metrics hash it");
     if let Ok(key_set) = well {
         text.sample("trousseau_key_id_info", &[("key_id_hash", &hash(&key_set.to_string()))], 1);
@@ -35,12 +37,22 @@ pub(super) fn text(keyring: &Keyring, now: Timestamp) -> String {
     text.gauge("trousseau_keys_refused", "Keys under the KEKs' label that are not used");
     text.sample("trousseau_keys_refused", &[], count(refused.len()));
     text.keks(&keks);
+    text.requests(counters);
     text.0 + "# EOF\n"
 }
 
 /// As kube-apiserver labels `key_id_hash`: SHA-256 in hex, after the hash's name.
 fn hash(key_id: &str) -> String {
     format!("sha256:{}", base16ct::lower::encode_string(&Sha256::digest(key_id)))
+}
+
+fn whole(count: u64) -> i64 {
+    count.try_into().unwrap_or(i64::MAX)
+}
+
+/// As OpenMetrics writes a number: with a point.
+fn seconds(micros: u64) -> String {
+    format!("{}.{:06}", micros / 1_000_000, micros % 1_000_000)
 }
 
 fn count(of: usize) -> i64 {
@@ -72,11 +84,36 @@ impl Text {
         }
     }
 
+    fn requests(&mut self, counters: &Counters) {
+        let of = |call: Call| [("method", call.method()), ("version", call.version())];
+        let name = "trousseau_requests";
+        self.line(format_args!("# TYPE {name} counter\n# HELP {name} Requests that were answered, by their gRPC code"));
+        for (call, counter) in Call::ALL.iter().filter_map(|call| Some((*call, counters.of(*call)?))) {
+            for (code, count) in counter.codes() {
+                let [method, version] = of(call);
+                self.sample(&format!("{name}_total"), &[method, version, ("code", name_of(code))], whole(count));
+            }
+        }
+        let name = "trousseau_request_duration_seconds";
+        self.line(format_args!("# TYPE {name} histogram\n# UNIT {name} seconds"));
+        self.line(format_args!("# HELP {name} From the first byte of a request that was read whole to its answer"));
+        for (call, counter) in Call::ALL.iter().filter_map(|call| Some((*call, counters.of(*call)?))) {
+            let ([method, version], bucket) = (of(call), format!("{name}_bucket"));
+            for (micros, count) in counter.at_most() {
+                self.sample(&bucket, &[method, version, ("le", &seconds(micros))], whole(count));
+            }
+            let all = counter.codes().map(|(_, count)| count).sum();
+            self.sample(&bucket, &[method, version, ("le", "+Inf")], whole(all));
+            self.sample(&format!("{name}_count"), &[method, version], whole(all));
+            self.sample(&format!("{name}_sum"), &[method, version], seconds(counter.micros()));
+        }
+    }
+
     fn gauge(&mut self, name: &str, help: &str) {
         self.line(format_args!("# TYPE {name} gauge\n# HELP {name} {help}"));
     }
 
-    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: i64) {
+    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: impl Display) {
         let labels: Vec<String> = labels.iter().map(|(name, value)| format!("{name}=\"{}\"", escaped(value))).collect();
         match labels.as_slice() {
             [] => self.line(format_args!("{name} {value}")),

@@ -13,6 +13,7 @@
 )]
 
 mod attest;
+mod audit;
 mod bao;
 mod bao_logins;
 mod bao_smoke;

@@ -8,7 +8,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
 use super::super::output::{Failure, Format, print, print_json};
-use super::super::{ConfigArgs, OutputArgs, assemble, duration};
+use super::super::{ConfigArgs, OutputArgs, assemble, audit, duration};
 use super::{TIMEOUT, clock_is_unsynchronized, in_time};
 use crate::config::{Config, Mode, Pkcs11Config};
 use crate::identity::Identity;
@@ -92,6 +92,9 @@ pub(super) async fn run(args: &GenerateArgs) -> Result<(), Failure> {
     let work = async {
         let (pkcs11, plan, deadline) = plan(&config, provider, args).await?;
         let generated = if args.dry_run { None } else { Some(pkcs11.generate(&plan, deadline).await?) };
+        if let (Some(generated), Some(log)) = (&generated, &config.audit) {
+            audit::append(log, "key-generated", generated.identity, &format!("active from {}", plan.not_before));
+        }
         Ok((plan, generated))
     };
     let (plan, generated) = in_time(work).await?;
