@@ -126,7 +126,7 @@ impl LogFile {
 /// A plain file of the directory's owner, which the command line of root shares with the daemon.
 fn open(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
-    options.read(true).append(true).create(true).mode(0o640);
+    options.read(true).append(true).create(true).mode(0o600);
     let file = options.custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits() as i32).open(path)?;
     let metadata = file.metadata()?;
     if !metadata.is_file() || metadata.nlink() > 1 {

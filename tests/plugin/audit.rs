@@ -54,7 +54,7 @@ fn what_was_done_is_written_down_and_the_chain_holds_over_processes() {
     let encrypted = lines.iter().find(|line| line["event"] == "encrypt").unwrap();
     assert_eq!((&encrypted["keks"][0], &encrypted["key-id"]), (&made["identity"], &Value::from(key_id)));
     assert_eq!(encrypted["peer-pid"], std::process::id());
-    assert_eq!(fs::metadata(host.path("audit.log")).unwrap().permissions().mode() & 0o777, 0o640);
+    assert_eq!(fs::metadata(host.path("audit.log")).unwrap().permissions().mode() & 0o777, 0o600);
 
     let (code, text) = verify(&host, &[]);
     assert_eq!(code, Some(0), "{text}");
@@ -66,7 +66,7 @@ fn what_was_done_is_written_down_and_the_chain_holds_over_processes() {
 fn what_was_done_to_the_log_is_found_and_said_where() {
     let host = host("");
     host.generate("0s");
-    let mut plugin = host.serve_healthy();
+    let plugin = host.serve_healthy();
     for _ in 0..4 {
         plugin.encrypt(b"seed").unwrap();
     }
