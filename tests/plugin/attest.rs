@@ -195,6 +195,33 @@ fn no_kek_is_made_in_a_token_that_hands_keys_out_unless_the_policy_puts_up_with_
 }
 
 #[test]
+fn each_of_two_keys_with_one_id_is_reported_with_its_own_reason() {
+    if Family::chosen().lacks_aes() {
+        return;
+    }
+    let mut host = Host::new();
+    let key = Key::generated(b"twice", "trousseau-test");
+    host.token.make_keys(&[key.clone(), Key { extractable: true, ..key }]);
+    host.extra = admit(b"twice");
+    let reasons = ["another key has the same CKA_ID", "EXTRACTABLE=false"];
+    let report = json(&host.run(&["key", "attest", "--output", "json"]));
+    let keys = report["providers"][0]["tokens"][0]["keys"].as_array().unwrap();
+    for reason in reasons {
+        let with = keys.iter().filter(|key| key["refused"].to_string().contains(reason));
+        assert_eq!(with.count(), 1, "{reason}: {keys:#?}");
+    }
+    let extractable = keys.iter().find(|key| key["attributes"]["EXTRACTABLE"] == true).unwrap();
+    assert!(extractable["refused"].to_string().contains(reasons[1]), "{keys:#?}");
+    for verb in [&["key", "list"][..], &["key", "attest"], &["doctor"]] {
+        let said = String::from_utf8_lossy(&host.run(verb).stdout).into_owned();
+        assert!(reasons.iter().all(|reason| said.contains(reason)), "{verb:?}: {said}");
+    }
+    // No KEK is made beside them.
+    let done = host.run(&["key", "generate", "--unsynchronized-clock-ok"]);
+    assert!(String::from_utf8_lossy(&done.stderr).contains(reasons[0]), "{done:?}");
+}
+
+#[test]
 fn a_key_without_a_history_is_a_kek_only_by_a_reported_exception() {
     if Family::chosen().lacks_aes() {
         return;

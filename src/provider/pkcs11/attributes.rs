@@ -3,9 +3,9 @@
 use cryptoki::mechanism::MechanismType;
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass};
 
-use super::admission::{self, KekSpec, Said};
+use super::admission::{KekSpec, Said};
 use super::{oaep, raw};
-use crate::config::{Mode, Profile};
+use crate::config::{Mode, Omissible, Profile};
 use crate::provider::{Attributes, Value};
 
 /// What is asked of the token when a KEK is made: 256-bit AES that never leaves it, and whose attributes nobody changes.
@@ -43,8 +43,26 @@ pub(super) fn template(profile: &Profile, kek: &KekSpec) -> Vec<Attribute> {
 
 /// Leaves out what the token lets nobody set.
 pub(super) fn omit(profile: &Profile, template: &mut Vec<Attribute>) {
-    let omitted: Vec<_> = profile.omit_attributes.iter().copied().map(admission::omitted).collect();
+    let omitted: Vec<_> = profile.omit_attributes.iter().copied().map(omitted).collect();
     template.retain(|attribute| !omitted.contains(&attribute.attribute_type()));
+}
+
+/// The attribute that is left out of the template for a KEK.
+pub(super) const fn omitted(omissible: Omissible) -> AttributeType {
+    match omissible {
+        Omissible::CkaPrivate => AttributeType::Private,
+        Omissible::CkaSensitive => AttributeType::Sensitive,
+        Omissible::CkaModifiable => AttributeType::Modifiable,
+        Omissible::CkaCopyable => AttributeType::Copyable,
+        Omissible::CkaEncrypt => AttributeType::Encrypt,
+        Omissible::CkaDecrypt => AttributeType::Decrypt,
+        Omissible::CkaWrap => AttributeType::Wrap,
+        Omissible::CkaUnwrap => AttributeType::Unwrap,
+        Omissible::CkaSign => AttributeType::Sign,
+        Omissible::CkaVerify => AttributeType::Verify,
+        Omissible::CkaDerive => AttributeType::Derive,
+        Omissible::CkaAllowedMechanisms => AttributeType::AllowedMechanisms,
+    }
 }
 
 impl Said {
