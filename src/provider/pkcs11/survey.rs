@@ -163,10 +163,10 @@ impl Lane {
             Limit::Unavailable | Limit::Infinite => None,
         };
         Ok(TokenFacts {
-            label: info.label().into(),
-            manufacturer: info.manufacturer_id().into(),
-            model: info.model().into(),
-            serial: info.serial_number().into(),
+            label: text(info.label()),
+            manufacturer: text(info.manufacturer_id()),
+            model: text(info.model()),
+            serial: text(info.serial_number()),
             hardware: info.hardware_version().to_string(),
             firmware: info.firmware_version().to_string(),
             flags: flags(&info),
@@ -205,6 +205,11 @@ impl Lane {
         }
         Ok(keys)
     }
+}
+
+/// Some fill their texts up with zeros, and not with spaces.
+fn text(text: &str) -> String {
+    text.trim_end_matches(['\0', ' ']).into()
 }
 
 fn flags(info: &TokenInfo) -> Vec<&'static str> {
