@@ -28,7 +28,18 @@ fn what_is_made_wrong_is_found_with_a_remedy() {
         return;
     }
     type Break = fn(&mut Host) -> Vec<&'static str>;
-    let cases: [(&str, Break, &str, &str, &str); 6] = [
+    let cases: [(&str, Break, &str, &str, &str); 8] = [
+        ("no listener but the plugin", |_| vec![], "socket", "good", "serve --config"),
+        (
+            "a variable that the library requires",
+            |host| {
+                host.write_profile("environment = [\"TROUSSEAU_TEST_VENDOR\"]");
+                vec![]
+            },
+            "environment",
+            "failure",
+            "is not set for the serving plugin",
+        ),
         ("nothing", |_| vec![], "token", "good", "no way that was tried got a throw-away key out"),
         (
             "the socket's mode",
@@ -90,6 +101,18 @@ fn what_is_made_wrong_is_found_with_a_remedy() {
         assert_eq!((failed, code), (severity == "failure", Some(i32::from(failed))), "{case}: {findings:#?}");
         drop(plugin);
     }
+}
+
+#[test]
+fn whoever_else_listens_is_named() {
+    let host = Host::new();
+    let _ours = std::os::unix::net::UnixListener::bind(host.path("kms.sock")).unwrap();
+    let (findings, code) = findings(&host, &[]);
+    let who = format!("(pid {}, uid {})", std::process::id(), rustix::process::geteuid().as_raw());
+    for words in [&*who, "which is no trousseau plugin: it is handed what the API server encrypts"] {
+        assert!(has(&findings, "socket", "failure", words), "{words}: {findings:#?}");
+    }
+    assert_eq!(code, Some(1));
 }
 
 #[test]

@@ -30,6 +30,9 @@ pub struct Profile {
     pub notes: Vec<String>,
     /// Where its module is found, the first that exists being taken. Of one without a directory only the name is known.
     pub module_paths: Vec<PathBuf>,
+    /// Names of environment variables without which the module does not work.
+    #[serde(default)]
+    pub environment: Vec<String>,
     /// The ways to wrap that its tokens know, the preferred first.
     pub modes: Vec<Mode>,
     /// Codes by which its tokens know a mode's mechanism, where these are not the standard's.
@@ -159,6 +162,10 @@ impl Profile {
         if self.modes.is_empty() {
             return Some(("modes is empty".into(), "name at least one way to wrap"));
         }
+        if let Some(name) = self.environment.iter().find(|name| !is_variable(name)) {
+            let what = format!("environment has `{}`, which is no variable's name", name.escape_debug());
+            return Some((what, "write the name alone: letters, digits and `_`, and no digit first"));
+        }
         if let Some(mode) = self.mechanisms.keys().find(|mode| !self.modes.contains(mode)) {
             let what = format!("mechanisms has {}, which is not in modes", mode.as_str());
             return Some((what, "add it there, or remove it here"));
@@ -208,6 +215,11 @@ impl Profile {
         };
         Some(format!("profile {} was written from {from}, and nobody has run it yet", self.name))
     }
+}
+
+fn is_variable(name: &str) -> bool {
+    let may_stand = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    name.bytes().all(may_stand) && name.bytes().next().is_some_and(|first| !first.is_ascii_digit())
 }
 
 fn known(directory: &Path) -> String {
