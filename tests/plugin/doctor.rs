@@ -121,11 +121,18 @@ fn a_profile_of_what_was_found_can_be_used() {
         return;
     }
     let host = Host::new();
-    std::fs::create_dir(host.path("hsm-profiles")).unwrap();
+    host.write_profile(
+        "omit-attributes = [\"CKA_DERIVE\"]\n[errors]\nCKR_DEVICE_ERROR = \"fatal\"\n0x80000001 = \"session\"",
+    );
     let file = host.path("hsm-profiles/found.toml");
     let out = ["--profile-out", file.to_str().unwrap()];
     let (found, _) = findings(&host, &out);
     assert!(has(&found, "profile", "good", "read it before you use it"), "{found:#?}");
+    // The quirks of the profile in use are those of the same token.
+    let written = std::fs::read_to_string(&file).unwrap();
+    for quirk in ["CKA_DERIVE", "CKR_DEVICE_ERROR = \"fatal\"", "0x80000001 = \"session\""] {
+        assert!(written.contains(quirk), "{quirk}: {written}");
+    }
     // It is not written over.
     let (found, _) = findings(&host, &out);
     assert!(has(&found, "profile", "failure", "a file that is not there yet"), "{found:#?}");

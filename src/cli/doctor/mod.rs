@@ -162,7 +162,7 @@ async fn examine(args: &DoctorArgs, findings: &mut Findings) {
                     let mut surveys = Vec::new();
                     for (pkcs11, provider) in providers.iter().zip(&config.providers) {
                         let found = token::examine(pkcs11, provider, findings).await;
-                        surveys.extend(found.into_iter().map(|survey| (provider.profile.name.clone(), survey)));
+                        surveys.extend(found.into_iter().map(|survey| (Arc::clone(&provider.profile), survey)));
                     }
                     if let Some(file) = &args.profile_out {
                         profile::write(file, &surveys, findings);

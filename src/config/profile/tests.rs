@@ -44,6 +44,24 @@ fn a_profile_that_cannot_be_meant_is_refused_with_the_field_and_the_line() {
 }
 
 #[test]
+fn what_is_written_of_a_profile_is_read_as_the_same() {
+    let quirks = "\n[errors]\nCKR_DEVICE_ERROR = \"token\"\n0x80000001 = \"session\"\n";
+    let more = [("quirks", &*format!("{GOOD}{quirks}"))];
+    for (name, text) in SHIPPED.iter().copied().chain(more) {
+        let profile = Profile::parse(name, Path::new(name), text).unwrap();
+        let written = profile.to_toml().unwrap();
+        assert_eq!(Profile::parse(name, Path::new(name), &written).unwrap(), profile, "{written}");
+        // A part of its modes is a profile too.
+        for kept in &profile.modes {
+            let found = profile.of_token("found".into(), "doctor", Path::new("/lib.so"), |mode| mode == *kept);
+            let again = Profile::parse(name, Path::new(name), &found.to_toml().unwrap()).unwrap();
+            assert_eq!((&again.modes, &again.errors), (&vec![*kept], &profile.errors), "{name}");
+            assert_eq!(again.mechanism(*kept), profile.mechanism(*kept), "{name}");
+        }
+    }
+}
+
+#[test]
 fn a_mechanism_is_the_profiles_or_else_the_standards() {
     let text = GOOD.replace("[\"encrypt\"]", "[\"encrypt\", \"encrypt-kwp\"]\nmechanisms = { encrypt = 0x80000170 }");
     let profile = Profile::parse("name", Path::new("name.toml"), &text).unwrap();
