@@ -147,7 +147,7 @@ opencryptoki_tests() {
 }
 # What does not ask more of a token than these two stand, see the notes of their profiles.
 oaep_tests() {
-    cargo test --locked --no-fail-fast --test plugin -- --test-threads 2 keys:: oaep:: foreign_input:: attest:: command_line::
+    cargo test --locked --no-fail-fast --test plugin -- --test-threads 2 keys:: oaep:: foreign_input:: attest:: doctor:: command_line::
 }
 tpm2_tests() {
     TROUSSEAU_FAULT_LIB=$(tests/tokens/build.sh fault)

@@ -34,8 +34,8 @@ pub(super) fn examine(config: &Config, findings: &mut Findings) {
 /// Writes it, unless nothing worked; a file that is there stays as it is.
 pub(super) fn write(file: &Path, surveys: &[(Arc<Profile>, Survey)], findings: &mut Findings) {
     let shown = file.display();
-    let works = |(_, survey): &&(Arc<Profile>, Survey)| survey.modes.iter().any(|mode| mode.failure.is_none());
-    let Some((profile, survey)) = surveys.iter().find(works) else {
+    let has_modes = |(profile, survey): &&(Arc<Profile>, Survey)| !kept(profile, survey).is_empty();
+    let Some((profile, survey)) = surveys.iter().find(has_modes) else {
         let remedy = "the findings say why; a profile like `generic`, with more modes, may find more";
         return findings.failure(PROFILE, format!("{shown} is not written: no mode was found that works"), remedy);
     };
@@ -58,6 +58,12 @@ pub(super) fn write(file: &Path, surveys: &[(Arc<Profile>, Survey)], findings: &
     }
 }
 
+/// The modes that worked, and the one that nothing but a KEK can prove.
+fn kept(profile: &Profile, survey: &Survey) -> Vec<Mode> {
+    let worked = |mode: Mode| survey.modes.iter().any(|tried| tried.mode == mode.as_str() && tried.failure.is_none());
+    profile.modes.iter().copied().filter(|mode| *mode == Mode::Oaep || worked(*mode)).collect()
+}
+
 /// The profile with which the token was tried, but for what was found otherwise.
 fn text(survey: &Survey, profile: &Profile) -> Result<String, toml::ser::Error> {
     let (token, module) = (&survey.token, &survey.token.module);
@@ -72,11 +78,13 @@ fn text(survey: &Survey, profile: &Profile) -> Result<String, toml::ser::Error> 
     ];
     let failed = survey.modes.iter().filter_map(|mode| Some(format!("mode {}: {}", mode.mode, mode.failure.as_ref()?)));
     let limit = token.max_sessions.filter(|most| *most > 0).map(|most| format!("it allows {most} sessions"));
+    let kept = kept(profile, survey);
+    let untried = "mode oaep was not tried: `trousseau key generate --mode oaep` proves it".to_owned();
+    let untried = kept.contains(&Mode::Oaep).then_some(untried);
     // A line of the token's must not end the comment.
     let comment = |line: String| format!("# {}\n", line.replace(char::is_control, " "));
-    let comments: String = found.into_iter().chain(limit).chain(failed).map(comment).collect();
-    let works = |mode: Mode| survey.modes.iter().any(|tried| tried.mode == mode.as_str() && tried.failure.is_none());
+    let comments: String = found.into_iter().chain(limit).chain(failed).chain(untried).map(comment).collect();
     let title = format!("{} {}", token.manufacturer, token.model);
-    let found = profile.of_token(title, "what `trousseau doctor` found", &module.path, works);
+    let found = profile.of_token(title, "what `trousseau doctor` found", &module.path, |mode| kept.contains(&mode));
     Ok(format!("{comments}{}", found.to_toml()?))
 }
