@@ -189,11 +189,11 @@ kubernetes_tests() {
     go test -count=1 -p 1 "${go_arguments[@]}" ./...
 }
 
-# SoftHSM; what kryoptic is built with; openCryptoki; a TPM in software; NSS; a C++ compiler for libFuzzer; containers, and
-# systemd-analyze for the units.
+# SoftHSM; what kryoptic is built with; openCryptoki; a TPM in software; NSS; wrong clocks; a C++ compiler for libFuzzer;
+# containers, and systemd-analyze for the units.
 step "installing packages, where missing" install_packages \
     ca-certificates softhsm2 opencryptoki libtpm2-pkcs11-1 swtpm tpm2-abrmd libtss2-tcti-tabrmd0 dbus libnss3 \
-    libssl-dev libsqlite3-dev libclang-dev pkg-config g++ docker.io debootstrap systemd
+    libfaketime libssl-dev libsqlite3-dev libclang-dev pkg-config g++ docker.io debootstrap systemd
 step "finding Rust $(rust_wanted) or newer, else installing Debian's" ensure_rust
 step "finding Go, else installing $go_version" ensure_go
 step "building" warm_up
