@@ -9,7 +9,7 @@ use clap::Args;
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::output::{Failure, Format, print, print_json};
+use super::output::{Failure, Format, patiently, print, print_json};
 use super::{ConfigArgs, OutputArgs, assemble};
 use crate::config::{Config, Exportable, Pkcs11Config, Status};
 use crate::disk;
@@ -112,7 +112,8 @@ pub(super) async fn attest(args: &AttestArgs) -> Result<(), Failure> {
         let pkcs11 = assemble::pkcs11(provider, &state, &Leader::default())?;
         let deadline = Instant::now() + TIMEOUT;
         let late = "its tokens did not answer within two minutes";
-        let surveys = tokio::time::timeout(TIMEOUT, pkcs11.survey(true, deadline)).await;
+        let what = format!("trying to get throw-away keys out of the tokens of provider {}", provider.name);
+        let surveys = patiently(&what, tokio::time::timeout(TIMEOUT, pkcs11.survey(true, deadline))).await;
         providers.push(match surveys {
             Ok(surveys) => {
                 let (tokens, lost): (Vec<_>, Vec<_>) = surveys.into_iter().partition(Result::is_ok);

@@ -1,10 +1,12 @@
 //! `trousseau doctor`: everything that a working plugin needs, tried live; each finding with its remedy.
 //!
-//! [`profile`] is what is known of the tokens before they are asked, [`host`] the machine, [`token`] the tokens and their KEKs, [`transit`] Vault and OpenBao, [`socket`] the plugin that serves, and
-//! [`kubernetes`] the API server. No check waits for ever: what blocks is done by a thread that is left behind when its
-//! time is over.
+//! [`profile`] is what is known of the tokens before they are asked, [`environment`] what their libraries require,
+//! [`host`] the machine, [`token`] the tokens and their KEKs, [`transit`] Vault and OpenBao, [`socket`] the plugin that
+//! serves, and [`kubernetes`] the API server. No check waits for ever: what blocks is done by a thread that is left behind
+//! when its time is over.
 
 mod encryption_config;
+mod environment;
 mod host;
 mod kubernetes;
 mod profile;
@@ -142,8 +144,12 @@ async fn examine(args: &DoctorArgs, findings: &mut Findings) {
     };
     findings.good("configuration", format!("{file} and the files that it names are good"));
     profile::examine(&config, findings);
-    let path = args.config.config.clone();
-    findings.add_from("host", move |findings| host::examine(&path, findings)).await;
+    let (path, theirs) = (args.config.config.clone(), Arc::clone(&config));
+    let examine_host = move |findings: &mut Findings| {
+        environment::examine(theirs.pkcs11().map(|provider| &*provider.profile), &path, findings);
+        host::examine(&path, findings);
+    };
+    findings.add_from("host", examine_host).await;
     match assemble::state(&config) {
         Ok(state) => {
             if let Err(error) = state.check() {
@@ -157,7 +163,7 @@ async fn examine(args: &DoctorArgs, findings: &mut Findings) {
                     let mut surveys = Vec::new();
                     for (pkcs11, provider) in providers.iter().zip(config.pkcs11()) {
                         let found = token::examine(pkcs11, provider, findings).await;
-                        surveys.extend(found.into_iter().map(|survey| (provider.profile.name.clone(), survey)));
+                        surveys.extend(found.into_iter().map(|survey| (Arc::clone(&provider.profile), survey)));
                     }
                     if let Some(file) = &args.profile_out {
                         profile::write(file, &surveys, findings);

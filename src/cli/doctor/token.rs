@@ -73,8 +73,13 @@ fn report(survey: &Survey, provider: &Pkcs11Config, findings: &mut Findings) {
             ),
         }
     }
-    for trial in survey.exportability.trials.iter().filter(|trial| trial.outcome != Outcome::Refused) {
-        let what = format!("{name}: {} ({}): {}", trial.way, trial.like, trial.what);
+    // What came of several ways alike is told once.
+    let notable: Vec<_> =
+        survey.exportability.trials.iter().filter(|trial| trial.outcome != Outcome::Refused).collect();
+    for trials in notable.chunk_by(|one, other| (one.like, &one.what) == (other.like, &other.what)) {
+        let Some(trial) = trials.first() else { continue };
+        let ways: Vec<&str> = trials.iter().map(|trial| trial.way).collect();
+        let what = format!("{name}: {} ({}): {}", ways.join("; "), trial.like, trial.what);
         let (severity, remedy) = match trial.outcome {
             Outcome::CameOut => (Severity::Failure, "use another token: this one does not keep a KEK in"),
             Outcome::Warning => (Severity::Warning, "ask the vendor why the token allows it"),

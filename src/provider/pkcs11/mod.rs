@@ -1,13 +1,14 @@
 //! The provider of type `pkcs11`: KEKs in one token, or in several that are replicas of each other.
 //!
-//! From top to bottom: this room knows tokens and their KEKs; [`token`] keeps one connected, by its supervisor
-//! thread; [`pool`] has work done by its session threads; [`link`] is what these tell each other; [`lane`] is what one
-//! session does; [`mechanism`] is how a KEK wraps ([`oaep`] if it is two RSA pairs), and [`raw`] what cryptoki cannot name of that; [`address`] finds a
-//! token by what [`slots`] say, and [`login`] logs in to it unless its PIN was refused ([`tries`]); a [`connection`]
-//! comes of that; [`module`] loads a library. [`pace`] knows how long calls take, [`timing`] measures them without the
-//! pool, [`admission`] decides which keys are KEKs, [`generation`] makes one, [`attributes`] is what is said of them,
-//! [`survey`] is what a token says of all that, [`exportability`] tries to get a key out of it, and [`error`] says what
-//! failed. They are the only rooms that know the cryptoki crate.
+//! From top to bottom: this room knows tokens and their KEKs; [`token`] keeps one connected, by its supervisor thread;
+//! [`pool`] has work done by its session threads; [`link`] is what these tell each other; [`lane`] is what one session
+//! does, and [`inventory`] what it finds under the KEKs' label; [`mechanism`] is how a KEK wraps ([`oaep`] if it is
+//! two RSA pairs), and [`raw`] what cryptoki cannot name of that; [`address`] finds a token by what [`slots`] say, and
+//! [`login`] logs in to it unless its PIN was refused ([`tries`]); a [`connection`] comes of that; [`module`] loads a
+//! library. [`pace`] knows how long calls take, [`timing`] measures them without the pool, [`admission`] decides which
+//! keys are KEKs, [`generation`] makes one, [`attributes`] is what is said of them, [`survey`] is what a token says of
+//! all that, [`exportability`] tries to get a key out of it, and [`error`] says what failed. They are the only rooms
+//! that know the cryptoki crate.
 
 mod address;
 mod admission;
@@ -17,6 +18,7 @@ mod error;
 mod exportability;
 mod generation;
 mod halves;
+mod inventory;
 mod job;
 mod kek;
 mod lane;
@@ -56,8 +58,8 @@ use self::admission::KekSpec;
 pub use self::admission::LONGEST_WAIT;
 pub use self::exportability::{Like, Outcome, ThrowAway, Trial, Trials};
 pub use self::generation::{Generated, Plan};
+use self::inventory::{Candidate, Inventory};
 use self::kek::{Pkcs11Kek, Places};
-use self::lane::{Candidate, Inventory};
 use self::link::SILENCE;
 pub use self::login::Retry;
 pub use self::module::leave;
