@@ -9,8 +9,8 @@ use jiff::Timestamp;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::assemble;
 use super::output::Failure;
+use super::{VERSION, assemble};
 use crate::config::{Config, Listen};
 use crate::keyring::{Keyring, Reminder};
 use crate::provider::pkcs11;
@@ -72,8 +72,8 @@ async fn serve_with(
     let keyring = Arc::new(assemble::keyring(&config, Arc::clone(&state), &leader)?);
     let listener = Listener::open(&config.listen)?;
     let socket = config.listen.socket.display();
-    let (version, cluster) = (env!("CARGO_PKG_VERSION"), &config.keyring.cluster);
-    tracing::info!(version, %socket, v1beta1 = config.listen.v1beta1, cluster, "serving");
+    let cluster = &config.keyring.cluster;
+    tracing::info!(version = VERSION, %socket, v1beta1 = config.listen.v1beta1, cluster, "serving");
     ready()?;
     let v1beta1 = config.listen.v1beta1;
     let requests = Arc::new(Requests::new(keyring));

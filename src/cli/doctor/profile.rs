@@ -8,6 +8,7 @@ use std::path::Path;
 
 use jiff::Timestamp;
 
+use super::super::VERSION;
 use super::Findings;
 use crate::config::Config;
 use crate::provider::pkcs11::Survey;
@@ -57,7 +58,7 @@ fn text(survey: &Survey, profile: &str) -> String {
     let (token, module) = (&survey.token, &survey.token.module);
     let quoted = |text: &str| toml::Value::from(text).to_string();
     let found = [
-        format!("written by `trousseau doctor` {} at {}", env!("CARGO_PKG_VERSION"), Timestamp::now()),
+        format!("written by `trousseau doctor` {} at {}", VERSION, Timestamp::now()),
         format!(
             "token {} {}, hardware {}, firmware {}",
             token.manufacturer, token.model, token.hardware, token.firmware
