@@ -148,7 +148,7 @@ build_rpm() {
     # Files, and of the directories those that are ours alone.
     {
         (cd -- "$tree" && find . \( -type f -o -type l \) -printf '"/%P"\n' | sort | sed 's|^"/usr/share/doc/|%doc &|')
-        (cd -- "$tree" && find . -type d -name '*trousseau*' -printf '%%dir "/%P"\n' | sort)
+        (cd -- "$tree" && find . -type d -path '*/trousseau*' -printf '%%dir "/%P"\n' | sort)
     } >"$work/$deb/rpm-files"
     rpmbuild -bb --target "$rpm-linux" \
         -D "_topdir $work/$deb/rpm" -D "_rpmdir $work/$deb" -D "_rpmfilename trousseau.rpm" \

@@ -165,7 +165,19 @@ mode_tests() {
 
 fault_module_tests() { cargo test --locked --manifest-path tests/tokens/fault/Cargo.toml; }
 
-container_tests() { tests/containers/run.sh cargo test --locked --test containers; }
+# Both packages, twice, for an upgrade; the second time nothing is compiled.
+packages=$work/packages
+package_tests() {
+    packaging/build.sh "$packages"
+    packaging/build.sh --revision 2 "$packages"
+    lintian --allow-root --fail-on error,warning "$packages"/*-1_*.deb
+    rpmlint --config packaging/rpm/rpmlint.toml "$packages"/*-1.*.rpm
+}
+
+container_tests() {
+    export TROUSSEAU_PACKAGES=$packages
+    tests/containers/run.sh cargo test --locked --test containers
+}
 
 fuzz() {
     local target=$1 corpus=$cache/fuzz/$1
@@ -190,10 +202,10 @@ kubernetes_tests() {
 }
 
 # SoftHSM; what kryoptic is built with; openCryptoki; a TPM in software; NSS; a C++ compiler for libFuzzer; containers, and
-# systemd-analyze for the units.
+# systemd-analyze for the units; what judges packages and man pages.
 step "installing packages, where missing" install_packages \
     ca-certificates softhsm2 opencryptoki libtpm2-pkcs11-1 swtpm tpm2-abrmd libtss2-tcti-tabrmd0 dbus libnss3 \
-    libssl-dev libsqlite3-dev libclang-dev pkg-config g++ docker.io debootstrap systemd
+    libssl-dev libsqlite3-dev libclang-dev pkg-config g++ docker.io debootstrap systemd lintian rpm rpmlint groff mandoc
 step "finding Rust $(rust_wanted) or newer, else installing Debian's" ensure_rust
 step "finding Go, else installing $go_version" ensure_go
 step "building" warm_up
@@ -205,7 +217,8 @@ part "Rust, openCryptoki token" opencryptoki_tests
 part "Rust, TPM 2.0 token" tpm2_tests
 part "Rust, SoftHSM in gcm mode" mode_tests softhsm gcm
 part "Rust, kryoptic in encrypt-kwp mode" mode_tests kryoptic encrypt-kwp
-part "the units, in containers" container_tests
+part "packages" package_tests
+part "units and packages, in containers" container_tests
 for target in fuzz/fuzz_targets/*.rs; do
     part "fuzz $(basename "$target" .rs), $fuzz_seconds s" fuzz "$(basename "$target" .rs)"
 done

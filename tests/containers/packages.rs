@@ -93,25 +93,30 @@ fn live_through(manager: &Manager) -> Option<Machine> {
     };
     let machine = Machine::boot_without_plugin(&image, &packages);
     machine.run(&format!("{} {}", manager.install, there(1)));
-    // Debian enables what is installed, be it by maintainer script or by preset; nothing serves without a configuration.
-    assert_eq!(machine.run("systemctl is-enabled trousseau.socket trousseau.service"), "enabled\nenabled");
+    // Debian enables sockets, be it by maintainer script or by preset; nothing serves without a configuration.
+    let enabled = "systemctl is-enabled trousseau.socket trousseau.service || true";
+    assert_eq!(machine.run(enabled), "enabled\ndisabled");
+    machine.run("systemctl start trousseau.socket");
     let active = "systemctl is-active trousseau.socket trousseau.service || true";
-    assert_eq!(machine.run(active), "inactive\ninactive");
-    machine.run("systemctl start trousseau.socket trousseau.service");
     assert_eq!(machine.run(active), "inactive\ninactive");
 
     // As packaging/README.md says.
-    let mine = format!("# This is mine.\n{}", configuration("test"));
+    let mine = format!("{}[observe]\nhttp = \"127.0.0.1:9990\" # This is mine.\n", configuration("test"));
     machine.run(&format!(
         "cat >/etc/trousseau/trousseau.toml <<'end'\n{mine}end
          (umask 077 && echo {PIN} >/etc/trousseau/pin)
          mkdir -p /etc/systemd/system/trousseau.service.d
-         cp /usr/share/trousseau/drop-ins/softhsm.conf /etc/systemd/system/trousseau.service.d
+         cp /usr/share/trousseau/drop-ins/softhsm.conf /usr/share/trousseau/drop-ins/metrics.conf \\
+             /etc/systemd/system/trousseau.service.d
          systemctl daemon-reload
          systemctl enable --now trousseau.socket trousseau.service"
     ));
     machine.make_token();
     machine.wait_until("the plugin is well", |machine| machine.status().is_ok());
+
+    let ready = "exec 3<>/dev/tcp/127.0.0.1/9990; printf 'GET /readyz HTTP/1.0\\r\\n\\r\\n' >&3; head -n 1 <&3";
+    let ready = || machine.run(&format!("timeout 5 bash -c \"{ready}\""));
+    assert!(ready().contains("200 OK"), "{}", ready());
 
     let load = Load::begin(machine.socket());
     let (pid, socket) = (machine.show("MainPID"), fs::metadata(machine.socket()).unwrap().ino());
@@ -123,7 +128,8 @@ fn live_through(manager: &Manager) -> Option<Machine> {
     assert_eq!(load.end(), Vec::<String>::new());
     assert_eq!(fs::metadata(machine.socket()).unwrap().ino(), socket, "the socket is another one");
     assert_eq!(machine.run("cat /etc/trousseau/trousseau.toml"), mine.trim());
-    assert_eq!(machine.run("systemctl is-enabled trousseau.socket trousseau.service"), "enabled\nenabled");
+    assert_eq!(machine.run(enabled), "enabled\nenabled");
+    assert!(ready().contains("200 OK"), "{}", ready());
 
     machine.run(manager.remove);
     assert_eq!(machine.run(active), "inactive\ninactive");
