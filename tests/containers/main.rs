@@ -20,5 +20,6 @@ mod load;
 mod machine;
 mod packages;
 mod rotation;
+mod static_pod;
 mod supervision;
 mod units;

@@ -34,7 +34,7 @@ const RPM: Manager = Manager {
 const DEBIANS_OWN: [&str; 2] = ["usr/share/doc/trousseau/changelog.Debian.gz", "usr/share/lintian/overrides/trousseau"];
 
 /// Where the packages are, or why the test is skipped; it says so.
-fn packages() -> Option<PathBuf> {
+pub fn packages() -> Option<PathBuf> {
     let packages = env::var_os("TROUSSEAU_PACKAGES").map(PathBuf::from);
     if packages.is_none() {
         eprintln!(
@@ -44,7 +44,7 @@ fn packages() -> Option<PathBuf> {
     packages
 }
 
-fn package(directory: &Path, revision: u8, ending: &str) -> PathBuf {
+pub fn package(directory: &Path, revision: u8, ending: &str) -> PathBuf {
     let is_wanted = |name: &str| {
         let (_, rest) = name.split_once(concat!(env!("CARGO_PKG_VERSION"), "-")).unwrap_or_default();
         rest.starts_with(&revision.to_string())
