@@ -76,6 +76,19 @@ ensure_cargo_fuzz() {
     cargo fuzz --version || cargo install --locked cargo-fuzz@0.13.2
 }
 
+# Out of Debian's package, whose installation would start a server. For the alert rules.
+ensure_promtool() {
+    local home=$cache/promtool aside
+    PATH=$PATH:$home
+    ! command -v promtool || return 0
+    aside=$(mktemp -d "$home.XXXXXX")
+    (cd -- "$aside" && { apt-get -q download prometheus || { as_root apt-get -q update && apt-get -q download prometheus; }; })
+    dpkg-deb --fsys-tarfile "$aside"/prometheus_*.deb | tar -x -C "$aside" --strip-components 3 ./usr/bin/promtool
+    rm -- "$aside"/prometheus_*.deb
+    chmod 0755 -- "$aside"
+    mv -T -- "$aside" "$home"
+}
+
 build_fuzz() {
     # The plugin's own versions, to which the fetch adds libFuzzer; offline, cargo-fuzz cannot move them.
     cp -- Cargo.lock fuzz/Cargo.lock
@@ -208,6 +221,7 @@ step "installing packages, where missing" install_packages \
     libssl-dev libsqlite3-dev libclang-dev pkg-config g++ docker.io debootstrap systemd lintian rpm rpmlint groff mandoc
 step "finding Rust $(rust_wanted) or newer, else installing Debian's" ensure_rust
 step "finding Go, else installing $go_version" ensure_go
+step "finding promtool, else fetching Debian's" ensure_promtool
 step "building" warm_up
 
 part "the module that makes faults" fault_module_tests

@@ -18,6 +18,7 @@ mod boot;
 mod changes;
 mod load;
 mod machine;
+mod monitoring;
 mod packages;
 mod rotation;
 mod static_pod;
