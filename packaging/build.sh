@@ -42,9 +42,14 @@ finish() {
 trap finish EXIT
 
 version=$(sed -n 's/^version *= *"\(.*\)"$/\1/p' Cargo.toml | head -n 1)
-commit=$(git rev-parse HEAD 2>/dev/null || echo unknown)
+# git of these sources; it fails where they are not in a repository of their own.
+own_git() {
+    [[ $(git -c 'safe.directory=*' rev-parse --show-toplevel 2>/dev/null) == "$(realpath -- "$repository")" ]] &&
+        git -c 'safe.directory=*' "$@"
+}
+commit=$(own_git describe --always --dirty --exclude='*' --abbrev=40 || echo "none: built without git")
 # What bears a date bears that of the sources.
-SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || stat -c %Y Cargo.toml)}
+SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(own_git log -1 --format=%ct || stat -c %Y Cargo.toml)}
 export SOURCE_DATE_EPOCH
 
 # Puts into the binary from which crates it was made: the bill of materials and the licences are read out of it.

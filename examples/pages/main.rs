@@ -110,6 +110,7 @@ mod tests {
         let mandoc = ["mandoc", "-Tlint", "-Wwarning"];
         for command in [groff.as_slice(), &mandoc] {
             if Command::new(command[0]).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_err() {
+                assert!(env::var_os("TROUSSEAU_TEST_REQUIRE").is_none(), "install {}", command[0]);
                 eprintln!("skipped: {} is lacking, which Debian's package of that name has", command[0]);
                 continue;
             }

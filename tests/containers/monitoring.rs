@@ -15,6 +15,7 @@ fn place() -> PathBuf {
 fn has_promtool() -> bool {
     let has = Command::new("promtool").arg("--version").output().is_ok();
     if !has {
+        assert!(std::env::var_os("TROUSSEAU_TEST_REQUIRE").is_none(), "install promtool");
         eprintln!("skipped: promtool is lacking, which is in Debian's package prometheus");
     }
     has

@@ -93,6 +93,9 @@ fn live_through(manager: &Manager) -> Option<Machine> {
     };
     let machine = Machine::boot_without_plugin(&image, &packages);
     machine.run(&format!("{} {}", manager.install, there(1)));
+    let version = machine.run("trousseau --version");
+    assert!(version.starts_with(concat!("trousseau ", env!("CARGO_PKG_VERSION"), " (")), "{version}");
+    assert!(!version.contains("debug"), "{version}");
     // Debian enables sockets, be it by maintainer script or by preset; nothing serves without a configuration.
     let enabled = "systemctl is-enabled trousseau.socket trousseau.service || true";
     assert_eq!(machine.run(enabled), "enabled\ndisabled");
@@ -101,7 +104,10 @@ fn live_through(manager: &Manager) -> Option<Machine> {
     assert_eq!(machine.run(active), "inactive\ninactive");
 
     // As packaging/README.md says.
-    let mine = format!("{}[observe]\nhttp = \"127.0.0.1:9990\" # This is mine.\n", configuration("test"));
+    let mine = format!(
+        "{}[listen]\ngroup = \"trousseau-clients\"\n[observe]\nhttp = \"127.0.0.1:9990\" # This is mine.\n",
+        configuration("test")
+    );
     machine.run(&format!(
         "cat >/etc/trousseau/trousseau.toml <<'end'\n{mine}end
          (umask 077 && echo {PIN} >/etc/trousseau/pin)
@@ -114,6 +120,10 @@ fn live_through(manager: &Manager) -> Option<Machine> {
     machine.make_token();
     machine.wait_until("the plugin is well", |machine| machine.status().is_ok());
 
+    // As root, who may read what the API server is told.
+    let doctor = "systemd-run --pipe --wait -q -p LoadCredential=pin:/etc/trousseau/pin trousseau doctor";
+    let findings = machine.run(doctor);
+    assert!(!findings.contains("FAILURE") && findings.contains("answers: key_id"), "{findings}");
     let ready = "exec 3<>/dev/tcp/127.0.0.1/9990; printf 'GET /readyz HTTP/1.0\\r\\n\\r\\n' >&3; head -n 1 <&3";
     let ready = || machine.run(&format!("timeout 5 bash -c \"{ready}\""));
     assert!(ready().contains("200 OK"), "{}", ready());
