@@ -10,7 +10,8 @@ usage() {
 usage: tests/run.sh [--long]
 
 Runs every test: Rust on a SoftHSM token and again on kryoptic, the plugin's on openCryptoki and a TPM
-in software too, fuzz targets, Go clients and the real API server. Needs root or sudo for missing packages. Exit code 0: every part passed; 1: one did not.
+in software too, both packages and the units in containers, fuzz targets, Go clients and the real API
+server. Needs root or sudo for missing packages. Exit code 0: every part passed; 1: one did not.
   --long   soaks too (ignored Rust tests named soak, Go tests without -short), and ten minutes of faults at
            random and for each fuzz target
 USAGE

@@ -175,6 +175,15 @@ fn both_packages_carry_the_same() {
     for (name, of_deb) in &deb {
         assert!(rpm[name] == *of_deb, "{name} is not the same in both");
     }
+    let documentation = |name: &str| uncompressed(&deb[&format!("usr/share/doc/trousseau/{name}.gz")].1);
+    let bill: serde_json::Value = serde_json::from_str(&documentation("sbom.cdx.json")).unwrap();
+    let crates = bill["components"].as_array().unwrap();
+    assert!(crates.iter().any(|part| part["name"] == "cryptoki"), "{bill}");
+    let licences = documentation("licences.txt");
+    for part in crates {
+        let name = format!("{} {}: ", part["name"].as_str().unwrap(), part["version"].as_str().unwrap());
+        assert!(licences.contains(&name), "{name} has no licence");
+    }
     let size: usize = deb.values().map(|(_, content)| content.len()).sum();
     assert!(size < 15_000_000, "{size} bytes are installed");
     // Everything that the list names has come in: no pattern of it was empty.
@@ -183,6 +192,12 @@ fn both_packages_carry_the_same() {
     {
         assert!(deb.contains_key(&format!("usr/{name}")), "{name} is missing");
     }
+}
+
+fn uncompressed(content: &[u8]) -> String {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), content).unwrap();
+    String::from_utf8(Command::new("gzip").arg("-dc").stdin(file.reopen().unwrap()).output().unwrap().stdout).unwrap()
 }
 
 /// Each file and link below, with its mode and what is in it.
