@@ -32,7 +32,9 @@ const BOOT: &str = "
 /// Before that, what is installed by hand.
 const ENABLE: &str = "
     systemd-sysusers
-    systemctl enable trousseau.socket trousseau.service kubelet.service";
+    systemctl enable trousseau.socket trousseau.service kubelet.service k3s.service rke2-server.service";
+/// What starts the API server, of which a host has one.
+pub const STARTERS: [&str; 3] = ["kubelet.service", "k3s.service", "rke2-server.service"];
 
 /// The image, or why the test is skipped; it says so.
 pub fn image() -> Option<String> {
@@ -89,16 +91,17 @@ impl Machine {
         write(&path.join("etc/pin"), PIN, 0o600);
         write(&path.join("etc/trousseau.toml"), &configuration("test"), 0o644);
         let system = "/etc/systemd/system";
-        let mounts = [
+        let mut mounts = vec![
             (path.join("etc"), "/etc/trousseau".to_owned()),
             (path.join("drop-ins"), format!("{system}/trousseau.service.d")),
             (env!("CARGO_BIN_EXE_trousseau").into(), "/usr/bin/trousseau".to_owned()),
             (packaged.join("trousseau.service"), format!("{system}/trousseau.service")),
             (packaged.join("trousseau.socket"), format!("{system}/trousseau.socket")),
             (packaged.join("sysusers.d/trousseau.conf"), "/etc/sysusers.d/trousseau.conf".to_owned()),
-            (repository.join("tests/containers/kubelet.service"), format!("{system}/kubelet.service")),
         ];
-        Self::start(directory, tokens, image, &format!("{ENABLE}{BOOT}"), mounts.to_vec())
+        let stand_in = repository.join("tests/containers/stand-in.service");
+        mounts.extend(STARTERS.map(|unit| (stand_in.clone(), format!("{system}/{unit}"))));
+        Self::start(directory, tokens, image, &format!("{ENABLE}{BOOT}"), mounts)
     }
 
     /// Boots a host without the plugin, where the packages lie in /packages.
