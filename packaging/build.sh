@@ -78,6 +78,7 @@ has_target() { [[ -d $(rustc --print target-libdir --target "$1") ]] && command 
 build_binary() {
     local place=$CARGO_TARGET_DIR upper=${target^^} arguments=()
     export RUSTFLAGS="--remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}=/cargo --remap-path-prefix=$repository=/trousseau"
+    RUSTFLAGS+=" --remap-path-prefix=$CARGO_TARGET_DIR=/target"
     if [[ $target != "$host" ]]; then
         export "CARGO_TARGET_${upper//-/_}_LINKER=$linker"
         arguments=(--target "$target")
