@@ -1,7 +1,9 @@
-//! Compiles `proto/` into the KMS v2 and v1beta1 service traits (no protoc is needed), and lists `hsm-profiles/`.
+//! Compiles `proto/` into the KMS v2 and v1beta1 service traits (no protoc is needed), lists `hsm-profiles/`, and
+//! names the build.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::{env, fs};
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -12,6 +14,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .skip_debug(["."])
         .codec_path("crate::service::codec::SmallMessages")
         .compile_fds(files)?;
+    name_the_build();
     list_profiles()
 }
 
@@ -27,4 +30,30 @@ fn list_profiles() -> Result<(), Box<dyn Error>> {
     let list: String = files.iter().map(entry).collect();
     fs::write(Path::new(&env::var("OUT_DIR")?).join("profiles.rs"), format!("&[\n{list}]\n"))?;
     Ok(())
+}
+
+/// What `--version` says after the number: a release build's commit, with `-dirty` if what was built differs from it.
+/// A debug build is nobody's release, and would be built anew at each commit.
+fn name_the_build() {
+    let commit = || {
+        // The repository of these sources, not one that they happen to lie in; whoever it belongs to.
+        let git = |arguments: &[&str]| {
+            let asked = Command::new("git").args(["-c", "safe.directory=*"]).args(arguments).output().ok()?;
+            let said = String::from_utf8(asked.stdout).ok()?.trim().to_owned();
+            asked.status.success().then_some(said)
+        };
+        let here = env::current_dir().and_then(fs::canonicalize).ok()?;
+        (Path::new(&git(&["rev-parse", "--show-toplevel"])?) == here).then_some(())?;
+        for watched in
+            ["src", "hsm-profiles", "Cargo.toml", "Cargo.lock", &git(&["rev-parse", "--git-path", "logs/HEAD"])?]
+        {
+            println!("cargo:rerun-if-changed={watched}");
+        }
+        git(&["describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"])
+    };
+    let build = match env::var("PROFILE").as_deref() {
+        Ok("release") => commit().unwrap_or_else(|| "from sources without git".to_owned()),
+        _ => "debug build".to_owned(),
+    };
+    println!("cargo:rustc-env=TROUSSEAU_BUILD={build}");
 }

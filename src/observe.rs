@@ -19,12 +19,12 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use jiff::Timestamp;
-use listenfd::ListenFd;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
 use crate::keyring::Keyring;
 use crate::service::requests::Requests;
+use crate::systemd;
 
 /// Peers at a time; the next ones wait.
 const CONNECTIONS: usize = 16;
@@ -72,7 +72,7 @@ pub async fn serve(address: Option<SocketAddr>, requests: &Arc<Requests>) {
 
 /// The socket that systemd hands over, if it has this address: then the daemon needs no network. A new one otherwise.
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let mut handed_over = ListenFd::from_env();
+    let mut handed_over = systemd::handed_over();
     let inherited = (0..handed_over.len())
         .filter_map(|n| handed_over.take_tcp_listener(n).ok().flatten())
         .find(|socket| socket.local_addr().is_ok_and(|local| local == address));

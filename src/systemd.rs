@@ -1,8 +1,19 @@
-//! What systemd is told (sd_notify(3)). Outside a unit, nothing is.
+//! What systemd is told (sd_notify(3)), and the sockets that it hands over. Outside a unit, nothing is.
 
+use std::sync::{LazyLock, Mutex, MutexGuard};
 use std::time::Duration;
 
+use listenfd::ListenFd;
 use sd_notify::NotifyState;
+
+use crate::sync::lock;
+
+/// The sockets that systemd hands over, of several units perhaps. The environment tells of them once only, so whoever
+/// looks for one takes it from here.
+pub fn handed_over() -> MutexGuard<'static, ListenFd> {
+    static SOCKETS: LazyLock<Mutex<ListenFd>> = LazyLock::new(|| Mutex::new(ListenFd::from_env()));
+    lock(&SOCKETS)
+}
 
 /// The socket is served. systemd starts what waits for us, such as kubelet, whether a token is there or not.
 pub fn ready() {

@@ -10,7 +10,8 @@ usage() {
 usage: tests/run.sh [--long]
 
 Runs every test: Rust on a SoftHSM token and again on kryoptic, the plugin's on openCryptoki and a TPM
-in software too, fuzz targets, Go clients and the real API server. Needs root or sudo for missing packages. Exit code 0: every part passed; 1: one did not.
+in software too, both packages and the units in containers, fuzz targets, Go clients and the real API
+server. Needs root or sudo for missing packages. Exit code 0: every part passed; 1: one did not.
   --long   soaks too (ignored Rust tests named soak, Go tests without -short), and ten minutes of faults at
            random and for each fuzz target
 USAGE
@@ -74,6 +75,19 @@ go_here() { go env GOVERSION 2>/dev/null | sed 's/^go//'; }
 
 ensure_cargo_fuzz() {
     cargo fuzz --version || cargo install --locked cargo-fuzz@0.13.2
+}
+
+# Out of Debian's package, whose installation would start a server. For the alert rules.
+ensure_promtool() {
+    local home=$cache/promtool aside
+    PATH=$PATH:$home
+    ! command -v promtool || return 0
+    aside=$(mktemp -d "$home.XXXXXX")
+    (cd -- "$aside" && { apt-get -q download prometheus || { as_root apt-get -q update && apt-get -q download prometheus; }; })
+    dpkg-deb --fsys-tarfile "$aside"/prometheus_*.deb | tar -x -C "$aside" --strip-components 3 ./usr/bin/promtool
+    rm -- "$aside"/prometheus_*.deb
+    chmod 0755 -- "$aside"
+    mv -T -- "$aside" "$home"
 }
 
 build_fuzz() {
@@ -167,7 +181,19 @@ mode_tests() {
 
 fault_module_tests() { cargo test --locked --manifest-path tests/tokens/fault/Cargo.toml; }
 
-container_tests() { tests/containers/run.sh cargo test --locked --test containers; }
+# Both packages, twice, for an upgrade; the second time nothing is compiled.
+packages=$work/packages
+package_tests() {
+    packaging/build.sh "$packages"
+    packaging/build.sh --revision 2 "$packages"
+    lintian --allow-root --fail-on error,warning "$packages"/*-1_*.deb
+    rpmlint --config packaging/rpm/rpmlint.toml "$packages"/*-1.*.rpm
+}
+
+container_tests() {
+    export TROUSSEAU_PACKAGES=$packages
+    tests/containers/run.sh cargo test --locked --test containers
+}
 
 fuzz() {
     local target=$1 corpus=$cache/fuzz/$1
@@ -192,12 +218,14 @@ kubernetes_tests() {
 }
 
 # SoftHSM; what kryoptic is built with; openCryptoki; a TPM in software; NSS; wrong clocks; what OpenBao comes with and is
-# asked by; a C++ compiler for libFuzzer; containers, and systemd-analyze for the units.
+# asked by; a C++ compiler for libFuzzer; containers, and systemd-analyze for the units; what judges packages and man pages.
 step "installing packages, where missing" install_packages \
     ca-certificates softhsm2 opencryptoki libtpm2-pkcs11-1 swtpm tpm2-abrmd libtss2-tcti-tabrmd0 dbus libnss3 \
-    libfaketime python3-pip curl openssl libssl-dev libsqlite3-dev libclang-dev pkg-config g++ docker.io debootstrap systemd
+    libfaketime python3-pip curl openssl libssl-dev libsqlite3-dev libclang-dev pkg-config g++ docker.io debootstrap systemd \
+    lintian rpm rpmlint groff mandoc
 step "finding Rust $(rust_wanted) or newer, else installing Debian's" ensure_rust
 step "finding Go, else installing $go_version" ensure_go
+step "finding promtool, else fetching Debian's" ensure_promtool
 step "building" warm_up
 
 part "the module that makes faults" fault_module_tests
@@ -207,7 +235,8 @@ part "Rust, openCryptoki token" opencryptoki_tests
 part "Rust, TPM 2.0 token" tpm2_tests
 part "Rust, SoftHSM in gcm mode" mode_tests softhsm gcm
 part "Rust, kryoptic in encrypt-kwp mode" mode_tests kryoptic encrypt-kwp
-part "the units, in containers" container_tests
+part "packages" package_tests
+part "units and packages, in containers" container_tests
 for target in fuzz/fuzz_targets/*.rs; do
     part "fuzz $(basename "$target" .rs), $fuzz_seconds s" fuzz "$(basename "$target" .rs)"
 done

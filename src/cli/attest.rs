@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use super::output::{Failure, Format, patiently, print, print_json};
-use super::{ConfigArgs, OutputArgs, assemble};
+use super::{ConfigArgs, OutputArgs, VERSION, assemble};
 use crate::config::{Config, Exportable, Pkcs11Config, Status};
 use crate::disk;
 use crate::provider::pkcs11::{KeyFacts, Outcome, Survey, Trials};
@@ -179,7 +179,7 @@ fn conclude(attestation: &Attestation) -> Result<(), Failure> {
 fn software() -> Software {
     let running = PathBuf::from("/proc/self/exe");
     Software {
-        version: env!("CARGO_PKG_VERSION"),
+        version: VERSION,
         sha256: disk::sha256(&running).unwrap_or_else(|error| format!("cannot be read: {error}")),
         binary: std::fs::read_link(&running).unwrap_or(running),
     }

@@ -25,9 +25,12 @@ use jiff::SignedDuration;
 use self::output::{Failure, Format};
 use crate::config::{DEFAULT_PATH, DEFAULT_SOCKET};
 
+/// The number, and from what this binary was built.
+const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("TROUSSEAU_BUILD"), ")");
+
 /// A Kubernetes KMS plugin whose key-encryption key never leaves its HSM.
 #[derive(Parser)]
-#[command(version, after_help = EXIT_CODES, max_term_width = 100, propagate_version = true)]
+#[command(version = VERSION, after_help = EXIT_CODES, max_term_width = 100, propagate_version = true)]
 struct Cli {
     #[command(subcommand)]
     verb: Verb,
@@ -115,6 +118,12 @@ fn duration(text: &str) -> Result<SignedDuration, String> {
     text.parse().map_err(|_| "a duration is written as 90s, 10m, 1h30m or 0s".to_owned())
 }
 
+/// The command line as data, for its man pages and completions.
+#[must_use]
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
 /// Runs the program.
 #[must_use]
 pub fn main() -> ExitCode {
@@ -153,7 +162,7 @@ fn run(verb: Verb) -> Result<(), Failure> {
         }
         Verb::Completions { shell } => {
             let mut script = Vec::new();
-            clap_complete::generate(shell, &mut Cli::command(), "trousseau", &mut script);
+            clap_complete::generate(shell, &mut command(), "trousseau", &mut script);
             output::print(&String::from_utf8_lossy(&script))
         }
     }
@@ -184,6 +193,6 @@ mod tests {
 
     #[test]
     fn the_command_line_is_sound() {
-        Cli::command().debug_assert();
+        command().debug_assert();
     }
 }

@@ -9,8 +9,8 @@ use jiff::Timestamp;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::assemble;
 use super::output::Failure;
+use super::{VERSION, assemble};
 use crate::audit::{Audit, Event};
 use crate::config::{AuditConfig, Config, Listen};
 use crate::keyring::{Keyring, Reminder};
@@ -74,8 +74,8 @@ async fn serve_with(
     let audit = config.audit.as_ref().map(open_audit).transpose()?;
     let listener = Listener::open(&config.listen)?;
     let socket = config.listen.socket.display();
-    let (version, cluster) = (env!("CARGO_PKG_VERSION"), &config.keyring.cluster);
-    tracing::info!(version, %socket, v1beta1 = config.listen.v1beta1, cluster, "serving");
+    let cluster = &config.keyring.cluster;
+    tracing::info!(version = VERSION, %socket, v1beta1 = config.listen.v1beta1, cluster, "serving");
     ready()?;
     let v1beta1 = config.listen.v1beta1;
     let requests = Arc::new(Requests::new(keyring, audit));
@@ -127,7 +127,7 @@ impl Daemon {
     /// Writes into the audit log what became of this process; what cannot be written is told by the log's own thread.
     async fn note(&self, event: &'static str) {
         if let Some(audit) = self.requests.audit() {
-            let detail = format!("version {}, pid {}", env!("CARGO_PKG_VERSION"), std::process::id());
+            let detail = format!("version {VERSION}, pid {}", std::process::id());
             drop(audit.record(Event { detail, ..Event::now(event) }).await);
         }
     }

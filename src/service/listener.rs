@@ -15,7 +15,6 @@ use std::sync::RwLock;
 use std::time::Duration;
 
 use futures_util::stream::{self, Stream};
-use listenfd::ListenFd;
 use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::net::sockopt::socket_peercred;
 use tokio::net::{UnixListener, UnixStream};
@@ -24,6 +23,7 @@ use super::connection::Connection;
 use crate::config::{Listen, OVERFLOW_UID};
 use crate::disk;
 use crate::sync::{read, write};
+use crate::systemd;
 
 /// How long accepting pauses after the operating system refused it, for example for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -141,7 +141,7 @@ fn allowed(config: &Listen) -> BTreeSet<u32> {
 
 /// The inherited socket of this path. Its mode and owner are the socket unit's; the file stays when we go.
 fn inherited(path: &Path) -> Option<BlockingListener> {
-    let mut handed_over = ListenFd::from_env();
+    let mut handed_over = systemd::handed_over();
     (0..handed_over.len())
         .filter_map(|n| handed_over.take_unix_listener(n).ok().flatten())
         .find(|socket| socket.local_addr().is_ok_and(|address| address.as_pathname() == Some(path)))

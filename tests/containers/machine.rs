@@ -1,4 +1,4 @@
-//! A container that is set up by hand as the units' comments say, and booted.
+//! A container that is set up by hand as the units' comments say, or bare, and booted.
 
 use std::env;
 use std::fs;
@@ -18,7 +18,7 @@ use trousseau::service::client::{Client, ClientError, PluginStatus};
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The token's PIN, until a test changes it.
 pub const PIN: &str = "k7Q2x9Wd";
-/// Installs the units by hand, and becomes systemd.
+/// Becomes systemd.
 const BOOT: &str = "
     set -e
     # systemd needs shared mounts, else LoadCredential= gives an empty directory, and a control group to write to.
@@ -26,11 +26,15 @@ const BOOT: &str = "
     for cgroup in /sys/fs/cgroup /sys/fs/cgroup/systemd; do
         if test -e $cgroup/cgroup.procs; then mount -o remount,bind,rw $cgroup; fi
     done
-    systemd-sysusers
     chgrp softhsm /var/lib/softhsm/tokens
     chmod 2770 /var/lib/softhsm/tokens
-    systemctl enable trousseau.socket trousseau.service kubelet.service
     exec /sbin/init";
+/// Before that, what is installed by hand.
+const ENABLE: &str = "
+    systemd-sysusers
+    systemctl enable trousseau.socket trousseau.service kubelet.service k3s.service rke2-server.service";
+/// What starts the API server, of which a host has one.
+pub const STARTERS: [&str; 3] = ["kubelet.service", "k3s.service", "rke2-server.service"];
 
 /// The image, or why the test is skipped; it says so.
 pub fn image() -> Option<String> {
@@ -81,28 +85,47 @@ impl Machine {
             fs::create_dir(path.join(name)).unwrap();
             fs::set_permissions(path.join(name), fs::Permissions::from_mode(0o755)).unwrap();
         }
-        // In memory as it is on a host, since systemd never removes a runtime directory from a disk.
-        let run = TempDir::new_in("/dev/shm").unwrap();
         let repository = Path::new(env!("CARGO_MANIFEST_DIR"));
         let packaged = repository.join("packaging/systemd");
         fs::copy(packaged.join("drop-ins/softhsm.conf"), path.join("drop-ins/softhsm.conf")).unwrap();
         write(&path.join("etc/pin"), PIN, 0o600);
         write(&path.join("etc/trousseau.toml"), &configuration("test"), 0o644);
         let system = "/etc/systemd/system";
-        let mounts = [
-            (run.path().to_owned(), "/run/trousseau".to_owned()),
+        let mut mounts = vec![
             (path.join("etc"), "/etc/trousseau".to_owned()),
             (path.join("drop-ins"), format!("{system}/trousseau.service.d")),
-            (tokens.clone(), "/var/lib/softhsm/tokens".to_owned()),
             (env!("CARGO_BIN_EXE_trousseau").into(), "/usr/bin/trousseau".to_owned()),
             (packaged.join("trousseau.service"), format!("{system}/trousseau.service")),
             (packaged.join("trousseau.socket"), format!("{system}/trousseau.socket")),
             (packaged.join("sysusers.d/trousseau.conf"), "/etc/sysusers.d/trousseau.conf".to_owned()),
-            (repository.join("tests/containers/kubelet.service"), format!("{system}/kubelet.service")),
         ];
+        let stand_in = repository.join("tests/containers/stand-in.service");
+        mounts.extend(STARTERS.map(|unit| (stand_in.clone(), format!("{system}/{unit}"))));
+        Self::start(directory, tokens, image, &format!("{ENABLE}{BOOT}"), mounts)
+    }
+
+    /// Boots a host without the plugin, where the packages lie in /packages.
+    pub fn boot_without_plugin(image: &str, packages: &Path) -> Self {
+        let directory = TempDir::new().unwrap();
+        let tokens = directory.path().join("tokens");
+        fs::create_dir(&tokens).unwrap();
+        Self::start(directory, tokens, image, BOOT, vec![(packages.to_owned(), "/packages".to_owned())])
+    }
+
+    fn start(
+        directory: TempDir,
+        tokens: PathBuf,
+        image: &str,
+        script: &str,
+        mut mounts: Vec<(PathBuf, String)>,
+    ) -> Self {
+        // In memory as it is on a host, since systemd never removes a runtime directory from a disk.
+        let run = TempDir::new_in("/dev/shm").unwrap();
+        mounts.push((run.path().to_owned(), "/run/trousseau".to_owned()));
+        mounts.push((tokens.clone(), "/var/lib/softhsm/tokens".to_owned()));
         let (name, tag) = image.split_once(':').unwrap();
         let mut request = GenericImage::new(name, tag)
-            .with_cmd(["sh", "-c", BOOT])
+            .with_cmd(["sh", "-c", script])
             .with_env_var("container", "docker") // systemd then leaves alone what is the host's
             .with_network("none")
             .with_cap_add("SYS_ADMIN")

@@ -1,6 +1,8 @@
 //! The plugin under its own units, in containers that are set up like a control-plane host: systemd as PID 1, a SoftHSM
 //! token, and the socket on a bind mount, through which the tests send their requests.
 //!
+//! What comes from packages needs $TROUSSEAU_PACKAGES beside that, see [`packages`].
+//!
 //! `tests/containers/run.sh cargo test --test containers` provides the daemon and the image. Without it, or where no
 //! container can run, the tests say what was lacking and pass.
 #![allow(
@@ -16,6 +18,9 @@ mod boot;
 mod changes;
 mod load;
 mod machine;
+mod monitoring;
+mod packages;
 mod rotation;
+mod static_pod;
 mod supervision;
 mod units;

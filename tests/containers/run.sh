@@ -18,9 +18,10 @@ USAGE
     exit
 fi
 
-# The image: this release of Debian, since the plugin is built against its libraries, with a token and systemd.
+# The image: this release of Debian, since the plugin is built against its libraries, with a token and systemd,
+# and rpm, which installs the other package beside dpkg.
 release=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
-packages=systemd,systemd-sysv,dbus,softhsm2,opensc
+packages=systemd,systemd-sysv,dbus,softhsm2,opensc,rpm
 make_image() {
     local root=$work/root mirror
     # Where this machine has its packages from.

@@ -11,7 +11,7 @@ use tempfile::TempDir;
 fn analyze(arguments: &[&str], drop_ins: &[&str], units: &[&str]) -> Result<String, String> {
     let directory = TempDir::new().unwrap();
     let packaged = Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging/systemd");
-    for unit in ["trousseau.service", "trousseau.socket"] {
+    for unit in ["trousseau.service", "trousseau.socket", "trousseau-metrics.socket"] {
         // The program must exist.
         let text = fs::read_to_string(packaged.join(unit)).unwrap();
         let text = text.replace("/usr/bin/trousseau", env!("CARGO_BIN_EXE_trousseau"));
@@ -37,7 +37,8 @@ fn lacks_systemd_analyze() -> bool {
 }
 
 /// What may be added to the unit, and the exposure that it then may have, times ten.
-const VARIANTS: [(&[&str], &str); 3] = [(&[], "4"), (&["softhsm.conf"], "4"), (&["network.conf"], "12")];
+const VARIANTS: [(&[&str], &str); 4] =
+    [(&[], "4"), (&["softhsm.conf"], "4"), (&["metrics.conf"], "4"), (&["network.conf"], "12")];
 
 #[test]
 fn systemd_finds_no_fault_in_the_units() {
@@ -45,7 +46,7 @@ fn systemd_finds_no_fault_in_the_units() {
         return;
     }
     for (drop_ins, _) in VARIANTS {
-        let units = ["trousseau.service", "trousseau.socket"];
+        let units = ["trousseau.service", "trousseau.socket", "trousseau-metrics.socket"];
         assert_eq!(analyze(&["verify", "--man=no"], drop_ins, &units), Ok(String::new()), "{drop_ins:?}");
     }
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 
+use super::super::VERSION;
 use super::Findings;
 use crate::config::{Config, Mode, Profile};
 use crate::provider::pkcs11::Survey;
@@ -68,7 +69,7 @@ fn kept(profile: &Profile, survey: &Survey) -> Vec<Mode> {
 fn text(survey: &Survey, profile: &Profile) -> Result<String, toml::ser::Error> {
     let (token, module) = (&survey.token, &survey.token.module);
     let found = [
-        format!("written by `trousseau doctor` {} at {}", env!("CARGO_PKG_VERSION"), Timestamp::now()),
+        format!("written by `trousseau doctor` {} at {}", VERSION, Timestamp::now()),
         format!(
             "token {} {}, hardware {}, firmware {}",
             token.manufacturer, token.model, token.hardware, token.firmware
