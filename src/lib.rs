@@ -39,6 +39,7 @@ pub mod config;
 mod disk;
 pub mod envelope;
 pub mod health;
+pub mod histogram;
 pub mod identity;
 pub mod keyring;
 pub mod legacy;

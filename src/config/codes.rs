@@ -33,6 +33,23 @@ pub enum Class {
     Fatal,
 }
 
+impl Class {
+    /// The word for it in a profile.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::BadInput => "bad-input",
+            Self::Doubtful => "doubtful",
+            Self::Session => "session",
+            Self::Login => "login",
+            Self::Token => "token",
+            Self::Pin => "pin",
+            Self::Refused => "refused",
+            Self::Fatal => "fatal",
+        }
+    }
+}
+
 /// A return code, CK_RV.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Code(pub c_ulong);

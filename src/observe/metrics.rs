@@ -5,7 +5,9 @@ use std::fmt::{Display, Write};
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 
+use crate::histogram::Histogram;
 use crate::keyring::{KekDescription, Keyring};
+use crate::provider::{Times, Vitals};
 use crate::service::counters::{Call, Counters};
 use crate::service::ended::name_of;
 
@@ -31,23 +33,20 @@ pub(super) fn text(keyring: &Keyring, counters: &Counters, now: Timestamp) -> St
     );
     for gap in keyring.envelope_gaps(now) {
         let labels = [("provider", gap.provider.as_str()), ("kek", &gap.identity.to_string())];
-        text.sample("trousseau_ciphertexts_lacking_recipient", &labels, gap.envelopes.try_into().unwrap_or(i64::MAX));
+        text.sample("trousseau_ciphertexts_lacking_recipient", &labels, gap.envelopes);
     }
     let (keks, refused) = keyring.describe(now);
     text.gauge("trousseau_keys_refused", "Keys under the KEKs' label that are not used");
     text.sample("trousseau_keys_refused", &[], count(refused.len()));
     text.keks(&keks);
     text.requests(counters);
+    text.vitals(&keyring.vitals());
     text.0 + "# EOF\n"
 }
 
 /// As kube-apiserver labels `key_id_hash`: SHA-256 in hex, after the hash's name.
 fn hash(key_id: &str) -> String {
     format!("sha256:{}", base16ct::lower::encode_string(&Sha256::digest(key_id)))
-}
-
-fn whole(count: u64) -> i64 {
-    count.try_into().unwrap_or(i64::MAX)
 }
 
 /// As OpenMetrics writes a number: with a point.
@@ -86,27 +85,92 @@ impl Text {
 
     fn requests(&mut self, counters: &Counters) {
         let of = |call: Call| [("method", call.method()), ("version", call.version())];
+        let all = || Call::ALL.iter().filter_map(|call| Some((*call, counters.of(*call)?)));
         let name = "trousseau_requests";
-        self.line(format_args!("# TYPE {name} counter\n# HELP {name} Requests that were answered, by their gRPC code"));
-        for (call, counter) in Call::ALL.iter().filter_map(|call| Some((*call, counters.of(*call)?))) {
+        self.counter(name, "Requests that were answered, by their gRPC code");
+        for (call, counter) in all() {
             for (code, count) in counter.codes() {
                 let [method, version] = of(call);
-                self.sample(&format!("{name}_total"), &[method, version, ("code", name_of(code))], whole(count));
+                self.sample(&format!("{name}_total"), &[method, version, ("code", name_of(code))], count);
             }
         }
         let name = "trousseau_request_duration_seconds";
-        self.line(format_args!("# TYPE {name} histogram\n# UNIT {name} seconds"));
-        self.line(format_args!("# HELP {name} From the first byte of a request that was read whole to its answer"));
-        for (call, counter) in Call::ALL.iter().filter_map(|call| Some((*call, counters.of(*call)?))) {
-            let ([method, version], bucket) = (of(call), format!("{name}_bucket"));
-            for (micros, count) in counter.at_most() {
-                self.sample(&bucket, &[method, version, ("le", &seconds(micros))], whole(count));
-            }
-            let all = counter.codes().map(|(_, count)| count).sum();
-            self.sample(&bucket, &[method, version, ("le", "+Inf")], whole(all));
-            self.sample(&format!("{name}_count"), &[method, version], whole(all));
-            self.sample(&format!("{name}_sum"), &[method, version], seconds(counter.micros()));
+        self.histogram(name, "From a request that was read whole to its answer");
+        for (call, counter) in all() {
+            self.times(name, &of(call), &counter.times);
         }
+    }
+
+    fn vitals(&mut self, parts: &[(&str, Vitals)]) {
+        type Of = fn(&Vitals) -> u64;
+        let latched = "Whether its last login was refused: no other is tried before something changes";
+        let gauges: [(&str, &str, Of); 3] = [
+            ("trousseau_token_up", "Whether a token, or a server, can be used, as far as is known", |of| {
+                of.is_up.into()
+            }),
+            ("trousseau_login_refused", latched, |of| of.is_latched.into()),
+            ("trousseau_queue_length", "Requests that wait for a session", |of| of.waiting as u64),
+        ];
+        for (name, help, value) in gauges {
+            self.gauge(name, help);
+            self.of_parts(name, parts, |part| vec![(None, value(part))]);
+        }
+        self.counter("trousseau_connections", "How often it was connected to: once more each time that it healed");
+        self.of_parts("trousseau_connections_total", parts, |part| vec![(None, part.connections)]);
+        self.counter("trousseau_losses", "How often it was lost, by the class of what was wrong");
+        let losses =
+            |part: &Vitals| part.losses.iter().map(|(class, count)| (Some(("class", *class)), *count)).collect();
+        self.of_parts("trousseau_losses_total", parts, losses);
+        self.gauge("trousseau_sessions", "Sessions, or calls under way, by state");
+        let sessions = |part: &Vitals| {
+            part.sessions.iter().map(|(state, count)| (Some(("state", *state)), *count as u64)).collect()
+        };
+        self.of_parts("trousseau_sessions", parts, sessions);
+
+        type Which = fn(&Times) -> &Histogram;
+        let histograms: [(&str, &str, Which); 2] = [
+            ("trousseau_queue_duration_seconds", "How long requests waited for a session", |times| &times.queue),
+            ("trousseau_call_duration_seconds", "How long their calls took", |times| &times.call),
+        ];
+        for (name, help, which) in histograms {
+            self.histogram(name, help);
+            for (provider, Vitals { name: token, times, .. }) in parts {
+                self.times(name, &[("provider", provider), ("token", token)], which(times));
+            }
+        }
+    }
+
+    /// The samples of each part of a provider, each with one label more at most.
+    fn of_parts<'l>(
+        &mut self,
+        name: &str,
+        parts: &'l [(&str, Vitals)],
+        samples: impl Fn(&'l Vitals) -> Vec<(Option<(&'static str, &'l str)>, u64)>,
+    ) {
+        for (provider, part) in parts {
+            for (label, value) in samples(part) {
+                let of = [("provider", *provider), ("token", part.name.as_str())];
+                self.sample(name, &of.into_iter().chain(label).collect::<Vec<_>>(), value);
+            }
+        }
+    }
+
+    fn times(&mut self, name: &str, labels: &[(&str, &str)], times: &Histogram) {
+        let bucket = format!("{name}_bucket");
+        for (micros, count) in times.at_most() {
+            self.sample(&bucket, &[labels, &[("le", &seconds(micros))]].concat(), count);
+        }
+        self.sample(&bucket, &[labels, &[("le", "+Inf")]].concat(), times.count());
+        self.sample(&format!("{name}_count"), labels, times.count());
+        self.sample(&format!("{name}_sum"), labels, seconds(times.micros()));
+    }
+
+    fn counter(&mut self, name: &str, help: &str) {
+        self.line(format_args!("# TYPE {name} counter\n# HELP {name} {help}"));
+    }
+
+    fn histogram(&mut self, name: &str, help: &str) {
+        self.line(format_args!("# TYPE {name} histogram\n# UNIT {name} seconds\n# HELP {name} {help}"));
     }
 
     fn gauge(&mut self, name: &str, help: &str) {

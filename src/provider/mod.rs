@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 
 use crate::envelope::WrapAlgorithm;
+use crate::histogram::Histogram;
 use crate::identity::Identity;
 use crate::legacy::Ciphertext;
 use crate::secret::{Dek, Plaintext};
@@ -116,6 +117,9 @@ pub trait Provider: Send + Sync {
     /// Looks for KEKs. Each one found has proved that it wraps, or unwraps what it once wrapped.
     fn look(&self, deadline: Instant) -> Answer<'_, Sighting>;
 
+    /// How its parts fare, asking none of them.
+    fn vitals(&self) -> Vec<Vitals>;
+
     /// Decrypts what an older plugin had this provider's key encrypt.
     fn decrypt_old(&self, _old: Ciphertext, _deadline: Instant) -> Answer<'_, Plaintext> {
         Box::pin(async { Err(KekError::Refused(format!("provider {} has no Transit key", self.name()))) })
@@ -126,6 +130,36 @@ pub trait Provider: Send + Sync {
 
     /// Returns when the provider has come back, or changed so much, that a [`Provider::look`] is due at once.
     fn changed(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
+}
+
+/// How a part of a provider fares: a token, or a server.
+#[derive(Clone, Debug)]
+pub struct Vitals {
+    /// What the configuration calls it.
+    pub name: String,
+    /// Whether it can be used, as far as is known.
+    pub is_up: bool,
+    /// Whether no login is tried any more until somebody has put something right.
+    pub is_latched: bool,
+    /// How often it was connected to: once, and once more for each time that it healed.
+    pub connections: u64,
+    /// How often it was lost, by the class of what was wrong.
+    pub losses: Vec<(&'static str, u64)>,
+    /// Its sessions, or calls under way, by state.
+    pub sessions: Vec<(&'static str, usize)>,
+    /// Requests that wait for one.
+    pub waiting: usize,
+    /// How long requests waited, and how long calls took.
+    pub times: Arc<Times>,
+}
+
+/// How long requests waited for a session, and how long their calls took.
+#[derive(Debug, Default)]
+pub struct Times {
+    /// In the queue.
+    pub queue: Histogram,
+    /// Within the token.
+    pub call: Histogram,
 }
 
 /// How often a provider is asked when nobody else asks.

@@ -67,7 +67,7 @@ pub use self::survey::{KeyFacts, ModeFacts, ModuleFacts, Survey, TokenFacts};
 pub use self::timing::Operation;
 use self::token::Token;
 use self::wraps::WrapCounter;
-use super::{Answer, Kek, KekError, Provider, Rank, Refused, Sighting};
+use super::{Answer, Kek, KekError, Provider, Rank, Refused, Sighting, Vitals};
 use crate::config::{Exportable, Mode, Pkcs11Config, TokenUri};
 use crate::envelope::WrapAlgorithm;
 use crate::identity::Identity;
@@ -281,6 +281,10 @@ impl Provider for Pkcs11 {
 
     fn look(&self, deadline: Instant) -> Answer<'_, Sighting> {
         Box::pin(self.look_at_every_token(deadline))
+    }
+
+    fn vitals(&self) -> Vec<Vitals> {
+        self.tokens.iter().map(|token| token.vitals()).collect()
     }
 
     fn hopeless(&self) -> Option<String> {

@@ -1,5 +1,6 @@
 //! The way to Vault: whether it is open, calls with a token, and what is done again when a call did not succeed.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,7 @@ use super::auth::{Login, NoToken};
 use super::client::{Answer, Call, Client};
 use super::fault::Fault;
 use crate::config::TransitConfig;
-use crate::provider::KekError;
+use crate::provider::{KekError, Times, Vitals};
 use crate::sync::lock;
 
 /// Requests under way at a time: more would wait at Vault, and longer than anybody wants.
@@ -35,6 +36,9 @@ pub(super) struct Link {
     client: Arc<Client>,
     pub(super) login: Login,
     calls: Semaphore,
+    times: Arc<Times>,
+    /// How often it was there, or there again.
+    returns: AtomicU64,
     /// Why nothing is asked of Vault at the moment.
     outage: Mutex<Option<KekError>>,
     /// Wakes whoever tries whether it has come back.
@@ -74,6 +78,8 @@ impl Link {
             client,
             login,
             calls: Semaphore::new(MOST_CALLS),
+            times: Arc::default(),
+            returns: AtomicU64::new(1),
             outage: Mutex::default(),
             opened: Notify::new(),
         }
@@ -103,6 +109,21 @@ impl Link {
         lock(&self.outage).clone().map_or(Ok(()), Err)
     }
 
+    /// How the server fares.
+    pub(super) fn vitals(&self) -> Vitals {
+        let outage = lock(&self.outage).clone();
+        Vitals {
+            name: self.address.clone(),
+            is_up: outage.is_none(),
+            is_latched: matches!(outage, Some(KekError::Unauthenticated(_))),
+            connections: self.returns.load(Ordering::Relaxed),
+            losses: Vec::new(),
+            sessions: vec![("busy", MOST_CALLS - self.calls.available_permits())],
+            waiting: 0,
+            times: Arc::clone(&self.times),
+        }
+    }
+
     /// Asks, unless the breaker is open.
     ///
     /// # Errors
@@ -127,6 +148,9 @@ impl Link {
             return Err(KekError::Busy(format!("provider {}", self.name)));
         };
         let answer = self.attempts(ask, &body, deadline).await;
+        if matches!(ask, Ask::Encrypt | Ask::Decrypt) {
+            self.times.call.record(began.elapsed());
+        }
         let answer = answer.map_err(|trouble| self.explain(trouble, ask));
         match &answer {
             Err(error @ (KekError::Unavailable(_) | KekError::Unauthenticated(_))) => self.open(error.clone()),
@@ -244,6 +268,7 @@ impl Link {
 
     fn close(&self) {
         if lock(&self.outage).take().is_some() {
+            self.returns.fetch_add(1, Ordering::Relaxed);
             tracing::info!(provider = self.name, "Vault is back");
         }
     }

@@ -30,7 +30,7 @@ use self::kek::TransitKek;
 use self::key::{Key, Version};
 use self::link::{Ask, Link};
 pub use self::survey::Survey;
-use super::{Answer, Kek, KekError, Pace, Provider, Refused, Sighting};
+use super::{Answer, Kek, KekError, Pace, Provider, Refused, Sighting, Vitals};
 use crate::config::{Exportable, TransitConfig};
 use crate::envelope::WrapAlgorithm;
 use crate::identity::Identity;
@@ -242,6 +242,10 @@ impl Provider for Transit {
 
     fn look(&self, deadline: Instant) -> Answer<'_, Sighting> {
         Box::pin(self.core.look(deadline))
+    }
+
+    fn vitals(&self) -> Vec<Vitals> {
+        vec![self.core.link.vitals()]
     }
 
     fn decrypt_old(&self, old: Ciphertext, deadline: Instant) -> Answer<'_, Plaintext> {
