@@ -1,26 +1,132 @@
-//! Logs: on a terminal for people, else JSON, one line an event, to standard error.
+//! Logs: on a terminal for people, else JSON, one line an event, to standard error. What happens again and again is
+//! counted, and not repeated ([`Repeats`]).
 
+use std::collections::HashMap;
 use std::io::IsTerminal;
+use std::sync::{Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 use tracing_subscriber::EnvFilter;
 
-/// The variable that sets how much is logged, such as `debug` or `trousseau=debug,h2=warn`.
+use crate::sync::lock;
+
+/// The variable that sets how much is logged, such as `debug` or `trousseau=debug,h2=warn`. It goes before the
+/// configuration.
 const LOG_VARIABLE: &str = "TROUSSEAU_LOG";
+
+/// Replaces the filter of the running process.
+type Exchange = Box<dyn Fn(EnvFilter) -> bool + Send + Sync>;
+
+static EXCHANGE: OnceLock<Exchange> = OnceLock::new();
 
 /// Starts logging. `default` holds where the variable `TROUSSEAU_LOG` says nothing.
 pub fn init(default: &str) {
-    let wish = std::env::var(LOG_VARIABLE).unwrap_or_default();
+    let wish = wish();
     let (filter, misspelt) = match wish.parse() {
         Ok(filter) if !wish.is_empty() => (filter, false),
         parsed => (EnvFilter::new(default), parsed.is_err()),
     };
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
-    if std::io::stderr().is_terminal() {
-        builder.compact().init();
+    let exchange: Exchange = if std::io::stderr().is_terminal() {
+        let builder = builder.compact().with_filter_reloading();
+        let handle = builder.reload_handle();
+        builder.init();
+        Box::new(move |filter| handle.reload(filter).is_ok())
     } else {
-        builder.json().flatten_event(true).with_current_span(false).with_span_list(false).init();
-    }
+        let builder = builder.json().flatten_event(true).with_current_span(false).with_span_list(false);
+        let builder = builder.with_filter_reloading();
+        let handle = builder.reload_handle();
+        builder.init();
+        Box::new(move |filter| handle.reload(filter).is_ok())
+    };
+    drop(EXCHANGE.set(exchange)); // it was set before only if logging was
     if misspelt {
         tracing::warn!(TROUSSEAU_LOG = wish, "this is no log filter and is ignored: write for example debug");
+    }
+}
+
+/// Logs so much from now on, unless `TROUSSEAU_LOG` says how much.
+pub fn set_level(level: &str) {
+    if let (Some(exchange), true, Ok(filter)) = (EXCHANGE.get(), wish().is_empty(), level.parse())
+        && !exchange(filter)
+    {
+        tracing::warn!(level, "how much is logged cannot be changed");
+    }
+}
+
+/// Whether this is a filter, such as `debug` or `trousseau=debug,h2=warn`.
+#[must_use]
+pub fn is_level(level: &str) -> bool {
+    !level.is_empty() && level.parse::<EnvFilter>().is_ok()
+}
+
+fn wish() -> String {
+    std::env::var(LOG_VARIABLE).unwrap_or_default()
+}
+
+/// How long what was told once is only counted.
+const QUIET: Duration = Duration::from_secs(10);
+/// Different things that are counted at a time. More are told each time.
+const MOST: usize = 256;
+
+/// What was told lately, and how often it has happened since.
+#[derive(Default)]
+pub struct Repeats(Mutex<HashMap<String, (Instant, u64)>>);
+
+impl Repeats {
+    /// Whether to tell of something now; if not, it is counted.
+    pub fn is_news(&self, what: &str, now: Instant) -> bool {
+        let Self(told) = self;
+        let mut told = lock(told);
+        if let Some((_, count)) = told.get_mut(what) {
+            *count += 1;
+            return false;
+        }
+        if told.len() < MOST {
+            told.insert(what.to_owned(), (now, 0));
+        }
+        true
+    }
+
+    /// What has happened again and is to be told now, and how often. Each is news again once it has not happened for a
+    /// while.
+    pub fn due(&self, now: Instant) -> Vec<(String, u64)> {
+        let Self(told) = self;
+        let mut told = lock(told);
+        told.retain(|_, (since, count)| *count > 0 || now.duration_since(*since) < QUIET);
+        let is_due = |(since, _): &(Instant, u64)| now.duration_since(*since) >= QUIET;
+        let due = told.iter_mut().filter(|(_, entry)| is_due(entry));
+        due.map(|(what, entry)| {
+            let (_, count) = std::mem::replace(entry, (now, 0));
+            (what.clone(), count)
+        })
+        .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_happens_again_is_counted_and_told_now_and_then() {
+        let (repeats, start) = (Repeats::default(), Instant::now());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        assert!(repeats.is_news("lost", at(0)));
+        assert!(!repeats.is_news("lost", at(1)) && !repeats.is_news("lost", at(9)));
+        assert!(repeats.is_news("late", at(1)), "another thing");
+        assert_eq!(repeats.due(at(9)), []);
+        assert_eq!(repeats.due(at(10)), [("lost".to_owned(), 2)]);
+        assert!(!repeats.is_news("lost", at(11)));
+        assert_eq!(repeats.due(at(20)), [("lost".to_owned(), 1)], "what was told once is forgotten");
+        assert_eq!(repeats.due(at(30)), []);
+        assert!(repeats.is_news("lost", at(31)) && repeats.is_news("late", at(31)));
+    }
+
+    #[test]
+    fn a_filter_is_told_from_a_misspelt_one() {
+        for (level, good) in [("debug", true), ("trousseau=debug,h2=warn", true), ("", false), ("loud!", false)] {
+            assert_eq!(is_level(level), good, "{level}");
+        }
     }
 }

@@ -19,7 +19,7 @@ use crate::runtime::{self, Leader};
 use crate::service::listener::Listener;
 use crate::service::requests::Requests;
 use crate::state::State;
-use crate::{observe, service, systemd};
+use crate::{observe, service, systemd, telemetry};
 
 pub(super) const EXAMPLES: &str =
     "The socket is served before the token is reached: an HSM that is late does not hold \
@@ -68,6 +68,7 @@ async fn serve_with(
     config: Config,
     ready: impl FnOnce() -> Result<(), Failure> + Send,
 ) -> Result<(), Failure> {
+    telemetry::set_level(&config.log_level);
     warn_of_profiles(&config);
     let state = assemble::state(&config)?;
     let keyring = Arc::new(assemble::keyring(&config, Arc::clone(&state), &leader)?);
@@ -164,6 +165,7 @@ impl Daemon {
             return Err(Failure::unavailable(why, ""));
         }
         self.listener.admit_only(&config.listen);
+        telemetry::set_level(&config.log_level);
         drop_elsewhere(self.requests.exchange(keyring));
         let now_and_then = |listen: &Listen| (listen.socket.clone(), listen.mode, listen.group.clone(), listen.v1beta1);
         if now_and_then(&config.listen) != now_and_then(&self.listen) {
@@ -204,6 +206,9 @@ impl Daemon {
         let mut reminder = Reminder::default();
         loop {
             let keyring = self.requests.keyring();
+            for (what, count) in self.requests.repeats().due(Instant::now()) {
+                tracing::warn!(count, what, "happened again");
+            }
             let concerns = keyring.concerns(Timestamp::now());
             for concern in reminder.due(&concerns, Instant::now()) {
                 tracing::warn!("{concern}");

@@ -20,6 +20,8 @@ pub(super) struct File {
     pub(super) policy: Policy,
     #[serde(default)]
     pub(super) observe: Observe,
+    #[serde(default)]
+    pub(super) log: Log,
     pub(super) audit: Option<Audit>,
     #[serde(default)]
     pub(super) provider: Vec<Provider>,
@@ -70,6 +72,18 @@ pub(super) struct Keyring {
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub(super) struct Observe {
     pub(super) http: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub(super) struct Log {
+    pub(super) level: String,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { level: "info".into() }
+    }
 }
 
 #[derive(Deserialize)]

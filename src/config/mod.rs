@@ -33,6 +33,7 @@ pub use self::profile::{Excusable, GcmIv, Mode, Omissible, Profile, Status};
 pub use self::provider::ProviderConfig;
 pub use self::transit::{Auth, Method, TransitConfig};
 pub use self::uri::TokenUri;
+use crate::telemetry;
 
 /// Where the configuration lies when nothing else is said.
 pub const DEFAULT_PATH: &str = "/etc/trousseau/trousseau.toml";
@@ -59,6 +60,8 @@ pub struct Config {
     pub keyring: KeyringConfig,
     /// Where metrics are served. `None`: nowhere.
     pub observe: Option<SocketAddr>,
+    /// How much is logged: a filter, such as `debug`.
+    pub log_level: String,
     /// The audit log. `None`: none is kept.
     pub audit: Option<AuditConfig>,
     /// Where KEKs are: at least one, of which at least one seals.
@@ -150,11 +153,12 @@ impl Config {
             .collect::<Result<_, _>>()?;
         check.providers_together(&providers)?;
         let observe = check.observe(file.observe)?;
+        let log_level = check.log_level(file.log)?;
         let audit = file.audit.map(|audit| check.audit(audit)).transpose()?;
         let listen = check.listen(file.listen)?;
         let legacy = file.legacy.map(|legacy| Legacy::new(legacy, listen.v1beta1, &providers)).transpose();
         let legacy = legacy.map_err(|(what, remedy)| check.error(what, remedy))?;
-        Ok(Self { listen, keyring, observe, audit, providers, legacy })
+        Ok(Self { listen, keyring, observe, log_level, audit, providers, legacy })
     }
 
     /// The providers of type `pkcs11`.
@@ -259,6 +263,14 @@ impl Check<'_> {
         })?;
         let max_age = (!max_age.is_zero()).then_some(max_age);
         Ok(KeyringConfig { cluster: file.cluster, seal_under: file.seal_under, max_age, state })
+    }
+
+    fn log_level(&self, file: file::Log) -> Result<String, ConfigError> {
+        if telemetry::is_level(&file.level) {
+            return Ok(file.level);
+        }
+        let what = format!("log.level `{}` is not a log filter", file.level);
+        Err(self.error(what, "write for example \"info\", or \"trousseau=debug\""))
     }
 
     fn observe(&self, file: file::Observe) -> Result<Option<SocketAddr>, ConfigError> {

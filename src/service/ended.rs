@@ -10,6 +10,7 @@ use super::requests::{Requests, status_of};
 use crate::audit::{Event, Peer};
 use crate::envelope::Envelope;
 use crate::keyring::KeyringError;
+use crate::telemetry::Repeats;
 
 /// Letters of a uid that are kept.
 const UID: usize = 128;
@@ -36,7 +37,7 @@ impl Requests {
     pub(super) async fn tell(&self, ended: Ended<'_>) -> Result<(), Status> {
         let answer = ended.outcome.map(drop).map_err(status_of);
         let code = answer.as_ref().err().map_or(Code::Ok, Status::code);
-        ended.log();
+        ended.log(self.repeats());
         self.counters().count(ended.call, code, ended.began.elapsed());
         let Some(audit) = self.audit().filter(|_| ended.call != Call::Status) else { return answer };
         match audit.record(ended.event(code)).await {
@@ -49,14 +50,21 @@ impl Requests {
 }
 
 impl Ended<'_> {
-    /// One line: its uid, sizes, time and outcome, and nothing else of it.
-    fn log(&self) {
+    /// One line: its uid, sizes, time and outcome, and nothing else of it. That many fail alike is told once.
+    fn log(&self, repeats: &Repeats) {
         let Self { call, uid, received, began, outcome, .. } = self;
         let (version, call, uid) = (call.version(), call.method(), Plain(uid));
         let micros = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
         match outcome {
             Ok(sent) => tracing::debug!(version, call, %uid, received, sent, micros, "done"),
-            Err(error) => tracing::warn!(version, call, %uid, received, micros, %error, "failed"),
+            Err(error) => {
+                let error = error.to_string();
+                if repeats.is_news(&format!("{version} {call}: {error}"), Instant::now()) {
+                    tracing::warn!(version, call, %uid, received, micros, error, "failed");
+                } else {
+                    tracing::debug!(version, call, %uid, received, micros, error, "failed");
+                }
+            }
         }
     }
 

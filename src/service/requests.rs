@@ -11,6 +11,7 @@ use tonic::{Code, Request, Status};
 use super::counters::Counters;
 use crate::audit::Audit;
 use crate::keyring::{Keyring, KeyringError};
+use crate::telemetry::Repeats;
 
 /// What a request without a deadline of its own gets: the API server's default.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -21,6 +22,7 @@ pub struct Requests {
     keyring: watch::Sender<Arc<Keyring>>,
     counters: Counters,
     audit: Option<Audit>,
+    repeats: Repeats,
     under_way: AtomicUsize,
 }
 
@@ -29,13 +31,25 @@ impl Requests {
     #[must_use]
     pub fn new(keyring: Arc<Keyring>, audit: Option<Audit>) -> Self {
         let counters = Counters::default();
-        Self { keyring: watch::Sender::new(keyring), counters, audit, under_way: AtomicUsize::new(0) }
+        Self {
+            keyring: watch::Sender::new(keyring),
+            counters,
+            audit,
+            repeats: Repeats::default(),
+            under_way: AtomicUsize::new(0),
+        }
     }
 
     /// How many there were.
     #[must_use]
     pub fn counters(&self) -> &Counters {
         &self.counters
+    }
+
+    /// What the log was told of them lately.
+    #[must_use]
+    pub fn repeats(&self) -> &Repeats {
+        &self.repeats
     }
 
     /// Where they are written down.
