@@ -2,12 +2,11 @@
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use rustix::net::sockopt::socket_peercred;
+use tokio::net::UnixStream;
 
 use super::Findings;
 use super::host::arguments;
@@ -29,8 +28,11 @@ pub(super) async fn examine(listen: &Listen, findings: &mut Findings) {
         }
         report_selinux(&listen.socket, findings);
     }
-    let path = listen.socket.clone();
-    findings.add_from(SOCKET, move |findings| examine_listener(&path, findings)).await;
+    // That nobody listens, or that we may not connect, is told by the call that follows.
+    if let Ok(peer) = UnixStream::connect(&listen.socket).await.and_then(|stream| stream.peer_cred()) {
+        let path = listen.socket.clone();
+        findings.add_from(SOCKET, move |findings| examine_listener(&path, peer.pid(), peer.uid(), findings)).await;
+    }
     let status = async { Client::connect(&listen.socket, Duration::from_secs(5)).await?.status().await };
     match status.await {
         Ok(status) => findings.good(SOCKET, format!("{socket} answers: key_id {}", status.key_id)),
@@ -39,10 +41,8 @@ pub(super) async fn examine(listen: &Listen, findings: &mut Findings) {
 }
 
 /// Who listens: whoever does is handed what the API server encrypts.
-fn examine_listener(socket: &Path, findings: &mut Findings) {
-    // That nobody listens, or that we may not connect, is told by the call that follows.
-    let Ok(peer) = UnixStream::connect(socket).and_then(|stream| Ok(socket_peercred(&stream)?)) else { return };
-    let (pid, uid) = (peer.pid.as_raw_nonzero().get(), peer.uid.as_raw());
+fn examine_listener(socket: &Path, pid: Option<i32>, uid: u32, findings: &mut Findings) {
+    let pid = pid.unwrap_or(0); // that of a process of another pid namespace
     let arguments = arguments(&format!("/proc/{pid}"));
     let units = if pid == 1 { listed_sockets() } else { String::new() };
     match listener(&socket.display().to_string(), &arguments, &units) {
