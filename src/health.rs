@@ -28,7 +28,7 @@ impl Health {
         match outcome {
             Ok(_) | Err(KekError::BadInput) => drop(self.faults().remove(&kek)),
             Err(KekError::Busy(_) | KekError::Deadline(_)) => (),
-            Err(error @ (KekError::Unavailable(_) | KekError::Refused(_))) => self.fault(kek, error),
+            Err(error) => self.fault(kek, error),
         }
     }
 

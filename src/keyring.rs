@@ -9,8 +9,10 @@ mod concerns;
 mod description;
 mod errors;
 mod flights;
+mod gaps;
 mod looks;
 mod member;
+mod old;
 mod opening;
 
 use std::sync::Arc;
@@ -24,11 +26,12 @@ pub use self::concerns::Reminder;
 pub use self::description::{KekDescription, KekState};
 pub use self::errors::KeyringError;
 use self::flights::Flights;
+use self::gaps::Gaps;
 pub use self::looks::LOOK_SOON;
 use self::looks::Looks;
 use self::member::{ActiveKek, Member};
-use self::opening::Sealed;
-use crate::config::{KeyringConfig, SealUnder};
+use self::opening::{Sealed, share};
+use crate::config::{KeyringConfig, Legacy, SealUnder};
 use crate::envelope::{self, Recipient, WrapAlgorithm};
 use crate::health::Health;
 use crate::identity::{Identity, KeySet};
@@ -42,8 +45,10 @@ pub struct Keyring {
     seal_under: SealUnder,
     max_age: Option<SignedDuration>,
     members: Vec<Member>,
+    legacy: Option<Legacy>,
     state: Arc<State>,
     health: Health,
+    gaps: Gaps,
     decrypts: Flights<Sealed, Result<Plaintext, KeyringError>>,
     /// Held while a look is under way, so that there is one at a time.
     looks: tokio::sync::Mutex<Looks>,
@@ -59,16 +64,24 @@ pub struct ActiveSet {
 }
 
 impl Keyring {
-    /// A keyring over these providers, each with whether it seals, in the order in which Decrypt takes them.
+    /// A keyring over these providers, each with whether it seals, in the order in which Decrypt takes them; with what
+    /// it reads of older plugins'.
     #[must_use]
-    pub fn new(config: &KeyringConfig, providers: Vec<(Box<dyn Provider>, bool)>, state: Arc<State>) -> Self {
+    pub fn new(
+        config: &KeyringConfig,
+        legacy: Option<Legacy>,
+        providers: Vec<(Box<dyn Provider>, bool)>,
+        state: Arc<State>,
+    ) -> Self {
         Self {
             cluster: config.cluster.clone(),
             seal_under: config.seal_under,
             max_age: config.max_age,
             members: providers.into_iter().map(|(provider, seals)| Member::new(provider, seals)).collect(),
+            legacy,
             state,
             health: Health::default(),
+            gaps: Gaps::default(),
             decrypts: Flights::new(),
             looks: tokio::sync::Mutex::default(),
             has_looked: watch::Sender::new(false),
@@ -123,7 +136,12 @@ impl Keyring {
         let found = self.members.iter().find_map(find)?;
         Some(ActiveSet {
             key_set,
-            keks: vec![ActiveKek { identity: kek, algorithm: found.algorithm(), kek: Ok(found) }],
+            keks: vec![ActiveKek {
+                provider: String::new(),
+                identity: kek,
+                algorithm: found.algorithm(),
+                kek: Ok(found),
+            }],
         })
     }
 
@@ -195,19 +213,28 @@ impl Keyring {
             return Err(KeyringError::PlaintextLength { length: plaintext.len(), limit });
         }
         let dek = Arc::new(Dek::generate().map_err(KeyringError::internal)?);
+        // One that hangs must leave time to answer without it.
+        let deadline = match self.seal_under {
+            SealUnder::Any if set.keks.len() > 1 => share(deadline, 2),
+            _ => deadline,
+        };
         let wrapped = join_all(set.keks.iter().map(|active| self.wrap(active, &dek, deadline))).await;
+        let missed = Self::missed(&set.keks, &wrapped);
         let mut recipients = Vec::with_capacity(wrapped.len());
-        let mut missed = None;
+        let mut fault = None;
         for outcome in wrapped {
             match outcome {
                 Ok(recipient) => recipients.push(recipient),
                 Err(error) if self.seal_under == SealUnder::All => return Err(error.into()),
-                Err(error) => missed = Some(error),
+                Err(error) => fault = Some(error),
             }
         }
-        match missed {
+        match fault {
             Some(error) if recipients.is_empty() => return Err(error.into()),
-            Some(error) => tracing::warn!(%error, "sealed under fewer KEKs than are active"),
+            Some(error) => {
+                tracing::warn!(%error, "sealed under fewer KEKs than are active");
+                self.count_gaps(set.key_set, &missed);
+            }
             None => (),
         }
         envelope::seal(set.key_set, recipients, &dek, plaintext).map_err(KeyringError::internal)

@@ -12,9 +12,12 @@
 //! 4. [`envelope`] seals the plaintext under the DEK, and lays out the bytes that etcd keeps.
 //! 5. [`provider::pkcs11`] wraps the DEK: a queue, a thread that owns a session, and the C calls of the KEK's mode.
 //!
+//! Or [`provider::transit`] does, over HTTP, with one version of a key of Vault's. With several providers, each wraps the
+//! same DEK, and any of them opens the envelope.
+//!
 //! Arrows point down only. Beside that way stand [`identity`], the names that live as long as the data; [`secret`],
 //! the types that wipe themselves; [`state`], what one host remembers; [`health`], what Status says; [`config`], which
-//! is checked once and ends at the constructors; [`systemd`], [`telemetry`] and [`observe`], what others are told; and
+//! is checked once and ends at the constructors; [`legacy`], what older plugins left in etcd; [`systemd`], [`telemetry`] and [`observe`], what others are told; [`audit`], what auditors read; and
 //! [`cli`], a file for each verb. Whether a token keeps a key in is tried by the verbs that ask for it (`key attest`,
 //! `doctor`, `key generate`), on throw-away keys, in the room `exportability` of [`provider::pkcs11`]; what a key is worth
 //! without a token's word for its history, in the room `admission`.
@@ -30,13 +33,16 @@
 //! each session: a C call blocks and cannot be cancelled, so it must not happen where others wait. Only while a token
 //! answers sooner than a thread is woken does the async thread call it itself, and another stands by to take its place.
 
+pub mod audit;
 pub mod cli;
 pub mod config;
 mod disk;
 pub mod envelope;
 pub mod health;
+pub mod histogram;
 pub mod identity;
 pub mod keyring;
+pub mod legacy;
 pub mod observe;
 pub mod provider;
 pub mod runtime;

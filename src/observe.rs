@@ -59,7 +59,7 @@ pub async fn serve(address: Option<SocketAddr>, requests: &Arc<Requests>) {
         };
         let requests = Arc::clone(requests);
         tokio::spawn(async move {
-            let service = service_fn(|request| std::future::ready(answer(&request, &requests.keyring())));
+            let service = service_fn(|request| std::future::ready(answer(&request, &requests)));
             let mut server = http1::Builder::new();
             server.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).keep_alive(false);
             if let Err(error) = server.serve_connection(TokioIo::new(stream), service).await {
@@ -81,14 +81,14 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     TcpListener::from_std(socket)
 }
 
-fn answer(request: &Request<Incoming>, keyring: &Keyring) -> Result<Response<Full<Bytes>>, Infallible> {
-    let now = Timestamp::now();
+fn answer(request: &Request<Incoming>, requests: &Requests) -> Result<Response<Full<Bytes>>, Infallible> {
+    let (now, keyring) = (Timestamp::now(), requests.keyring());
     let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
     let (status, kind, body) = match (is_read, request.uri().path()) {
         (false, _) => (StatusCode::METHOD_NOT_ALLOWED, "text/plain", "GET or HEAD\n".to_owned()),
-        (true, "/metrics") => (StatusCode::OK, OPEN_METRICS, metrics::text(keyring, now)),
+        (true, "/metrics") => (StatusCode::OK, OPEN_METRICS, metrics::text(&keyring, requests.counters(), now)),
         (true, "/livez") => (StatusCode::OK, "text/plain", "ok\n".to_owned()),
-        (true, "/readyz") => readiness(keyring, now),
+        (true, "/readyz") => readiness(&keyring, now),
         (true, _) => (StatusCode::NOT_FOUND, "text/plain", "/metrics, /livez, /readyz\n".to_owned()),
     };
     let mut response = Response::new(Full::from(body));

@@ -8,6 +8,7 @@
 //! goes on; the log says so.
 
 mod pins;
+mod transit;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -23,6 +24,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 pub use self::pins::{PinRecord, RefusedPin};
+pub use self::transit::{RefusedLogin, SeenKey};
 use crate::disk;
 use crate::identity::Identity;
 use crate::sync::lock;
@@ -49,6 +51,22 @@ pub struct Mark {
     pub not_before: Timestamp,
     /// Its name within the provider (pkcs11: CKA_ID) in hex, which orders KEKs of one instant.
     pub id: String,
+}
+
+/// Envelopes that lack the recipient of one KEK.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Gap {
+    /// Under which they were sealed.
+    pub key_id: String,
+    /// The provider that was out of reach, for people.
+    pub provider: String,
+    /// Its active KEK.
+    pub identity: Identity,
+    /// When the first of them was sealed.
+    pub since: Timestamp,
+    /// How many this host has sealed, at least.
+    pub envelopes: u64,
 }
 
 /// The directory of state files. All methods block on the disk; they are called seldom.
@@ -215,6 +233,23 @@ impl State {
         });
     }
 
+    /// The gaps that this host has made.
+    ///
+    /// # Errors
+    /// Their file is damaged.
+    pub fn gaps(&self) -> Result<Vec<Gap>, StateError> {
+        Ok(self.read(GAPS_FILE)?.unwrap_or_default())
+    }
+
+    /// Replaces the gaps, soon, on the disk.
+    pub fn set_gaps(self: &Arc<Self>, gaps: Vec<Gap>) {
+        let state = Arc::clone(self);
+        let write = move || drop(state.locked(|| state.write(GAPS_FILE, &gaps)));
+        if let Err(error) = std::thread::Builder::new().name("state".into()).spawn(write) {
+            tracing::error!(%error, "which envelopes lack a recipient cannot be kept on disk");
+        }
+    }
+
     /// Sets the next `count` wraps of a KEK aside for this process and returns how many this host had set aside
     /// before: a crash can only make the counter run ahead. `None`: the disk does not take it.
     pub fn reserve_wraps(&self, identity: Identity, count: u64) -> Option<u64> {
@@ -284,6 +319,7 @@ impl State {
 }
 
 const MARKS_FILE: &str = "active.json";
+const GAPS_FILE: &str = "gaps.json";
 
 fn reference_file(identity: Identity) -> String {
     format!("reference-{identity}.json")

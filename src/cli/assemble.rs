@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use super::output::Failure;
-use crate::config::{Config, ProviderConfig};
+use crate::config::{Config, Pkcs11Config, ProviderConfig};
 use crate::keyring::Keyring;
 use crate::provider::Provider;
 use crate::provider::pkcs11::Pkcs11;
+use crate::provider::transit::Transit;
 use crate::runtime::Leader;
 use crate::state::State;
 
@@ -15,41 +16,62 @@ pub(super) fn state(config: &Config) -> Result<Arc<State>, Failure> {
     Ok(Arc::new(State::open(&config.keyring.state)?))
 }
 
-/// The provider of this name, or the only one.
-pub(super) fn choose_provider<'c>(config: &'c Config, name: Option<&str>) -> Result<&'c ProviderConfig, Failure> {
-    let names: Vec<&str> = config.providers.iter().map(|provider| provider.name.as_str()).collect();
+/// The provider of this name, or the only one, if it has tokens.
+pub(super) fn choose_provider<'c>(config: &'c Config, name: Option<&str>) -> Result<&'c Pkcs11Config, Failure> {
+    let names: Vec<&str> = config.providers.iter().map(ProviderConfig::name).collect();
     let there = format!("the configuration has: {}", names.join(", "));
-    match (name, config.providers.as_slice()) {
-        (None, [only]) => Ok(only),
+    let chosen = match (name, config.providers.as_slice()) {
+        (None, [only]) => only,
         (None, _) => {
-            Err(Failure::failed("several providers: which one is meant?", format!("--provider NAME; {there}")))
+            return Err(Failure::failed("several providers: which one is meant?", format!("--provider NAME; {there}")));
         }
         (Some(name), providers) => providers
             .iter()
-            .find(|provider| provider.name == name)
-            .ok_or_else(|| Failure::failed(format!("no provider is named {name}"), there)),
+            .find(|provider| provider.name() == name)
+            .ok_or_else(|| Failure::failed(format!("no provider is named {name}"), there))?,
+    };
+    match chosen {
+        ProviderConfig::Pkcs11(config) => Ok(config),
+        ProviderConfig::Transit(config) => {
+            let what = format!("provider {} has its keys made by Vault or OpenBao", config.name);
+            let rotate = format!("vault write -f {}/keys/{}/rotate", config.mount, config.key);
+            Err(Failure::failed(what, format!("rotate the key there, as who may do so: {rotate}")))
+        }
     }
 }
 
-/// A provider, its tokens being connected to.
-pub(super) fn provider(config: &ProviderConfig, state: &Arc<State>, leader: &Leader) -> Result<Pkcs11, Failure> {
+/// A provider of tokens, these being connected to.
+pub(super) fn pkcs11(config: &Pkcs11Config, state: &Arc<State>, leader: &Leader) -> Result<Pkcs11, Failure> {
     let no_thread = |error| Failure::failed(format!("provider {}: {error}", config.name), "raise the limit on threads");
     Pkcs11::new(config, state, leader).map_err(no_thread)
 }
 
-/// Every provider, in the order of the configuration.
-pub(super) fn providers(config: &Config, state: &Arc<State>, leader: &Leader) -> Result<Vec<Pkcs11>, Failure> {
-    config.providers.iter().map(|config| provider(config, state, leader)).collect()
+/// Every provider of tokens, in the order of the configuration.
+pub(super) fn every_pkcs11(config: &Config, state: &Arc<State>, leader: &Leader) -> Result<Vec<Pkcs11>, Failure> {
+    config.pkcs11().map(|config| pkcs11(config, state, leader)).collect()
 }
 
-/// The keyring over the [`providers`] of the same configuration.
-pub(super) fn keyring_of(config: &Config, providers: Vec<Pkcs11>, state: Arc<State>) -> Keyring {
-    let boxed = |provider| Box::new(provider) as Box<dyn Provider>;
-    let seals = config.providers.iter().map(|config| config.seal);
-    Keyring::new(&config.keyring, providers.into_iter().map(boxed).zip(seals).collect(), state)
+/// Every provider of type `transit`, in the order of the configuration. To be called within a runtime.
+pub(super) fn every_transit(config: &Config, state: &Arc<State>) -> Vec<Transit> {
+    config.transit().map(|config| Transit::new(config, state)).collect()
 }
 
-/// The keyring over all providers, their tokens being connected to.
+/// The keyring over all providers, each of the same configuration, in its order.
+pub(super) fn keyring_of(config: &Config, pkcs11: Vec<Pkcs11>, transit: Vec<Transit>, state: Arc<State>) -> Keyring {
+    let (mut pkcs11, mut transit) = (pkcs11.into_iter(), transit.into_iter());
+    let provider = |of: &ProviderConfig| -> Option<(Box<dyn Provider>, bool)> {
+        let provider: Box<dyn Provider> = match of {
+            ProviderConfig::Pkcs11(_) => Box::new(pkcs11.next()?),
+            ProviderConfig::Transit(_) => Box::new(transit.next()?),
+        };
+        Some((provider, of.seals()))
+    };
+    let providers = config.providers.iter().filter_map(provider).collect();
+    Keyring::new(&config.keyring, config.legacy.clone(), providers, state)
+}
+
+/// The keyring over all providers, which are being connected to. To be called within a runtime.
 pub(super) fn keyring(config: &Config, state: Arc<State>, leader: &Leader) -> Result<Keyring, Failure> {
-    Ok(keyring_of(config, providers(config, &state, leader)?, state))
+    let (pkcs11, transit) = (every_pkcs11(config, &state, leader)?, every_transit(config, &state));
+    Ok(keyring_of(config, pkcs11, transit, state))
 }

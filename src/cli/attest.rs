@@ -9,9 +9,9 @@ use clap::Args;
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::output::{Failure, Format, print, print_json};
+use super::output::{Failure, Format, patiently, print, print_json};
 use super::{ConfigArgs, OutputArgs, VERSION, assemble};
-use crate::config::{Config, Exportable, ProviderConfig, Status};
+use crate::config::{Config, Exportable, Pkcs11Config, Status};
 use crate::disk;
 use crate::provider::pkcs11::{KeyFacts, Outcome, Survey, Trials};
 use crate::runtime::Leader;
@@ -108,11 +108,12 @@ pub(super) async fn attest(args: &AttestArgs) -> Result<(), Failure> {
     let config = Config::load(&args.config.config)?;
     let state = assemble::state(&config)?;
     let mut providers = Vec::new();
-    for provider in &config.providers {
-        let pkcs11 = assemble::provider(provider, &state, &Leader::default())?;
+    for provider in config.pkcs11() {
+        let pkcs11 = assemble::pkcs11(provider, &state, &Leader::default())?;
         let deadline = Instant::now() + TIMEOUT;
         let late = "its tokens did not answer within two minutes";
-        let surveys = tokio::time::timeout(TIMEOUT, pkcs11.survey(true, deadline)).await;
+        let what = format!("trying to get throw-away keys out of the tokens of provider {}", provider.name);
+        let surveys = patiently(&what, tokio::time::timeout(TIMEOUT, pkcs11.survey(true, deadline))).await;
         providers.push(match surveys {
             Ok(surveys) => {
                 let (tokens, lost): (Vec<_>, Vec<_>) = surveys.into_iter().partition(Result::is_ok);
@@ -142,7 +143,7 @@ pub(super) async fn attest(args: &AttestArgs) -> Result<(), Failure> {
     conclude(&attestation)
 }
 
-fn described(provider: &ProviderConfig, tokens: Vec<Survey>, out_of_reach: Vec<String>) -> Provider {
+fn described(provider: &Pkcs11Config, tokens: Vec<Survey>, out_of_reach: Vec<String>) -> Provider {
     Provider {
         name: provider.name.clone(),
         profile: provider.profile.name.clone(),

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::output::{Failure, Format, print, print_json};
 use super::{ConfigArgs, OutputArgs};
-use crate::config::{Config, Status};
+use crate::config::{Config, ProviderConfig, Status};
 use crate::envelope;
 
 pub(super) const EXAMPLES: &str = "Examples:
@@ -40,14 +40,55 @@ struct Summary {
 struct ProviderSummary {
     name: String,
     seal: bool,
-    profile: String,
-    profile_status: Status,
-    /// That nobody has run the profile, if that is so.
-    profile_caveat: Option<String>,
-    module: PathBuf,
-    tokens: Vec<String>,
-    label: String,
-    sessions: usize,
+    #[serde(flatten)]
+    service: Service,
+}
+
+#[derive(Serialize)]
+#[serde(tag = "type", rename_all = "kebab-case", rename_all_fields = "kebab-case")]
+enum Service {
+    Pkcs11 {
+        profile: String,
+        profile_status: Status,
+        /// That nobody has run the profile, if that is so.
+        profile_caveat: Option<String>,
+        module: PathBuf,
+        tokens: Vec<String>,
+        label: String,
+        sessions: usize,
+    },
+    Transit {
+        address: String,
+        namespace: Option<String>,
+        mount: String,
+        key: String,
+        auth: &'static str,
+        auth_mount: String,
+    },
+}
+
+impl Service {
+    fn of(provider: &ProviderConfig) -> Self {
+        match provider {
+            ProviderConfig::Pkcs11(config) => Self::Pkcs11 {
+                profile: config.profile.name.clone(),
+                profile_status: config.profile.status,
+                profile_caveat: config.profile.caveat(),
+                module: config.module.clone(),
+                tokens: config.tokens.iter().map(ToString::to_string).collect(),
+                label: config.label.clone(),
+                sessions: config.sessions,
+            },
+            ProviderConfig::Transit(config) => Self::Transit {
+                address: config.address.to_string(),
+                namespace: config.namespace.clone(),
+                mount: config.mount.clone(),
+                key: config.key.clone(),
+                auth: config.auth.method.as_str(),
+                auth_mount: config.auth.mount.clone(),
+            },
+        }
+    }
 }
 
 pub(super) fn run(args: &CheckArgs) -> Result<(), Failure> {
@@ -60,26 +101,21 @@ pub(super) fn run(args: &CheckArgs) -> Result<(), Failure> {
 }
 
 fn summary(config: &Config) -> Summary {
-    let longest = config.providers.iter().filter(|provider| provider.seal).map(|provider| provider.longest_algorithm());
+    let sealing = config.providers.iter().filter(|provider| provider.seals());
+    let longest: Vec<_> = sealing.map(ProviderConfig::longest_algorithm).collect();
     Summary {
         socket: config.listen.socket.clone(),
         v1beta1: config.listen.v1beta1,
         cluster: config.keyring.cluster.clone(),
         state: config.keyring.state.clone(),
-        envelope_size: envelope::sealed_len(&longest.collect::<Vec<_>>(), 32),
+        envelope_size: envelope::sealed_len(&longest, 32),
         providers: config
             .providers
             .iter()
             .map(|provider| ProviderSummary {
-                name: provider.name.clone(),
-                seal: provider.seal,
-                profile: provider.profile.name.clone(),
-                profile_status: provider.profile.status,
-                profile_caveat: provider.profile.caveat(),
-                module: provider.module.clone(),
-                tokens: provider.tokens.iter().map(ToString::to_string).collect(),
-                label: provider.label.clone(),
-                sessions: provider.sessions,
+                name: provider.name().to_owned(),
+                seal: provider.seals(),
+                service: Service::of(provider),
             })
             .collect(),
     }
@@ -95,23 +131,29 @@ fn text(file: &Path, summary: &Summary) -> String {
         summary.state.display(),
         summary.envelope_size,
     );
-    for provider in &summary.providers {
-        let role = if provider.seal { "seals" } else { "only unwraps" };
-        let _infallible = write!(
-            text,
-            "\n  provider  {} ({role}): profile {}, {} sessions, KEKs labelled {}\n              module {}",
-            provider.name,
-            provider.profile,
-            provider.sessions,
-            provider.label,
-            provider.module.display(),
-        );
-        if let Some(caveat) = &provider.profile_caveat {
-            let _infallible = write!(text, "\n              {caveat}");
-        }
-        for token in &provider.tokens {
-            let _infallible = write!(text, "\n              token  {token}");
-        }
+    for ProviderSummary { name, seal, service } in &summary.providers {
+        let role = if *seal { "seals" } else { "only unwraps" };
+        let _infallible = write!(text, "\n  provider  {name} ({role}): {}", service.text());
     }
     text
+}
+
+impl Service {
+    fn text(&self) -> String {
+        match self {
+            Self::Pkcs11 { profile, profile_caveat, module, tokens, label, sessions, .. } => {
+                let mut text = format!("profile {profile}, {sessions} sessions, KEKs labelled {label}");
+                let module = format!("module {}", module.display());
+                let tokens = tokens.iter().map(|token| format!("token  {token}"));
+                for line in [module].into_iter().chain(profile_caveat.clone()).chain(tokens) {
+                    let _infallible = write!(text, "\n              {line}");
+                }
+                text
+            }
+            Self::Transit { address, namespace, mount, key, auth, auth_mount } => {
+                let namespace = namespace.as_ref().map(|name| format!(" of namespace {name}")).unwrap_or_default();
+                format!("key {key} of {mount}{namespace}\n              {address}, login {auth} at auth/{auth_mount}")
+            }
+        }
+    }
 }

@@ -51,7 +51,7 @@ pub(super) fn run(args: &DevArgs) -> Result<(), Failure> {
     let so_pin = secret_file(&dir.join("so-pin"))?;
     write(&config, &configuration(&dir))?;
     let loaded = Config::load(&config)?;
-    let Some(provider) = loaded.providers.first() else { return Ok(()) };
+    let Some(provider) = loaded.pkcs11().next() else { return Ok(()) };
     setup::initialize_token(&provider.module, TOKEN, &so_pin, &pin)
         .map_err(|what| Failure::failed(what, format!("remove {} and try again", dir.display())))?;
     key::ensure_first(&loaded, provider)?;

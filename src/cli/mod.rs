@@ -2,12 +2,14 @@
 
 mod assemble;
 mod attest;
+mod audit;
 mod bench;
 mod check;
 mod dev;
 mod doctor;
 mod encryption_config;
 mod key;
+mod migrate;
 mod output;
 mod pin;
 mod probe;
@@ -61,6 +63,9 @@ enum Verb {
     /// Have a PIN tried again that a token has refused.
     #[command(subcommand)]
     Pin(pin::PinVerb),
+    /// Check the audit log.
+    #[command(subcommand)]
+    Audit(audit::AuditVerb),
     /// Show what a serving plugin says of itself.
     #[command(after_help = status::EXAMPLES)]
     Status(status::StatusArgs),
@@ -73,6 +78,9 @@ enum Verb {
     /// Print the EncryptionConfiguration, flags and mounts that an API server needs.
     #[command(after_help = encryption_config::EXAMPLES)]
     EncryptionConfig(encryption_config::EncryptionConfigArgs),
+    /// Make another plugin's configuration into one of this.
+    #[command(subcommand)]
+    Migrate(migrate::MigrateVerb),
     /// Make a SoftHSM token, a KEK and a configuration, and serve. For development.
     #[command(after_help = dev::EXAMPLES)]
     Dev(dev::DevArgs),
@@ -142,10 +150,12 @@ fn run(verb: Verb) -> Result<(), Failure> {
             key::run(verb)
         }
         Verb::Pin(verb) => pin::run(&verb),
+        Verb::Audit(verb) => audit::run(verb),
         Verb::Status(args) => status::run(&args),
         Verb::Probe(args) => probe::run(&args),
         Verb::Bench(args) => bench::run(&args),
         Verb::EncryptionConfig(args) => encryption_config::run(&args),
+        Verb::Migrate(verb) => migrate::run(&verb),
         Verb::Dev(args) => {
             crate::telemetry::init("warn");
             dev::run(&args)

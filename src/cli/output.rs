@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use comfy_table::{ContentArrangement, Table, presets};
 use serde::Serialize;
@@ -12,6 +13,9 @@ use crate::provider::KekError;
 use crate::service::client::ClientError;
 use crate::service::listener::BindError;
 use crate::state::StateError;
+
+/// Longer than that nobody waits without wondering.
+const MOMENT: Duration = Duration::from_secs(1);
 
 /// How a result is printed: for people, or for programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -53,8 +57,9 @@ impl Failure {
         Self { code: 77, what, remedy }
     }
 
-    fn configuration(what: String, remedy: String) -> Self {
-        Self { code: 78, what, remedy }
+    /// A configuration cannot be used.
+    pub(super) fn configuration(what: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { code: 78, what: what.into(), remedy: remedy.into() }
     }
 
     /// Prints it, and returns its exit code.
@@ -141,6 +146,19 @@ pub(super) fn print(text: &str) -> Result<(), Failure> {
         }
         _ => Ok(()),
     }
+}
+
+/// The work; if it takes longer than a moment, somebody at a terminal is told what is waited for.
+pub(super) async fn patiently<T>(what: &str, work: impl Future<Output = T>) -> T {
+    let mut work = std::pin::pin!(work);
+    if let Ok(done) = tokio::time::timeout(MOMENT, &mut work).await {
+        return done;
+    }
+    let mut stderr = io::stderr();
+    if stderr.is_terminal() {
+        let _nobody_reads = writeln!(stderr, "trousseau: {what} …");
+    }
+    work.await
 }
 
 /// Prints a value for programs.

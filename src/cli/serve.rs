@@ -11,7 +11,8 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::output::Failure;
 use super::{VERSION, assemble};
-use crate::config::{Config, Listen};
+use crate::audit::{Audit, Event};
+use crate::config::{AuditConfig, Config, Listen};
 use crate::keyring::{Keyring, Reminder};
 use crate::provider::pkcs11;
 use crate::runtime::{self, Leader};
@@ -54,7 +55,7 @@ pub(super) fn serve(
 
 /// What nobody has run is said where it is used.
 fn warn_of_profiles(config: &Config) {
-    for provider in &config.providers {
+    for provider in config.pkcs11() {
         if let Some(caveat) = provider.profile.caveat() {
             tracing::warn!(provider = provider.name, "{caveat}: try it before you rely on it");
         }
@@ -70,13 +71,14 @@ async fn serve_with(
     warn_of_profiles(&config);
     let state = assemble::state(&config)?;
     let keyring = Arc::new(assemble::keyring(&config, Arc::clone(&state), &leader)?);
+    let audit = config.audit.as_ref().map(open_audit).transpose()?;
     let listener = Listener::open(&config.listen)?;
     let socket = config.listen.socket.display();
     let cluster = &config.keyring.cluster;
     tracing::info!(version = VERSION, %socket, v1beta1 = config.listen.v1beta1, cluster, "serving");
     ready()?;
     let v1beta1 = config.listen.v1beta1;
-    let requests = Arc::new(Requests::new(keyring));
+    let requests = Arc::new(Requests::new(keyring, audit));
     let daemon = Daemon { file, listen: config.listen, listener, requests, state, leader };
     let terminated = terminated()?;
     let mut lost = None;
@@ -85,6 +87,7 @@ async fn serve_with(
         systemd::stopping();
     };
     let mut hangup = on(SignalKind::hangup())?;
+    daemon.note("start").await;
     systemd::ready();
     let ended = tokio::select! {
         ended = service::serve(&daemon.listener, &daemon.requests, v1beta1, shutdown) => {
@@ -96,6 +99,7 @@ async fn serve_with(
         () = daemon.feed_watchdog() => Ok(()),
         () = observe::serve(config.observe, &daemon.requests) => Ok(()),
     };
+    daemon.note("stop").await;
     match lost {
         Some(reason) => {
             drop(daemon.listener); // and its socket
@@ -103,6 +107,11 @@ async fn serve_with(
         }
         None => ended,
     }
+}
+
+fn open_audit(config: &AuditConfig) -> Result<Audit, Failure> {
+    let remedy = "make its directory, and give it to the plugin's user";
+    Audit::open(config).map_err(|why| Failure::failed(format!("audit log {why}"), remedy))
 }
 
 struct Daemon {
@@ -115,6 +124,14 @@ struct Daemon {
 }
 
 impl Daemon {
+    /// Writes into the audit log what became of this process; what cannot be written is told by the log's own thread.
+    async fn note(&self, event: &'static str) {
+        if let Some(audit) = self.requests.audit() {
+            let detail = format!("version {VERSION}, pid {}", std::process::id());
+            drop(audit.record(Event { detail, ..Event::now(event) }).await);
+        }
+    }
+
     /// Reads the configuration again at each signal. Never returns.
     async fn reload_at(&self, hangup: &mut Signal) {
         while hangup.recv().await.is_some() {
@@ -181,15 +198,21 @@ impl Daemon {
         }
     }
 
-    /// Tells systemd how we are, and the log what somebody should see to. Never returns.
+    /// Tells systemd how we are, the log what somebody should see to, and auditors which KEKs are active. Never returns.
     async fn keep_systemd_informed(&self) {
-        let mut told = String::new();
+        let (mut told, mut key_id) = (String::new(), String::new());
         let mut reminder = Reminder::default();
         loop {
             let keyring = self.requests.keyring();
             let concerns = keyring.concerns(Timestamp::now());
             for concern in reminder.due(&concerns, Instant::now()) {
                 tracing::warn!("{concern}");
+            }
+            let now = health(&keyring).unwrap_or_default();
+            if let Some(audit) = self.requests.audit().filter(|_| !now.is_empty() && now != key_id) {
+                key_id.clone_from(&now);
+                // What cannot be written is told by the log's own thread.
+                drop(audit.record(Event { key_id: now, keks: keyring.active_keks(), ..Event::now("active") }).await);
             }
             let status = match health(&keyring) {
                 Ok(key_id) => [vec![format!("serving, key_id {key_id}")], keyring.gaps(), concerns].concat().join("; "),

@@ -7,10 +7,10 @@ use std::fmt;
 use std::str::FromStr;
 
 use serde::de::{Error, MapAccess, Visitor};
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// How a failed call is treated. Each class has one treatment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Class {
     /// The ciphertext: an error to the caller, no retry, no effect on health.
@@ -33,12 +33,30 @@ pub enum Class {
     Fatal,
 }
 
+impl Class {
+    /// The word for it in a profile.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::BadInput => "bad-input",
+            Self::Doubtful => "doubtful",
+            Self::Session => "session",
+            Self::Login => "login",
+            Self::Token => "token",
+            Self::Pin => "pin",
+            Self::Refused => "refused",
+            Self::Fatal => "fatal",
+        }
+    }
+}
+
 /// A return code, CK_RV.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Code(pub c_ulong);
 
 /// The codes that mean something else to a profile's tokens than to the standard.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
 pub struct Codes(BTreeMap<Code, Class>);
 
 impl Codes {
@@ -102,6 +120,15 @@ impl FromStr for Code {
 impl<'de> Deserialize<'de> for Code {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+    }
+}
+
+impl Serialize for Code {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self.entry() {
+            Some((_, name, _)) => serializer.serialize_str(name),
+            None => serializer.collect_str(&format_args!("{:#x}", self.0)),
+        }
     }
 }
 

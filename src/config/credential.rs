@@ -7,11 +7,13 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 
 use rustix::fs::OFlags;
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 use zeroize::Zeroizing;
 
-/// A PIN of more bytes than this is a mistake, such as the path of another file.
-const MAX_LEN: u64 = 1024;
+/// A PIN, or the like, of more bytes than this is a mistake, such as the path of another file.
+const LONGEST_LINE: usize = 1024;
+/// A file of more bytes than this holds no secret. A JWT or a private key has some thousand.
+const LONGEST_FILE: u64 = 16 * 1024;
 
 /// A file that holds one secret, which is read anew each time it is needed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,6 +64,24 @@ impl Credential {
     /// # Errors
     /// The file cannot be read, can be read by others, or holds nothing, or more than a line.
     pub fn read(&self) -> Result<SecretString, CredentialError> {
+        let text = self.read_file()?;
+        let secret = text.expose_secret();
+        let secret = secret.strip_suffix('\n').unwrap_or(secret);
+        let secret = secret.strip_suffix('\r').unwrap_or(secret);
+        if secret.is_empty() {
+            return Err(self.error("holds no secret: it is empty", "write the secret into it"));
+        }
+        if secret.contains('\n') || secret.len() > LONGEST_LINE {
+            return Err(self.error("holds more than one line", "leave only the secret in it"));
+        }
+        Ok(SecretString::from(secret))
+    }
+
+    /// Reads the whole file, of any number of lines.
+    ///
+    /// # Errors
+    /// The file cannot be read, can be read by others, or is too long for a secret.
+    pub fn read_file(&self) -> Result<SecretString, CredentialError> {
         // O_NONBLOCK: a FIFO in the file's place must not hold us up.
         let mut options = OpenOptions::new();
         options.read(true).custom_flags(OFlags::NONBLOCK.bits() as i32);
@@ -71,25 +91,20 @@ impl Credential {
         })?;
         let metadata = file.metadata().map_err(|error| self.error(error.to_string(), "check the file system"))?;
         self.check_access(&metadata)?;
-        let mut text = Zeroizing::new(String::with_capacity(MAX_LEN as usize));
+        let mut text = Zeroizing::new(String::with_capacity(metadata.len().min(LONGEST_FILE) as usize + 1));
         file.by_ref()
-            .take(MAX_LEN)
+            .take(LONGEST_FILE)
             .read_to_string(&mut text)
-            .map_err(|error| self.error(format!("cannot be read: {error}"), "write the PIN as one line of UTF-8"))?;
-        let secret = text.strip_suffix('\n').unwrap_or(&text);
-        let secret = secret.strip_suffix('\r').unwrap_or(secret);
-        if secret.is_empty() {
-            return Err(self.error("holds no secret: it is empty", "write the PIN into it"));
+            .map_err(|error| self.error(format!("cannot be read: {error}"), "write the secret in UTF-8"))?;
+        if metadata.len() > LONGEST_FILE {
+            return Err(self.error(format!("has more than {LONGEST_FILE} bytes"), "leave only the secret in it"));
         }
-        if secret.contains('\n') || metadata.len() > MAX_LEN {
-            return Err(self.error("holds more than one line", "leave only the PIN in it"));
-        }
-        Ok(SecretString::from(secret))
+        Ok(SecretString::from(text.as_str()))
     }
 
     fn check_access(&self, metadata: &Metadata) -> Result<(), CredentialError> {
         if !metadata.is_file() {
-            return Err(self.error("is not a file", "name a file that holds the PIN"));
+            return Err(self.error("is not a file", "name a file that holds the secret"));
         }
         if self.from_systemd {
             return Ok(());

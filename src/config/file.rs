@@ -6,6 +6,8 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
+use crate::legacy::Format;
+
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(super) struct File {
@@ -18,8 +20,10 @@ pub(super) struct File {
     pub(super) policy: Policy,
     #[serde(default)]
     pub(super) observe: Observe,
+    pub(super) audit: Option<Audit>,
     #[serde(default)]
     pub(super) provider: Vec<Provider>,
+    pub(super) legacy: Option<Legacy>,
 }
 
 /// The only version of this file so far.
@@ -68,35 +72,87 @@ pub(super) struct Observe {
     pub(super) http: Option<String>,
 }
 
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Audit {
+    #[serde(default = "audit_log")]
+    pub(super) file: PathBuf,
+    #[serde(default = "a_second")]
+    pub(super) sync: String,
+    #[serde(default)]
+    pub(super) on_failure: super::OnFailure,
+    #[serde(default = "a_quarter_of_a_gib")]
+    pub(super) rotate_at_mib: u64,
+    #[serde(default = "five_minutes")]
+    pub(super) head_every: String,
+}
+
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub(super) struct Policy {
     pub(super) exportable: super::Exportable,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-enum ProviderType {
+pub(super) enum ProviderType {
     Pkcs11,
+    Transit,
 }
 
+/// The keys of every type; which type has which is checked by [`super::provider`]. (A tagged enum would lose the line
+/// of an error.)
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(super) struct Provider {
     pub(super) name: String,
     #[serde(rename = "type")]
-    _type: ProviderType,
+    pub(super) of_type: ProviderType,
     #[serde(default = "yes")]
     pub(super) seal: bool,
+    // pkcs11
     pub(super) profile: Option<String>,
     pub(super) module: Option<PathBuf>,
-    pub(super) tokens: Vec<String>,
+    pub(super) tokens: Option<Vec<String>>,
     pub(super) label: Option<String>,
-    pub(super) pin_file: String,
-    #[serde(default = "four")]
-    pub(super) sessions: usize,
+    pub(super) pin_file: Option<String>,
+    pub(super) sessions: Option<usize>,
     #[serde(default)]
     pub(super) kek: Vec<AdmittedKek>,
+    // transit
+    pub(super) address: Option<String>,
+    pub(super) namespace: Option<String>,
+    pub(super) mount: Option<String>,
+    pub(super) key: Option<String>,
+    pub(super) activation_delay: Option<String>,
+    pub(super) ca_file: Option<PathBuf>,
+    pub(super) auth: Option<Auth>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum AuthMethod {
+    Token,
+    AppRole,
+    Cert,
+    Jwt,
+    Kubernetes,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Auth {
+    pub(super) method: AuthMethod,
+    pub(super) mount: Option<String>,
+    pub(super) namespace: Option<String>,
+    pub(super) token_file: Option<String>,
+    pub(super) role_id_file: Option<String>,
+    pub(super) secret_id_file: Option<String>,
+    pub(super) wrapped: Option<bool>,
+    pub(super) cert_file: Option<PathBuf>,
+    pub(super) key_file: Option<String>,
+    pub(super) role: Option<String>,
+    pub(super) jwt_file: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -105,6 +161,13 @@ pub(super) struct AdmittedKek {
     pub(super) id: String,
     pub(super) not_before: toml::value::Datetime,
     pub(super) exception: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Legacy {
+    pub(super) formats: BTreeSet<Format>,
+    pub(super) provider: String,
 }
 
 fn yes() -> bool {
@@ -116,6 +179,19 @@ fn ninety_days() -> String {
     "90d".to_owned()
 }
 
-fn four() -> usize {
-    4
+fn audit_log() -> PathBuf {
+    "/var/log/trousseau/audit.log".into()
+}
+
+fn a_second() -> String {
+    "1s".to_owned()
+}
+
+/// Some two thirds of a million lines.
+fn a_quarter_of_a_gib() -> u64 {
+    256
+}
+
+fn five_minutes() -> String {
+    "5m".to_owned()
 }

@@ -3,28 +3,36 @@
 //! [`Config::load`] is what `serve` and `check` both call; it touches no token. Its parts end at the constructors that
 //! take them: no other room reads a file of the administrator's.
 
+mod audit;
 mod codes;
 mod credential;
 mod error;
 mod file;
+mod legacy;
+mod pkcs11;
 mod profile;
+mod provider;
+mod transit;
 mod uri;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use jiff::{SignedDuration, Span, SpanRelativeTo, Timestamp};
+use jiff::{SignedDuration, Span, SpanRelativeTo};
 use serde::{Deserialize, Serialize};
 
+pub use self::audit::{AuditConfig, OnFailure, Sync};
 pub use self::codes::{Class, Code, Codes};
 pub use self::credential::{Credential, CredentialError};
 pub use self::error::ConfigError;
+pub use self::legacy::Legacy;
+pub use self::pkcs11::{Admission, Pkcs11Config};
 pub use self::profile::{Excusable, GcmIv, Mode, Omissible, Profile, Status};
+pub use self::provider::ProviderConfig;
+pub use self::transit::{Auth, Method, TransitConfig};
 pub use self::uri::TokenUri;
-use crate::envelope::{MAX_RECIPIENTS, WrapAlgorithm};
 
 /// Where the configuration lies when nothing else is said.
 pub const DEFAULT_PATH: &str = "/etc/trousseau/trousseau.toml";
@@ -51,8 +59,12 @@ pub struct Config {
     pub keyring: KeyringConfig,
     /// Where metrics are served. `None`: nowhere.
     pub observe: Option<SocketAddr>,
+    /// The audit log. `None`: none is kept.
+    pub audit: Option<AuditConfig>,
     /// Where KEKs are: at least one, of which at least one seals.
     pub providers: Vec<ProviderConfig>,
+    /// What older plugins wrote and is still to be read. `None`: nothing.
+    pub legacy: Option<Legacy>,
 }
 
 /// `[listen]`
@@ -116,49 +128,6 @@ impl Exportable {
     }
 }
 
-/// A `[[provider.kek]]`: a KEK made elsewhere.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Admission {
-    /// Its activation instant.
-    pub not_before: Timestamp,
-    /// Why it is a KEK although the token does not vouch for its history.
-    pub exception: Option<String>,
-}
-
-/// One `[[provider]]` of type `pkcs11`.
-#[derive(Debug)]
-pub struct ProviderConfig {
-    /// For people; renaming is harmless.
-    pub name: String,
-    /// Whether its active KEK wraps new DEKs; otherwise its KEKs only unwrap.
-    pub seal: bool,
-    /// What is known of its tokens.
-    pub profile: Arc<Profile>,
-    /// The module's file. It need not exist yet.
-    pub module: PathBuf,
-    /// The tokens, replicas of each other, in the order of preference: at least one.
-    pub tokens: Vec<TokenUri>,
-    /// CKA_LABEL of the KEKs.
-    pub label: String,
-    /// The user PIN.
-    pub pin: Credential,
-    /// Sessions, and so worker threads, a token: 1 to 256.
-    pub sessions: usize,
-    /// KEKs made elsewhere, by CKA_ID.
-    pub admitted: BTreeMap<Vec<u8>, Admission>,
-    /// `[policy]`: what becomes of a token that hands keys out.
-    pub exportable: Exportable,
-}
-
-impl ProviderConfig {
-    /// The wrap algorithm of its modes that makes the longest recipient.
-    #[must_use]
-    pub fn longest_algorithm(&self) -> WrapAlgorithm {
-        let algorithms = self.profile.modes.iter().map(|mode| mode.algorithm());
-        algorithms.max_by_key(|algorithm| algorithm.wrapped_len()).unwrap_or(WrapAlgorithm::LONGEST)
-    }
-}
-
 impl Config {
     /// Reads and checks the file, the profiles that it names, and the secrets that it points to.
     ///
@@ -181,7 +150,27 @@ impl Config {
             .collect::<Result<_, _>>()?;
         check.providers_together(&providers)?;
         let observe = check.observe(file.observe)?;
-        Ok(Self { listen: check.listen(file.listen)?, keyring, observe, providers })
+        let audit = file.audit.map(|audit| check.audit(audit)).transpose()?;
+        let listen = check.listen(file.listen)?;
+        let legacy = file.legacy.map(|legacy| Legacy::new(legacy, listen.v1beta1, &providers)).transpose();
+        let legacy = legacy.map_err(|(what, remedy)| check.error(what, remedy))?;
+        Ok(Self { listen, keyring, observe, audit, providers, legacy })
+    }
+
+    /// The providers of type `pkcs11`.
+    pub fn pkcs11(&self) -> impl Iterator<Item = &Pkcs11Config> {
+        self.providers.iter().filter_map(|provider| match provider {
+            ProviderConfig::Pkcs11(config) => Some(config),
+            ProviderConfig::Transit(_) => None,
+        })
+    }
+
+    /// The providers of type `transit`.
+    pub fn transit(&self) -> impl Iterator<Item = &TransitConfig> {
+        self.providers.iter().filter_map(|provider| match provider {
+            ProviderConfig::Transit(config) => Some(config),
+            ProviderConfig::Pkcs11(_) => None,
+        })
     }
 }
 
@@ -198,6 +187,14 @@ fn refuse_if_writable_by_others(path: &Path) -> Result<(), ConfigError> {
         return Err(ConfigError::new(path, what, format!("chmod go-w {}", path.display())));
     }
     Ok(())
+}
+
+/// What [`is_cluster_name`] takes.
+pub(crate) const CLUSTER_NAME: &str = "1 to 63 letters, digits, `-`, `.` and `_`";
+
+pub(crate) fn is_cluster_name(text: &str) -> bool {
+    let named = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+    (1..=63).contains(&text.len()) && text.chars().all(named)
 }
 
 /// A length of time such as `90d` or `12h`: days have 24 hours here, and months have no length.
@@ -247,10 +244,9 @@ impl Check<'_> {
     }
 
     fn keyring(&self, file: file::Keyring) -> Result<KeyringConfig, ConfigError> {
-        let named = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
-        if file.cluster.is_empty() || file.cluster.len() > 63 || !file.cluster.chars().all(named) {
+        if !is_cluster_name(&file.cluster) {
             let what = format!("keyring.cluster `{}` is not a name", file.cluster);
-            return Err(self.error(what, "use 1 to 63 letters, digits, `-`, `.` and `_`; it can never be changed"));
+            return Err(self.error(what, format!("use {CLUSTER_NAME}; it can never be changed")));
         }
         let state = file.state.or_else(|| std::env::var_os("STATE_DIRECTORY").map(PathBuf::from));
         let state = state.unwrap_or_else(|| DEFAULT_STATE.into());
@@ -272,106 +268,5 @@ impl Check<'_> {
             self.error(what, "write for example \"127.0.0.1:9990\", or \"[::1]:9990\"")
         };
         text.parse().map(Some).map_err(wrong)
-    }
-
-    fn provider(
-        &self,
-        file: file::Provider,
-        cluster: &str,
-        exportable: Exportable,
-    ) -> Result<ProviderConfig, ConfigError> {
-        let name = file.name;
-        let wrong =
-            |field: &str, what: &str, remedy: &str| self.error(format!("provider {name}: {field}: {what}"), remedy);
-        let profile = match (&file.profile, &file.module) {
-            (Some(profile), _) => Profile::load(profile, &self.profiles, self.path)?,
-            (None, Some(module)) => Profile::of_module(module, &self.profiles, self.path)?,
-            (None, None) => return Err(wrong("profile", "not named, and no module either", "name the token's family")),
-        };
-        let module = match file.module.or_else(|| profile.find_module().cloned()) {
-            Some(module) if module.is_absolute() => module,
-            Some(module) => {
-                return Err(wrong("module", &format!("`{}` is relative", module.display()), "write the whole path"));
-            }
-            None => {
-                let paths: Vec<_> = profile.module_paths.iter().map(|path| path.display().to_string()).collect();
-                let what = match paths.as_slice() {
-                    [] => format!("the profile {} knows no module", profile.name),
-                    paths => format!("{} is not installed: none of {} exists", profile.title, paths.join(", ")),
-                };
-                return Err(wrong("module", &what, "install it, and name its file with `module = …`"));
-            }
-        };
-        let tokens: Vec<TokenUri> = file
-            .tokens
-            .iter()
-            .map(|text| {
-                text.parse().map_err(|what: String| {
-                    wrong("tokens", &format!("`{text}`: {what}"), "write for example \"pkcs11:token=trousseau\"")
-                })
-            })
-            .collect::<Result<_, _>>()?;
-        if tokens.is_empty() {
-            return Err(wrong("tokens", "no token is named", "write for example [\"pkcs11:token=trousseau\"]"));
-        }
-        if !(1..=256).contains(&file.sessions) {
-            return Err(wrong("sessions", "not a number from 1 to 256", "4 is a good start"));
-        }
-        if let Some(most) = profile.max_sessions.filter(|most| file.sessions >= *most) {
-            let what =
-                format!("the tokens of profile {} give {most} sessions, one of which holds the login", profile.name);
-            return Err(wrong("sessions", &what, &format!("write {} at most", most - 1)));
-        }
-        let pin = Credential::parse(&file.pin_file).map_err(|what| wrong("pin-file", &what, "name the PIN's file"))?;
-        pin.read().map_err(|error| wrong("pin-file", &error.to_string(), error.remedy()))?;
-        let admitted = file.kek.into_iter().map(|kek| self.admitted(&name, &kek)).collect::<Result<_, _>>()?;
-        let label = file.label.unwrap_or_else(|| format!("trousseau-{cluster}"));
-        Ok(ProviderConfig {
-            seal: file.seal,
-            profile: Arc::new(profile),
-            module,
-            tokens,
-            label,
-            pin,
-            sessions: file.sessions,
-            admitted,
-            exportable,
-            name,
-        })
-    }
-
-    fn admitted(&self, provider: &str, kek: &file::AdmittedKek) -> Result<(Vec<u8>, Admission), ConfigError> {
-        let id = base16ct::lower::decode_vec(&kek.id).ok().filter(|id| !id.is_empty());
-        let id = id.ok_or_else(|| {
-            let what = format!("provider {provider}: kek.id `{}` is not a CKA_ID in lower-case hex digits", kek.id);
-            self.error(what, "`trousseau key list` shows the ids of all keys with the label")
-        })?;
-        let not_before = kek.not_before.to_string().parse().map_err(|_| {
-            let what = format!("provider {provider}: kek.not-before `{}` is not an instant", kek.not_before);
-            self.error(what, "write it with its zone, for example 2026-11-23T00:00:00Z")
-        })?;
-        let said = |why: &&String| !why.trim().is_empty() && why.len() <= 200 && !why.contains(char::is_control);
-        if let Some(why) = kek.exception.as_ref().filter(|why| !said(why)) {
-            let what = format!("provider {provider}: kek.exception `{}` is not a reason", why.escape_debug());
-            return Err(self.error(what, "say in at most 200 letters of one line where the key was before"));
-        }
-        Ok((id, Admission { not_before, exception: kek.exception.clone() }))
-    }
-
-    /// What holds for the providers as a whole.
-    fn providers_together(&self, providers: &[ProviderConfig]) -> Result<(), ConfigError> {
-        let sealing = providers.iter().filter(|provider| provider.seal).count();
-        if sealing == 0 {
-            return Err(self.error("no [[provider]] seals", "add one, or remove `seal = false`"));
-        }
-        if sealing > MAX_RECIPIENTS {
-            let what = format!("{sealing} providers seal, and an envelope has at most {}", MAX_RECIPIENTS);
-            return Err(self.error(what, "set `seal = false` for some"));
-        }
-        let mut names = BTreeSet::new();
-        match providers.iter().find(|provider| !names.insert(&provider.name)) {
-            Some(twice) => Err(self.error(format!("two providers are named {}", twice.name), "rename one")),
-            None => Ok(()),
-        }
     }
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use jiff::{SignedDuration, Timestamp};
 
 use super::{Keyring, activation};
+use crate::state::Gap;
 
 /// How long before its end at most a period is called near it.
 const NOTICE: SignedDuration = SignedDuration::from_hours(14 * 24);
@@ -24,7 +25,7 @@ impl Keyring {
     /// What somebody should see to, as of the last look, each with what to do; no mark is moved.
     #[must_use]
     pub fn concerns(&self, now: Timestamp) -> Vec<String> {
-        let mut concerns = Vec::new();
+        let mut concerns: Vec<String> = self.envelope_gaps(now).iter().map(Gap::concern).collect();
         for member in self.members.iter().filter(|member| member.seals) {
             let Ok((active, _)) = self.active_of(member, now) else { continue };
             let Ok(kek) = active.kek else { continue };

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::Keyring;
+use super::{Keyring, Member};
 use crate::identity::Identity;
-use crate::provider::{Kek, Refused, Value};
+use crate::provider::{Kek, Refused, Value, Vitals};
 
 /// A KEK as people see it.
 #[derive(Clone, Debug, Serialize)]
@@ -64,6 +64,23 @@ impl Keyring {
     #[must_use]
     pub fn hopeless(&self) -> Option<String> {
         self.members.iter().find_map(|member| member.provider.hopeless())
+    }
+
+    /// How the parts of each provider fare, by its name.
+    #[must_use]
+    pub fn vitals(&self) -> Vec<(&str, Vitals)> {
+        let of = |member: &Member| member.provider.vitals();
+        self.members
+            .iter()
+            .flat_map(|member| of(member).into_iter().map(|part| (member.provider.name(), part)))
+            .collect()
+    }
+
+    /// The KEKs that are active now; no mark is moved.
+    #[must_use]
+    pub fn active_keks(&self) -> Vec<Identity> {
+        let active = |member| self.active_of(member, Timestamp::now()).ok().map(|(active, _)| active.identity);
+        self.members.iter().filter(|member| member.seals).filter_map(active).collect()
     }
 
     /// Tokens that are out of reach, or lack a KEK, as of the last look; others may serve meanwhile.

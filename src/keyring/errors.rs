@@ -1,5 +1,6 @@
 //! Why the keyring did not do what was asked.
 
+use crate::legacy::Unreadable;
 use crate::provider::KekError;
 
 /// Each variant is one row of the contract: the service gives it its gRPC code. The text says first whether the data
@@ -17,6 +18,9 @@ pub enum KeyringError {
     /// Damaged, truncated, foreign, or bound to another key_id. One text for all: an attacker learns nothing.
     #[error("the ciphertext is damaged or is not one of this plugin's: restore the object, retrying does not help")]
     BadCiphertext,
+    /// What an older plugin wrote, and nobody can read, or nobody said that it shall be read.
+    #[error("the ciphertext cannot be read: {0}")]
+    Old(Unreadable),
     /// No KEK of this keyring.
     #[error("{0} is unknown here: check that every control plane uses the same tokens and the same keyring.cluster")]
     UnknownKey(String),
@@ -29,6 +33,12 @@ pub enum KeyringError {
     /// A token, or what leads to it.
     #[error("the token is at fault, the object is intact: {0}")]
     Unavailable(String),
+    /// A provider does not take our word for who we are.
+    #[error("the plugin's login is at fault, the object is intact: {0}")]
+    Unauthenticated(String),
+    /// A provider does not let us.
+    #[error("the plugin's rights are at fault, the object is intact: {0}")]
+    Denied(String),
     /// The tokens can be reached, and have no KEK to wrap with.
     #[error("{0}")]
     NoKek(String),
@@ -57,6 +67,8 @@ impl From<KekError> for KeyringError {
             KekError::Busy(_) => Self::Busy(text),
             KekError::Deadline(_) => Self::Deadline(text),
             KekError::Unavailable(_) | KekError::Refused(_) => Self::Unavailable(text),
+            KekError::Unauthenticated(_) => Self::Unauthenticated(text),
+            KekError::Denied(_) => Self::Denied(text),
         }
     }
 }

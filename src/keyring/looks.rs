@@ -9,15 +9,14 @@ use jiff::Timestamp;
 
 use super::Keyring;
 use super::member::Member;
+use crate::identity::Identity;
+#[cfg(doc)]
+use crate::provider::Pace;
 use crate::provider::{Kek, KekError};
 use crate::secret::Dek;
 
-/// How often the providers are asked for new KEKs.
-const LOOK_EVERY: Duration = Duration::from_secs(30);
 /// The least time between two looks, whatever happens.
 const BREATH: Duration = Duration::from_millis(100);
-/// How often while nothing can be encrypted.
-const UNWELL: Duration = Duration::from_millis(500);
 /// How often at most an unknown identity makes the keyring look at once.
 pub const LOOK_SOON: Duration = Duration::from_secs(5);
 /// How long the first look waits for providers that are still being connected to.
@@ -31,23 +30,33 @@ pub(super) struct Looks {
     began: Option<Instant>,
     /// When the last one ended that an unknown identity had asked for.
     asked_for_ended: Option<Instant>,
+    /// When each provider was asked last.
+    turns: Vec<Turn>,
+}
+
+#[derive(Default)]
+struct Turn {
+    looked: Option<Instant>,
+    /// The active KEK that has proved itself, and when.
+    probed: Option<(Identity, Instant)>,
 }
 
 impl Keyring {
-    /// Looks at all providers again and again, at once when one of them has changed. Never returns.
+    /// Looks at each provider again and again, as often as its [`Pace`] says, and at all of them at once when one has
+    /// changed. Never returns.
     pub async fn keep_looking(&self) {
         let _settled_or_late = tokio::time::timeout(FIRST_CONNECTION, self.settled()).await;
+        let mut at_all = true;
         loop {
-            self.look().await;
+            let next = self.look_alone(&mut *self.looks.lock().await, at_all).await;
             self.has_looked.send_replace(true);
-            let well = self.active(Timestamp::now()).is_ok_and(|set| self.health(&set).is_ok());
             let changed = select_all(self.members.iter().map(|member| member.provider.changed()));
             tokio::time::sleep(BREATH).await;
-            tokio::select! {
-                _ = changed => (),
-                () = self.health.worsens() => (),
-                () = tokio::time::sleep(if well { LOOK_EVERY } else { UNWELL }) => (),
-            }
+            at_all = tokio::select! {
+                _ = changed => true,
+                () = self.health.worsens() => true,
+                () = tokio::time::sleep(next) => false,
+            };
         }
     }
 
@@ -62,7 +71,7 @@ impl Keyring {
 
     /// Looks for KEKs, and has each active one wrap and unwrap a value.
     pub async fn look(&self) {
-        self.look_alone(&mut *self.looks.lock().await).await;
+        self.look_alone(&mut *self.looks.lock().await, true).await;
     }
 
     /// Looks now, unless that was done a moment ago: whoever sends unknown identities must not keep the tokens busy.
@@ -71,21 +80,55 @@ impl Keyring {
         let mut looks = self.looks.lock().await;
         let somebody_just_did = looks.began.is_some_and(|began| began >= asked);
         if !somebody_just_did && looks.asked_for_ended.is_none_or(|ended| ended.elapsed() >= LOOK_SOON) {
-            self.look_alone(&mut looks).await;
+            self.look_alone(&mut looks, true).await;
             looks.asked_for_ended = Some(Instant::now());
         }
     }
 
-    async fn look_alone(&self, looks: &mut Looks) {
+    /// Looks at all providers, or at those whose time has come, and returns when the next one's will have.
+    async fn look_alone(&self, looks: &mut Looks, at_all: bool) -> Duration {
         let began = Instant::now();
-        let deadline = began + LOOK_TIMEOUT;
-        self.find_keks_by(deadline).await;
+        looks.turns.resize_with(self.members.len(), Turn::default);
+        let interval = self.interval();
+        let is_due = |(member, turn): &(&Member, &mut Turn)| at_all || turn.is_due(interval(member), began);
+        let mut due: Vec<(&Member, &mut Turn)> = self.members.iter().zip(&mut looks.turns).filter(is_due).collect();
+        join_all(due.iter().map(|(member, _)| self.look_at(member, began + LOOK_TIMEOUT))).await;
+        due.iter_mut().for_each(|(_, turn)| turn.looked = Some(began));
         if let Ok(set) = self.active(Timestamp::now()) {
             let deadline = Instant::now() + LOOK_TIMEOUT;
-            let keks = set.keks.iter().filter_map(|active| active.kek.as_ref().ok());
-            join_all(keks.map(|kek| self.round_trip(kek, deadline))).await;
+            let mut keks: Vec<&Arc<dyn Kek>> = set.keks.iter().filter_map(|active| active.kek.as_ref().ok()).collect();
+            keks.retain(|kek| due.iter_mut().any(|(member, turn)| self.is_to_prove_itself(kek, member, turn)));
+            join_all(keks.into_iter().map(|kek| self.round_trip(kek, deadline))).await;
         }
         looks.began = Some(began);
+        let interval = self.interval();
+        let next = |(member, turn): (&Member, &Turn)| {
+            turn.looked.map_or(interval(member), |at| interval(member).saturating_sub(at.elapsed()))
+        };
+        self.members.iter().zip(&looks.turns).map(next).min().unwrap_or_default()
+    }
+
+    /// How often a provider is asked, as things are.
+    fn interval(&self) -> impl Fn(&Member) -> Duration {
+        let is_well = self.well(Timestamp::now()).is_ok();
+        move |member| {
+            let pace = member.provider.pace();
+            if is_well { pace.look } else { pace.unwell }
+        }
+    }
+
+    /// Whether a KEK is this provider's, and has not proved itself for a while, or since it failed.
+    fn is_to_prove_itself(&self, kek: &Arc<dyn Kek>, member: &Member, turn: &mut Turn) -> bool {
+        let identity = kek.identity();
+        let lately = |(proved, at): (Identity, Instant)| {
+            proved == identity && at.elapsed() + BREATH < member.provider.pace().probe
+        };
+        let is_to = member.seen().keks.iter().any(|seen| seen.identity() == identity)
+            && (self.health.fault_of(identity).is_some() || !turn.probed.is_some_and(lately));
+        if is_to {
+            turn.probed = Some((identity, Instant::now()));
+        }
+        is_to
     }
 
     /// Returns when it is known of every provider whether it can be reached.
@@ -95,10 +138,7 @@ impl Keyring {
 
     /// Looks for KEKs, and no more: no KEK becomes active by it.
     pub async fn find_keks(&self) {
-        self.find_keks_by(Instant::now() + LOOK_TIMEOUT).await;
-    }
-
-    async fn find_keks_by(&self, deadline: Instant) {
+        let deadline = Instant::now() + LOOK_TIMEOUT;
         join_all(self.members.iter().map(|member| self.look_at(member, deadline))).await;
     }
 
@@ -123,5 +163,11 @@ impl Keyring {
             Err(error @ KekError::Deadline(_)) => self.health.fault(kek.identity(), &error), // the deadline was ours
             outcome => self.health.note(kek.identity(), &outcome),
         }
+    }
+}
+
+impl Turn {
+    fn is_due(&self, interval: Duration, now: Instant) -> bool {
+        self.looked.is_none_or(|looked| now.duration_since(looked) + BREATH >= interval)
     }
 }

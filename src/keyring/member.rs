@@ -33,6 +33,8 @@ pub(super) struct Seen {
 
 /// The active KEK of one provider.
 pub(super) struct ActiveKek {
+    /// Its provider, for people.
+    pub(super) provider: String,
     pub(super) identity: Identity,
     /// How it wraps. Of one that is out of reach: the way of its provider that makes the longest recipient.
     pub(super) algorithm: WrapAlgorithm,
@@ -114,7 +116,8 @@ impl Member {
             return match (mark, outage) {
                 (Some(mark), Some(outage)) => {
                     let algorithm = self.provider.longest_algorithm();
-                    Ok((ActiveKek { identity: mark.identity, algorithm, kek: Err(outage.clone()) }, None))
+                    let (provider, identity) = (self.provider.name().to_owned(), mark.identity);
+                    Ok((ActiveKek { provider, identity, algorithm, kek: Err(outage.clone()) }, None))
                 }
                 (None, Some(outage)) => Err(KeyringError::Unavailable(outage.clone())),
                 (mark, None) => Err(KeyringError::NoKek(self.nothing_active(mark, &seen.refused))),
@@ -126,7 +129,8 @@ impl Member {
             not_before: kek.rank().not_before,
             id: base16ct::lower::encode_string(&kek.rank().id),
         };
-        let active = ActiveKek { identity: new_mark.identity, algorithm: kek.algorithm(), kek: Ok(Arc::clone(kek)) };
+        let (provider, identity) = (new_mark.provider.clone(), new_mark.identity);
+        let active = ActiveKek { provider, identity, algorithm: kek.algorithm(), kek: Ok(Arc::clone(kek)) };
         Ok((active, (mark != Some(&new_mark)).then_some(new_mark)))
     }
 

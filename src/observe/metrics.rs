@@ -1,20 +1,24 @@
 //! The text of `/metrics`: OpenMetrics 1.0.0. Every label has as many values as there are KEKs and tokens, and no more.
 
-use std::fmt::Write;
+use std::fmt::{Display, Write};
 
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 
+use crate::histogram::Histogram;
 use crate::keyring::{KekDescription, Keyring};
+use crate::provider::{Times, Vitals};
+use crate::service::counters::{Call, Counters};
+use crate::service::ended::name_of;
 
 /// What can be told without asking a token.
-pub(super) fn text(keyring: &Keyring, now: Timestamp) -> String {
+pub(super) fn text(keyring: &Keyring, counters: &Counters, now: Timestamp) -> String {
     let mut text = Text::default();
     text.gauge("trousseau_build_info", "The version that runs");
     text.sample("trousseau_build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1);
     let well = keyring.well(now);
     text.gauge("trousseau_ready", "Whether Encrypt and Decrypt would work, as Status says it");
-    text.sample("trousseau_ready", &[], well.is_ok().into());
+    text.sample("trousseau_ready", &[], u8::from(well.is_ok()));
     text.gauge("trousseau_key_id_info", "The key_id, hashed as the API server's own metrics hash it");
     if let Ok(key_set) = well {
         text.sample("trousseau_key_id_info", &[("key_id_hash", &hash(&key_set.to_string()))], 1);
@@ -23,16 +27,31 @@ pub(super) fn text(keyring: &Keyring, now: Timestamp) -> String {
     text.sample("trousseau_gaps", &[], count(keyring.gaps().len()));
     text.gauge("trousseau_concerns", "What somebody should see to: `trousseau key list` says what");
     text.sample("trousseau_concerns", &[], count(keyring.concerns(now).len()));
+    text.gauge(
+        "trousseau_ciphertexts_lacking_recipient",
+        "Sealed on this host under the key_id of now without a provider",
+    );
+    for gap in keyring.envelope_gaps(now) {
+        let labels = [("provider", gap.provider.as_str()), ("kek", &gap.identity.to_string())];
+        text.sample("trousseau_ciphertexts_lacking_recipient", &labels, gap.envelopes);
+    }
     let (keks, refused) = keyring.describe(now);
     text.gauge("trousseau_keys_refused", "Keys under the KEKs' label that are not used");
     text.sample("trousseau_keys_refused", &[], count(refused.len()));
     text.keks(&keks);
+    text.requests(counters);
+    text.vitals(&keyring.vitals());
     text.0 + "# EOF\n"
 }
 
 /// As kube-apiserver labels `key_id_hash`: SHA-256 in hex, after the hash's name.
 fn hash(key_id: &str) -> String {
     format!("sha256:{}", base16ct::lower::encode_string(&Sha256::digest(key_id)))
+}
+
+/// As OpenMetrics writes a number: with a point.
+fn seconds(micros: u64) -> String {
+    format!("{}.{:06}", micros / 1_000_000, micros % 1_000_000)
 }
 
 fn count(of: usize) -> i64 {
@@ -64,11 +83,101 @@ impl Text {
         }
     }
 
+    fn requests(&mut self, counters: &Counters) {
+        let of = |call: Call| [("method", call.method()), ("version", call.version())];
+        let all = || Call::ALL.iter().filter_map(|call| Some((*call, counters.of(*call)?)));
+        let name = "trousseau_requests";
+        self.counter(name, "Requests that were answered, by their gRPC code");
+        for (call, counter) in all() {
+            for (code, count) in counter.codes() {
+                let [method, version] = of(call);
+                self.sample(&format!("{name}_total"), &[method, version, ("code", name_of(code))], count);
+            }
+        }
+        let name = "trousseau_request_duration_seconds";
+        self.histogram(name, "From a request that was read whole to its answer");
+        for (call, counter) in all() {
+            self.times(name, &of(call), &counter.times);
+        }
+    }
+
+    fn vitals(&mut self, parts: &[(&str, Vitals)]) {
+        type Of = fn(&Vitals) -> u64;
+        let latched = "Whether its last login was refused: no other is tried before something changes";
+        let gauges: [(&str, &str, Of); 3] = [
+            ("trousseau_token_up", "Whether a token, or a server, can be used, as far as is known", |of| {
+                of.is_up.into()
+            }),
+            ("trousseau_login_refused", latched, |of| of.is_latched.into()),
+            ("trousseau_queue_length", "Requests that wait for a session", |of| of.waiting as u64),
+        ];
+        for (name, help, value) in gauges {
+            self.gauge(name, help);
+            self.of_parts(name, parts, |part| vec![(None, value(part))]);
+        }
+        self.counter("trousseau_connections", "How often it was connected to: once more each time that it healed");
+        self.of_parts("trousseau_connections_total", parts, |part| vec![(None, part.connections)]);
+        self.counter("trousseau_losses", "How often it was lost, by the class of what was wrong");
+        let losses =
+            |part: &Vitals| part.losses.iter().map(|(class, count)| (Some(("class", *class)), *count)).collect();
+        self.of_parts("trousseau_losses_total", parts, losses);
+        self.gauge("trousseau_sessions", "Sessions, or calls under way, by state");
+        let sessions = |part: &Vitals| {
+            part.sessions.iter().map(|(state, count)| (Some(("state", *state)), *count as u64)).collect()
+        };
+        self.of_parts("trousseau_sessions", parts, sessions);
+
+        type Which = fn(&Times) -> &Histogram;
+        let histograms: [(&str, &str, Which); 2] = [
+            ("trousseau_queue_duration_seconds", "How long requests waited for a session", |times| &times.queue),
+            ("trousseau_call_duration_seconds", "How long their calls took", |times| &times.call),
+        ];
+        for (name, help, which) in histograms {
+            self.histogram(name, help);
+            for (provider, Vitals { name: token, times, .. }) in parts {
+                self.times(name, &[("provider", provider), ("token", token)], which(times));
+            }
+        }
+    }
+
+    /// The samples of each part of a provider, each with one label more at most.
+    fn of_parts<'l>(
+        &mut self,
+        name: &str,
+        parts: &'l [(&str, Vitals)],
+        samples: impl Fn(&'l Vitals) -> Vec<(Option<(&'static str, &'l str)>, u64)>,
+    ) {
+        for (provider, part) in parts {
+            for (label, value) in samples(part) {
+                let of = [("provider", *provider), ("token", part.name.as_str())];
+                self.sample(name, &of.into_iter().chain(label).collect::<Vec<_>>(), value);
+            }
+        }
+    }
+
+    fn times(&mut self, name: &str, labels: &[(&str, &str)], times: &Histogram) {
+        let bucket = format!("{name}_bucket");
+        for (micros, count) in times.at_most() {
+            self.sample(&bucket, &[labels, &[("le", &seconds(micros))]].concat(), count);
+        }
+        self.sample(&bucket, &[labels, &[("le", "+Inf")]].concat(), times.count());
+        self.sample(&format!("{name}_count"), labels, times.count());
+        self.sample(&format!("{name}_sum"), labels, seconds(times.micros()));
+    }
+
+    fn counter(&mut self, name: &str, help: &str) {
+        self.line(format_args!("# TYPE {name} counter\n# HELP {name} {help}"));
+    }
+
+    fn histogram(&mut self, name: &str, help: &str) {
+        self.line(format_args!("# TYPE {name} histogram\n# UNIT {name} seconds\n# HELP {name} {help}"));
+    }
+
     fn gauge(&mut self, name: &str, help: &str) {
         self.line(format_args!("# TYPE {name} gauge\n# HELP {name} {help}"));
     }
 
-    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: i64) {
+    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: impl Display) {
         let labels: Vec<String> = labels.iter().map(|(name, value)| format!("{name}=\"{}\"", escaped(value))).collect();
         match labels.as_slice() {
             [] => self.line(format_args!("{name} {value}")),

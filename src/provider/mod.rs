@@ -2,18 +2,21 @@
 //! service each; the rooms above know only what is said here.
 
 pub mod pkcs11;
+pub mod transit;
 
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
 use crate::envelope::WrapAlgorithm;
+use crate::histogram::Histogram;
 use crate::identity::Identity;
-use crate::secret::Dek;
+use crate::legacy::Ciphertext;
+use crate::secret::{Dek, Plaintext};
 
 /// A boxed future, as the traits here need.
 pub type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T, KekError>> + Send + 'a>>;
@@ -103,17 +106,78 @@ pub trait Provider: Send + Sync {
     /// The algorithm of its KEKs, whichever it has or may get, that makes the longest recipient.
     fn longest_algorithm(&self) -> WrapAlgorithm;
 
+    /// How often it is asked when nobody else asks.
+    fn pace(&self) -> Pace {
+        Pace::default()
+    }
+
     /// Returns when the provider can be reached, or it is known that it cannot.
     fn settled(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
 
     /// Looks for KEKs. Each one found has proved that it wraps, or unwraps what it once wrapped.
     fn look(&self, deadline: Instant) -> Answer<'_, Sighting>;
 
+    /// How its parts fare, asking none of them.
+    fn vitals(&self) -> Vec<Vitals>;
+
+    /// Decrypts what an older plugin had this provider's key encrypt.
+    fn decrypt_old(&self, _old: Ciphertext, _deadline: Instant) -> Answer<'_, Plaintext> {
+        Box::pin(async { Err(KekError::Refused(format!("provider {} has no Transit key", self.name()))) })
+    }
+
     /// Why only a new process could reach the provider again, if that is so.
     fn hopeless(&self) -> Option<String>;
 
     /// Returns when the provider has come back, or changed so much, that a [`Provider::look`] is due at once.
     fn changed(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
+}
+
+/// How a part of a provider fares: a token, or a server.
+#[derive(Clone, Debug)]
+pub struct Vitals {
+    /// What the configuration calls it.
+    pub name: String,
+    /// Whether it can be used, as far as is known.
+    pub is_up: bool,
+    /// Whether no login is tried any more until somebody has put something right.
+    pub is_latched: bool,
+    /// How often it was connected to: once, and once more for each time that it healed.
+    pub connections: u64,
+    /// How often it was lost, by the class of what was wrong.
+    pub losses: Vec<(&'static str, u64)>,
+    /// Its sessions, or calls under way, by state.
+    pub sessions: Vec<(&'static str, usize)>,
+    /// Requests that wait for one.
+    pub waiting: usize,
+    /// How long requests waited, and how long calls took.
+    pub times: Arc<Times>,
+}
+
+/// How long requests waited for a session, and how long their calls took.
+#[derive(Debug, Default)]
+pub struct Times {
+    /// In the queue.
+    pub queue: Histogram,
+    /// Within the token.
+    pub call: Histogram,
+}
+
+/// How often a provider is asked when nobody else asks.
+#[derive(Clone, Copy, Debug)]
+pub struct Pace {
+    /// Which KEKs it has.
+    pub look: Duration,
+    /// The same, while nothing can be encrypted.
+    pub unwell: Duration,
+    /// To wrap and unwrap a value with the active KEK.
+    pub probe: Duration,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        let look = Duration::from_secs(30);
+        Self { look, unwell: Duration::from_millis(500), probe: look }
+    }
 }
 
 /// What a look found.
@@ -161,4 +225,10 @@ pub enum KekError {
     /// The provider is there, and will not do this however often it is asked.
     #[error("{0}")]
     Refused(String),
+    /// The provider is there, and does not take our word for who we are.
+    #[error("{0}")]
+    Unauthenticated(String),
+    /// The provider is there, knows who we are, and does not let us.
+    #[error("{0}")]
+    Denied(String),
 }

@@ -14,6 +14,7 @@ use tonic::Request;
 use tonic::transport::server::Connected;
 
 use super::authority::MendAuthority;
+use crate::audit::Peer;
 use crate::keyring::{ActiveSet, Keyring, KeyringError};
 use crate::sync::lock;
 
@@ -38,9 +39,12 @@ struct Preface {
     too_late: Pin<Box<Sleep>>,
 }
 
-/// The key set of the last Status on this connection. Each of its requests carries it along.
-#[derive(Clone, Default)]
-pub(super) struct Announced(Arc<Mutex<Option<Announcement>>>);
+/// What each request of a connection carries along: who is at its other end, and the key set of its last Status.
+#[derive(Clone)]
+pub(super) struct Announced {
+    peer: Option<Peer>,
+    announcement: Arc<Mutex<Option<Announcement>>>,
+}
 
 #[derive(Clone)]
 struct Announcement {
@@ -52,8 +56,10 @@ struct Announcement {
 
 impl Connection {
     pub(super) fn new(stream: UnixStream) -> Self {
+        let peer = stream.peer_cred().ok().map(|peer| Peer { pid: peer.pid().unwrap_or_default(), uid: peer.uid() });
+        let announced = Announced { peer, announcement: Arc::default() };
         let preface = Preface { missing: PREFACE_LEN, too_late: Box::pin(sleep(PREFACE_TIMEOUT)) };
-        Self { stream: MendAuthority::new(stream), preface: Some(preface), announced: Announced::default() }
+        Self { stream: MendAuthority::new(stream), preface: Some(preface), announced }
     }
 }
 
@@ -62,13 +68,17 @@ impl Announced {
         request.extensions().get()
     }
 
+    /// Who sent a request.
+    pub(super) fn peer_of<T>(request: &Request<T>) -> Option<Peer> {
+        Self::of(request)?.peer
+    }
+
     /// The set that is active, announced to the request's connection.
     pub(super) fn announce<T>(request: &Request<T>, keyring: &Arc<Keyring>) -> Result<Arc<ActiveSet>, KeyringError> {
         let set = Arc::new(keyring.active(Timestamp::now())?);
         keyring.health(&set)?;
-        if let Some(Self(announced)) = Self::of(request) {
-            let mut announced = lock(announced);
-            *announced =
+        if let Some(of) = Self::of(request) {
+            *lock(&of.announcement) =
                 Some(Announcement { when: Instant::now(), set: Arc::clone(&set), keyring: Arc::downgrade(keyring) });
         }
         Ok(set)
@@ -76,7 +86,7 @@ impl Announced {
 
     /// The set to encrypt under: the one that was just announced, else the one that is active.
     pub(super) fn or_active<T>(request: &Request<T>, keyring: &Arc<Keyring>) -> Result<Arc<ActiveSet>, KeyringError> {
-        let announced = Self::of(request).and_then(|Self(announced)| lock(announced).clone());
+        let announced = Self::of(request).and_then(|of| lock(&of.announcement).clone());
         match announced {
             Some(Announcement { when, set, keyring: of })
                 if when.elapsed() < ANNOUNCEMENT_HOLDS && of.as_ptr() == Arc::as_ptr(keyring) =>

@@ -1,7 +1,5 @@
-//! What the handlers of both versions of the service share: deadlines, codes, the log, and the count of requests
-//! under way.
+//! What the handlers of both versions of the service share: deadlines, codes, and the count of requests under way.
 
-use std::fmt::{self, Write};
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,6 +8,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tonic::{Code, Request, Status};
 
+use super::counters::Counters;
+use crate::audit::Audit;
 use crate::keyring::{Keyring, KeyringError};
 
 /// What a request without a deadline of its own gets: the API server's default.
@@ -19,14 +19,29 @@ const LONGEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// What the handlers of both versions have in common.
 pub struct Requests {
     keyring: watch::Sender<Arc<Keyring>>,
+    counters: Counters,
+    audit: Option<Audit>,
     under_way: AtomicUsize,
 }
 
 impl Requests {
-    /// Requests that this keyring serves.
+    /// Requests that this keyring serves, and that are written into this log.
     #[must_use]
-    pub fn new(keyring: Arc<Keyring>) -> Self {
-        Self { keyring: watch::Sender::new(keyring), under_way: AtomicUsize::new(0) }
+    pub fn new(keyring: Arc<Keyring>, audit: Option<Audit>) -> Self {
+        let counters = Counters::default();
+        Self { keyring: watch::Sender::new(keyring), counters, audit, under_way: AtomicUsize::new(0) }
+    }
+
+    /// How many there were.
+    #[must_use]
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Where they are written down.
+    #[must_use]
+    pub fn audit(&self) -> Option<&Audit> {
+        self.audit.as_ref()
     }
 
     /// The keyring that serves now.
@@ -124,38 +139,18 @@ fn parse_timeout(text: &str) -> Option<Duration> {
 /// The contract of design and README: each situation has its code.
 pub(super) fn status_of(error: &KeyringError) -> Status {
     let code = match error {
-        KeyringError::PlaintextLength { .. } | KeyringError::BadCiphertext => Code::InvalidArgument,
+        KeyringError::PlaintextLength { .. } | KeyringError::BadCiphertext | KeyringError::Old(_) => {
+            Code::InvalidArgument
+        }
         KeyringError::UnknownKey(_) => Code::FailedPrecondition,
         KeyringError::Busy(_) => Code::ResourceExhausted,
         KeyringError::Deadline(_) => Code::DeadlineExceeded,
         KeyringError::Unavailable(_) | KeyringError::NoKek(_) => Code::Unavailable,
+        KeyringError::Unauthenticated(_) => Code::Unauthenticated,
+        KeyringError::Denied(_) => Code::PermissionDenied,
         KeyringError::Internal(_) => Code::Internal,
     };
     Status::new(code, error.to_string())
-}
-
-/// One line a request: its uid, sizes, time and outcome, and nothing else of it.
-pub(super) fn log(
-    call: &'static str,
-    uid: &str,
-    received: usize,
-    began: Instant,
-    outcome: Result<usize, &KeyringError>,
-) {
-    let micros = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
-    match outcome {
-        Ok(sent) => tracing::debug!(call, uid = %Plain(uid), received, sent, micros, "done"),
-        Err(error) => tracing::warn!(call, uid = %Plain(uid), received, micros, %error, "failed"),
-    }
-}
-
-/// A client's text as the log may show it: nothing but visible letters, and not too many. Made only if it is logged.
-struct Plain<'a>(&'a str);
-
-impl fmt::Display for Plain<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.chars().filter(|letter| letter.is_ascii_graphic()).take(64).try_for_each(|letter| f.write_char(letter))
-    }
 }
 
 #[cfg(test)]

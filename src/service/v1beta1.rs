@@ -8,11 +8,14 @@ use tonic::{Request, Response, Status};
 use zeroize::Zeroizing;
 
 use super::MESSAGE_LIMIT;
+use super::connection::Announced;
+use super::counters::Call;
+use super::ended::Ended;
 use super::proto::v1beta1::key_management_service_server::{KeyManagementService, KeyManagementServiceServer};
 use super::proto::v1beta1::{
     DecryptRequest, DecryptResponse, EncryptRequest, EncryptResponse, VersionRequest, VersionResponse,
 };
-use super::requests::{Requests, log, status_of};
+use super::requests::{Requests, status_of};
 use crate::keyring::{Keyring, KeyringError};
 use crate::secret::Plaintext;
 
@@ -58,7 +61,16 @@ impl KeyManagementService for V1Beta1 {
         let began = Instant::now();
         let plaintext = Zeroizing::new(std::mem::take(&mut request.get_mut().plain));
         let answer = self.encrypt(&request, &plaintext).await;
-        log("v1beta1 Encrypt", "", plaintext.len(), began, answer.as_ref().map(Vec::len));
+        let ended = Ended {
+            call: Call::OldEncrypt,
+            uid: "",
+            peer: Announced::peer_of(&request),
+            began,
+            received: plaintext.len(),
+            outcome: answer.as_ref().map(Vec::len),
+            ciphertext: answer.as_deref().unwrap_or_default(),
+        };
+        self.0.tell(ended).await?;
         let cipher = answer.map_err(|error| status_of(&error))?;
         Ok(Response::new(EncryptResponse { cipher }))
     }
@@ -66,13 +78,16 @@ impl KeyManagementService for V1Beta1 {
     async fn decrypt(&self, request: Request<DecryptRequest>) -> Result<Response<DecryptResponse>, Status> {
         let began = Instant::now();
         let answer = self.decrypt(&request).await;
-        log(
-            "v1beta1 Decrypt",
-            "",
-            request.get_ref().cipher.len(),
+        let ended = Ended {
+            call: Call::OldDecrypt,
+            uid: "",
+            peer: Announced::peer_of(&request),
             began,
-            answer.as_ref().map(|plaintext| plaintext.len()),
-        );
+            received: request.get_ref().cipher.len(),
+            outcome: answer.as_ref().map(|plaintext| plaintext.len()),
+            ciphertext: &request.get_ref().cipher,
+        };
+        self.0.tell(ended).await?;
         let mut plain = answer.map_err(|error| status_of(&error))?;
         Ok(Response::new(DecryptResponse { plain: std::mem::take(&mut plain) }))
     }

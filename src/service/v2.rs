@@ -8,11 +8,13 @@ use zeroize::Zeroizing;
 
 use super::MESSAGE_LIMIT;
 use super::connection::Announced;
+use super::counters::Call;
+use super::ended::Ended;
 use super::proto::v2::key_management_service_server::{KeyManagementService, KeyManagementServiceServer};
 use super::proto::v2::{
     DecryptRequest, DecryptResponse, EncryptRequest, EncryptResponse, StatusRequest, StatusResponse,
 };
-use super::requests::{Requests, log, status_of};
+use super::requests::{Requests, status_of};
 use crate::keyring::{ActiveSet, Keyring, KeyringError};
 use crate::secret::Plaintext;
 
@@ -63,7 +65,9 @@ impl KeyManagementService for V2 {
     async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
         let began = Instant::now();
         let set = self.status(&request).await;
-        log("Status", "", 0, began, set.as_ref().map(|_| 0));
+        let outcome = set.as_ref().map(|_| 0);
+        let (call, peer) = (Call::Status, Announced::peer_of(&request));
+        self.0.tell(Ended { call, uid: "", peer, began, received: 0, outcome, ciphertext: &[] }).await?;
         let set = set.map_err(|error| status_of(&error))?;
         Ok(Response::new(StatusResponse {
             version: VERSION.into(),
@@ -76,8 +80,16 @@ impl KeyManagementService for V2 {
         let began = Instant::now();
         let plaintext = Zeroizing::new(std::mem::take(&mut request.get_mut().plaintext));
         let answer = self.encrypt(&request, &plaintext).await;
-        let sent = answer.as_ref().map(|sealed| sealed.ciphertext.len());
-        log("Encrypt", &request.get_ref().uid, plaintext.len(), began, sent);
+        let ended = Ended {
+            call: Call::Encrypt,
+            uid: &request.get_ref().uid,
+            peer: Announced::peer_of(&request),
+            began,
+            received: plaintext.len(),
+            outcome: answer.as_ref().map(|sealed| sealed.ciphertext.len()),
+            ciphertext: answer.as_ref().map_or(&[], |sealed| &sealed.ciphertext),
+        };
+        self.0.tell(ended).await?;
         let Sealed { ciphertext, key_id } = answer.map_err(|error| status_of(&error))?;
         Ok(Response::new(EncryptResponse { ciphertext, key_id, annotations: Default::default() }))
     }
@@ -85,8 +97,16 @@ impl KeyManagementService for V2 {
     async fn decrypt(&self, request: Request<DecryptRequest>) -> Result<Response<DecryptResponse>, Status> {
         let began = Instant::now();
         let answer = self.decrypt(&request).await;
-        let sent = answer.as_ref().map(|plaintext| plaintext.len());
-        log("Decrypt", &request.get_ref().uid, request.get_ref().ciphertext.len(), began, sent);
+        let ended = Ended {
+            call: Call::Decrypt,
+            uid: &request.get_ref().uid,
+            peer: Announced::peer_of(&request),
+            began,
+            received: request.get_ref().ciphertext.len(),
+            outcome: answer.as_ref().map(|plaintext| plaintext.len()),
+            ciphertext: &request.get_ref().ciphertext,
+        };
+        self.0.tell(ended).await?;
         let mut plaintext = answer.map_err(|error| status_of(&error))?;
         Ok(Response::new(DecryptResponse { plaintext: std::mem::take(&mut plaintext) }))
     }

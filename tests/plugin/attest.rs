@@ -136,6 +136,76 @@ fn a_token_that_hands_a_key_out_is_caught_and_one_that_lets_an_attribute_move_is
     }
 }
 
+/// A host whose KEKs are pairs of RSA keys.
+fn host_of_pairs() -> Host {
+    let host = Host::new();
+    if !host.token.family.modes().contains(&"oaep") {
+        std::fs::create_dir(host.path("hsm-profiles")).unwrap();
+        let profile =
+            "title = \"pairs\"\nstatus = \"tested\"\nmodule-paths = []\nmodes = [\"oaep\"]\nrsa-bits = 2048\n";
+        host.write_secret(&format!("hsm-profiles/{}.toml", host.token.family.profile()), profile);
+    }
+    host
+}
+
+#[test]
+fn pairs_are_tried_as_keys_are() {
+    let Some(library) = library() else { return };
+    let say = |what: &str| format!("C_GenerateKeyPair say {what}\n");
+    let hide = "C_GetAttributeValue say CKA_EXTRACTABLE=false\nC_GetAttributeValue say CKA_SENSITIVE=true\n";
+    let wraps_out = say("CKA_EXTRACTABLE=true") + hide;
+    let shows = say("CKA_EXTRACTABLE=true") + &say("CKA_SENSITIVE=false") + hide;
+    let read = "read CKA_PRIVATE_EXPONENT, CKA_PRIME_1 …";
+    let copy = "copy it as EXTRACTABLE and not SENSITIVE";
+    let (wrap, set_sensitive, set_extractable) =
+        ("wrap it under a fresh key", "set SENSITIVE=false", "set EXTRACTABLE=true");
+    // tpm2-pkcs11 lets both attributes move, and its TPM knows nothing of them.
+    let is_tpm = Family::chosen() == Family::Tpm2;
+    let honest = match is_tpm {
+        true => ("honest", "", 0, "keys-stay-with-warnings", "warning", vec![set_sensitive, set_extractable]),
+        false => ("honest", "", 0, "keys-stay", "refused", vec![read, copy, set_sensitive, set_extractable]),
+    };
+    for (case, rules, code, verdict, outcome, by) in [
+        honest,
+        ("wraps what it must not", &wraps_out, 1, "key-bytes-came-out", "came-out", vec![wrap]),
+        ("shows the private numbers", &shows, 1, "key-bytes-came-out", "came-out", vec![read]),
+        (
+            "attributes move",
+            "C_SetAttributeValue return CKR_OK",
+            0,
+            "keys-stay-with-warnings",
+            "warning",
+            vec![set_sensitive, set_extractable],
+        ),
+        (
+            "makes no pairs",
+            "C_GenerateKeyPair return CKR_FUNCTION_NOT_SUPPORTED",
+            1,
+            "unproven",
+            "not-tried",
+            vec![read, copy, wrap, set_sensitive, set_extractable],
+        ),
+    ] {
+        if is_tpm && outcome == "came-out" {
+            eprintln!("skipped: what a TPM does not let out, no rule can");
+            continue;
+        }
+        let host = host_of_pairs();
+        let done = run(&host, &library, rules, &["key", "attest", "--output", "json"]);
+        let report = json(&done);
+        assert_eq!(report["verdict"], verdict, "{case}: {report:#}");
+        assert_eq!(done.status.code(), Some(code), "{case}: {done:?}");
+        for way in by {
+            assert!(ways(&report, outcome).contains(&way), "{case}, {way}: {report:#}");
+        }
+        let exportability = &report["providers"][0]["tokens"][0]["exportability"];
+        let on = if is_tpm { "token-object" } else { "session-object" };
+        assert!(exportability["throw-away"] == on || outcome == "not-tried", "{report:#}");
+        let trials = exportability["trials"].as_array().unwrap();
+        assert!(trials.len() == 5 && trials.iter().all(|trial| trial["like"]["mode"] == "oaep"), "{report:#}");
+    }
+}
+
 #[test]
 fn a_token_that_makes_no_session_keys_is_tried_on_a_token_object_that_does_not_stay() {
     if Family::chosen().lacks_aes() {
@@ -192,6 +262,33 @@ fn no_kek_is_made_in_a_token_that_hands_keys_out_unless_the_policy_puts_up_with_
     let done = run(&host, &library, WRAPS_OUT, &generate);
     assert!(done.status.success(), "{done:?}");
     assert!(String::from_utf8_lossy(&done.stdout).contains("WARNING     such a key leaves its token"), "{done:?}");
+}
+
+#[test]
+fn each_of_two_keys_with_one_id_is_reported_with_its_own_reason() {
+    if Family::chosen().lacks_aes() {
+        return;
+    }
+    let mut host = Host::new();
+    let key = Key::generated(b"twice", "trousseau-test");
+    host.token.make_keys(&[key.clone(), Key { extractable: true, ..key }]);
+    host.extra = admit(b"twice");
+    let reasons = ["another key has the same CKA_ID", "EXTRACTABLE=false"];
+    let report = json(&host.run(&["key", "attest", "--output", "json"]));
+    let keys = report["providers"][0]["tokens"][0]["keys"].as_array().unwrap();
+    for reason in reasons {
+        let with = keys.iter().filter(|key| key["refused"].to_string().contains(reason));
+        assert_eq!(with.count(), 1, "{reason}: {keys:#?}");
+    }
+    let extractable = keys.iter().find(|key| key["attributes"]["EXTRACTABLE"] == true).unwrap();
+    assert!(extractable["refused"].to_string().contains(reasons[1]), "{keys:#?}");
+    for verb in [&["key", "list"][..], &["key", "attest"], &["doctor"]] {
+        let said = String::from_utf8_lossy(&host.run(verb).stdout).into_owned();
+        assert!(reasons.iter().all(|reason| said.contains(reason)), "{verb:?}: {said}");
+    }
+    // No KEK is made beside them.
+    let done = host.run(&["key", "generate", "--unsynchronized-clock-ok"]);
+    assert!(String::from_utf8_lossy(&done.stderr).contains(reasons[0]), "{done:?}");
 }
 
 #[test]

@@ -39,6 +39,17 @@ fn a_bad_configuration_is_refused_with_its_place_and_a_remedy() {
             &["kek.exception ` ` is not a reason"],
         ),
         ("sessions = 2", "[policy]\nexportable = \"ignore\"", &["unknown variant `ignore`", "refuse"]),
+        (
+            "sessions = 2",
+            "[legacy]\nformats = [\"trousseau-v3\"]\nprovider = \"hsm\"",
+            &["unknown variant `trousseau-v3`", "did you mean `trousseau-v1`"],
+        ),
+        ("sessions = 2", "[legacy]\nformats = []\nprovider = \"hsm\"", &["legacy.formats is empty"]),
+        (
+            "sessions = 2",
+            "[legacy]\nformats = [\"trousseau-v1\"]\nprovider = \"valut\"",
+            &["legacy.provider `valut`", "Transit key"],
+        ),
         ("version", "version = [", &["line"]),
     ];
     let host = Host::new();
@@ -53,6 +64,10 @@ fn a_bad_configuration_is_refused_with_its_place_and_a_remedy() {
     let long = host.configuration().replace("kms.sock", &"k".repeat(100));
     host.write_secret("trousseau.toml", &long);
     assert_refused(&host, "a long path", &["listen.socket", "at most 104 bytes"]);
+    let legacy = "[legacy]\nformats = [\"trousseau-v2-proxy\"]\nprovider = \"hsm\"";
+    let v2_alone = host.configuration().replace("v1beta1 = true", "") + legacy;
+    host.write_secret("trousseau.toml", &v2_alone);
+    assert_refused(&host, "v2 alone", &["legacy.formats names trousseau-v2-proxy", "`v1beta1 = true`"]);
     let unknown = host.configuration().replace(host.token.family.profile(), "no-such-hsm");
     host.write_secret("trousseau.toml", &unknown);
     assert_refused(&host, "profile", &["profile `no-such-hsm` is unknown", "softhsm"]);
@@ -295,11 +310,17 @@ fn command_lines_are_as_written_down() {
 fn the_reference_configuration_is_good_and_so_is_every_example_in_it() {
     let host = Host::new();
     let reference = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/packaging/trousseau.toml")).unwrap();
+    host.write_secret("ca.pem", "-----BEGIN CERTIFICATE-----\n");
     let reference = reference
+        .replace("# v1beta1 = false", "v1beta1 = true")
+        .replace("/etc/trousseau/vault-ca.pem", host.path("ca.pem").to_str().unwrap())
         .replace("/etc/trousseau/pin", host.path("pin").to_str().unwrap())
         .replace("/usr/lib/softhsm/libsofthsm2.so", host.token.family.module().to_str().unwrap());
-    let is_example =
-        |line: &str| line.starts_with("# [") || line.starts_with("# ") && line.contains(" = ") && !line.contains(": ");
+    let is_key = |text: &str| text.chars().all(|letter| letter.is_ascii_lowercase() || "-1".contains(letter));
+    let is_example = |line: &str| {
+        let key = line.strip_prefix("# ").and_then(|line| line.split_once(" = ")).map(|(key, _)| key);
+        line.starts_with("# [") || key.is_some_and(is_key)
+    };
     let with_examples: Vec<&str> =
         reference.lines().map(|line| if is_example(line) { line.trim_start_matches("# ") } else { line }).collect();
     for (case, text) in [("as it is", reference.clone()), ("with its examples", with_examples.join("\n"))] {
@@ -309,5 +330,5 @@ fn the_reference_configuration_is_good_and_so_is_every_example_in_it() {
         assert!(done.status.success(), "{case}: {}", String::from_utf8_lossy(&done.stderr));
     }
     let examples = with_examples.iter().filter(|line| !reference.contains(&format!("\n{line}\n"))).count();
-    assert!(examples >= 12, "only {examples} examples were taken out of their comments");
+    assert!(examples >= 30, "only {examples} examples were taken out of their comments");
 }

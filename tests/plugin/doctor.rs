@@ -28,7 +28,18 @@ fn what_is_made_wrong_is_found_with_a_remedy() {
         return;
     }
     type Break = fn(&mut Host) -> Vec<&'static str>;
-    let cases: [(&str, Break, &str, &str, &str); 6] = [
+    let cases: [(&str, Break, &str, &str, &str); 8] = [
+        ("no listener but the plugin", |_| vec![], "socket", "good", "serve --config"),
+        (
+            "a variable that the library requires",
+            |host| {
+                host.write_profile("environment = [\"TROUSSEAU_TEST_VENDOR\"]");
+                vec![]
+            },
+            "environment",
+            "failure",
+            "is not set for the serving plugin",
+        ),
         ("nothing", |_| vec![], "token", "good", "no way that was tried got a throw-away key out"),
         (
             "the socket's mode",
@@ -93,16 +104,40 @@ fn what_is_made_wrong_is_found_with_a_remedy() {
 }
 
 #[test]
-fn a_profile_of_what_was_found_can_be_used() {
-    if Family::chosen().lacks_aes() {
-        return;
-    }
+fn whoever_else_listens_is_named() {
     let host = Host::new();
-    std::fs::create_dir(host.path("hsm-profiles")).unwrap();
+    let _ours = std::os::unix::net::UnixListener::bind(host.path("kms.sock")).unwrap();
+    let (findings, code) = findings(&host, &[]);
+    let who = format!("(pid {}, uid {})", std::process::id(), rustix::process::geteuid().as_raw());
+    for words in [&*who, "which is no trousseau plugin: it is handed what the API server encrypts"] {
+        assert!(has(&findings, "socket", "failure", words), "{words}: {findings:#?}");
+    }
+    assert_eq!(code, Some(1));
+}
+
+#[test]
+fn a_profile_of_what_was_found_can_be_used() {
+    let host = Host::new();
+    let modes = if host.token.family.modes() == ["oaep"] { &["oaep"][..] } else { &["wrapkey", "gcm"] };
+    let omitted = match host.token.family {
+        Family::OpenCryptoki => r#""CKA_DERIVE", "CKA_COPYABLE", "CKA_ALLOWED_MECHANISMS""#,
+        Family::Tpm2 => {
+            r#""CKA_DERIVE", "CKA_ENCRYPT", "CKA_DECRYPT", "CKA_SIGN", "CKA_VERIFY", "CKA_ALLOWED_MECHANISMS""#
+        }
+        Family::SoftHsm | Family::Kryoptic => r#""CKA_DERIVE""#,
+    };
+    host.write_profile(&format!(
+        "omit-attributes = [{omitted}]\n[errors]\nCKR_DEVICE_ERROR = \"fatal\"\n0x80000001 = \"session\""
+    ));
     let file = host.path("hsm-profiles/found.toml");
     let out = ["--profile-out", file.to_str().unwrap()];
     let (found, _) = findings(&host, &out);
     assert!(has(&found, "profile", "good", "read it before you use it"), "{found:#?}");
+    // The quirks of the profile in use are those of the same token.
+    let written = std::fs::read_to_string(&file).unwrap();
+    for quirk in ["CKA_DERIVE", "CKR_DEVICE_ERROR = \"fatal\"", "0x80000001 = \"session\""] {
+        assert!(written.contains(quirk), "{quirk}: {written}");
+    }
     // It is not written over.
     let (found, _) = findings(&host, &out);
     assert!(has(&found, "profile", "failure", "a file that is not there yet"), "{found:#?}");
@@ -114,7 +149,7 @@ fn a_profile_of_what_was_found_can_be_used() {
     let configuration = lines.collect::<Vec<_>>().join("\n").replace(&profile, "profile = \"found\"");
     host.write_secret("trousseau.toml", &configuration);
     let configuration = host.path("trousseau.toml");
-    for mode in ["wrapkey", "gcm"] {
+    for mode in modes {
         let generate = ["key", "generate", "--unsynchronized-clock-ok", "--activate-in", "0s", "--mode", mode];
         let done = host.command(&generate).arg("--config").arg(&configuration).output().unwrap();
         assert!(done.status.success(), "{mode}: {done:?}");

@@ -13,7 +13,12 @@
 )]
 
 mod attest;
+mod audit;
+mod bao;
+mod bao_logins;
+mod bao_smoke;
 mod caller;
+mod certificates;
 mod chaos;
 mod command_line;
 mod daemon;
@@ -26,6 +31,7 @@ mod habits;
 mod hangs;
 mod keys;
 mod load;
+mod migrate;
 mod oaep;
 mod observe;
 mod pin;

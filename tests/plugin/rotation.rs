@@ -2,12 +2,13 @@
 
 use std::fs;
 use std::os::unix::net::UnixDatagram;
-use std::process::Output;
+use std::path::Path;
+use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::plugin::{Host, admit};
+use crate::plugin::{Host, Plugin, admit};
 use crate::token::{Family, Key};
 
 const OLD: &[u8] = b"made elsewhere";
@@ -81,7 +82,10 @@ fn a_dry_run_shows_what_would_be_asked_for_and_makes_no_key() {
     let planned = json(&host.run(&[&dry[..], &["--output", "json"]].concat()));
     assert_eq!(planned["made-in"], "pkcs11:token=trousseau");
     assert_eq!(planned["to-be-cloned-to"], serde_json::json!(["pkcs11:token=second"]));
-    let template = &planned["template"];
+    let templates = planned["templates"].as_array().unwrap();
+    assert_eq!(templates.len(), if host.token.family.modes() == ["oaep"] { 4 } else { 1 }, "{templates:#?}");
+    let is_private = |template: &&Value| !template["object"].as_str().unwrap().starts_with("public");
+    let template = &templates.iter().find(is_private).unwrap()["attributes"];
     for (attribute, value) in [("SENSITIVE", true), ("EXTRACTABLE", false), ("MODIFIABLE", false), ("DERIVE", false)] {
         assert_eq!(template[attribute], value, "{attribute}: {template:#}");
     }
@@ -241,6 +245,53 @@ fn a_host_whose_clock_was_an_hour_ahead_keeps_what_it_made_active_and_says_so() 
     assert_eq!(others.status().unwrap().key_id, old_key_id);
     others.decrypt(&sealed, &new_key_id).unwrap();
     assert_eq!(other.list()["warnings"], serde_json::json!([]));
+}
+
+/// `serve` on a host whose clock is so far off, of another configuration directory over the same token. `None`: it lacks
+/// what makes a clock wrong; this says so.
+fn serve_at(host: &Host, off: &str) -> Option<Plugin> {
+    let library = Path::new("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1");
+    if !library.exists() {
+        assert!(std::env::var_os("TROUSSEAU_TEST_REQUIRE").is_none(), "{}: install libfaketime", library.display());
+        eprintln!("skipped: it lacks {}", library.display());
+        return None;
+    }
+    let mut command = host.command(&["serve", "--config"]);
+    command.arg(host.write_configuration()).stdin(Stdio::null());
+    command.env("LD_PRELOAD", library).env("FAKETIME", off).env("DONT_FAKE_MONOTONIC", "1");
+    let mut plugin = host.start(command);
+    plugin.wait_until("it is healthy", |plugin| plugin.status().is_ok());
+    Some(plugin)
+}
+
+#[test]
+fn hosts_whose_clocks_are_an_hour_off_switch_once_and_read_each_other() {
+    if Family::chosen().sees_no_new_keys() {
+        return;
+    }
+    let host = Host::new();
+    host.generate("0s");
+    let kek = host.generate("30m");
+    let (ahead, behind) = (host.other_host(), host.other_host());
+    let Some(plugin) = serve_at(&ahead, "+1h") else { return };
+    let right = host.serve_healthy();
+    let (early, new_key_id) = plugin.round_trip();
+    let (old, old_key_id) = right.round_trip();
+    assert_ne!(new_key_id, old_key_id, "the instant has come for that host alone");
+    let late = serve_at(&behind, "-1h").unwrap();
+    assert_eq!(late.status().unwrap().key_id, old_key_id);
+    for plugin in [&plugin, &right, &late] {
+        plugin.decrypt(&early, &new_key_id).unwrap();
+        plugin.decrypt(&old, &old_key_id).unwrap();
+    }
+    // Its clock is set right: what it has made active it does not leave, and it is told that the clock was wrong.
+    plugin.stop();
+    let plugin = ahead.serve_healthy();
+    assert_eq!(plugin.round_trip().1, new_key_id);
+    let told = stdout(&ahead.run(&["doctor"]));
+    let identity = kek["identity"].as_str().unwrap();
+    assert!(told.contains("has not come: the clock is wrong, or was") && told.contains(identity), "{told}");
+    assert_eq!(late.status().unwrap().key_id, old_key_id);
 }
 
 #[test]

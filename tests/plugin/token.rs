@@ -279,6 +279,7 @@ impl Token {
             WrapAlgorithm::AesKwp => 0x210b,
             WrapAlgorithm::AesGcm => 0x1087,
             WrapAlgorithm::RsaOaep2048 | WrapAlgorithm::RsaOaep3072 => panic!("such a KEK is two keys"),
+            WrapAlgorithm::Transit => panic!("such a KEK is in no token"),
         }
     }
 

@@ -64,6 +64,20 @@ SET_C, SET_ABC = key_set(b"prod-1", [ID_C]), key_set(b"prod-1", [ID_A, ID_B, ID_
 KWP_C = (ID_C, 2, aes_key_wrap_with_padding(KEK_C, DEK))
 
 
+def transit_name(key, version, created):
+    """Key name, version, and the second of Unix time at which that version was made: each behind its u16 length."""
+    parts = [key.encode(), str(version).encode(), str(created).encode()]
+    return b"".join(len(part).to_bytes(2, "big") + part for part in parts)
+
+
+ID_T = identity(b"transit", transit_name("trousseau", 12, 1795469831))
+# What Transit answers behind `vault:v12:`, decoded: 12 bytes of nonce, ciphertext, 16 bytes of tag. The associated data are
+# the identity.
+IV_T = pattern(0x60, 12)
+TRANSIT_T = (ID_T, 5, IV_T + AESGCM(KEK_C).encrypt(IV_T, DEK, ID_T))
+SET_AT = key_set(b"prod-1", [ID_A, ID_T])
+
+
 def good():
     for name, keys, recipients, plaintext in [
         ("one recipient, AES-KW, a 32-byte seed", SET_A, [KW_A], SEED),
@@ -74,6 +88,7 @@ def good():
         ("v1beta1's health check", SET_A, [KW_A], b"ping"),
         ("one recipient, AES-KWP, a 32-byte seed", SET_C, [KWP_C], SEED),
         ("three recipients, each with another algorithm", SET_ABC, sorted([KW_A, GCM_B, KWP_C]), SEED),
+        ("a token and Transit, a 32-byte seed", SET_AT, sorted([KW_A, TRANSIT_T]), SEED),
     ]:
         yield dict(name=name, dek=DEK, nonce=NONCE, key_set=keys, plaintext=plaintext,
                    recipients=[dict(identity=i, algorithm=a, wrapped=w) for i, a, w in recipients],
@@ -120,12 +135,17 @@ def bad():
     kwp = seal(DEK, NONCE, header(SET_C, [KWP_C]), SEED)
     yield "AES-KWP named AES-KW", "open", kwp[:35] + b"\x01" + kwp[36:]
     yield "sealed under another DEK", "open", seal(pattern(0x11, 32), NONCE, head, SEED)
+    yield "wrapped DEK of Transit one byte short", "parse", other(recipients=[(ID_T, 5, TRANSIT_T[2][:-1])])
+    yield "wrapped DEK of Transit as text", "parse", other(recipients=[(ID_T, 5, b"vault:v12:" + TRANSIT_T[2])])
 
 
 def names():
     for cka_id in ["019aaf2c4c007a1b8c2d3e4f50617283", "019b49a8c8007e5f9a0b1c2d3e4f5061", "01", "6b656b"]:
         raw = bytes.fromhex(cka_id)
         yield dict(provider="pkcs11", name=raw, identity=identity(b"pkcs11", raw))
+    for key, version, created in [("trousseau", 1, 1795469831), ("trousseau", 12, 1795469831), ("t", 1, 0)]:
+        raw = transit_name(key, version, created)
+        yield dict(provider="transit", key=key, version=version, created=created, name=raw, identity=identity(b"transit", raw))
 
 
 def key_sets():

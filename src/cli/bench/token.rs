@@ -47,9 +47,9 @@ impl Token {
     pub(super) async fn open(file: &Path) -> Result<Self, Failure> {
         let config = Config::load(file)?;
         let state = assemble::state(&config)?;
-        let no_provider = || Failure::failed("no provider of the configuration seals", "set seal = true for one");
-        let provider = config.providers.iter().find(|provider| provider.seal).ok_or_else(no_provider)?;
-        let pkcs11 = assemble::provider(provider, &state, &Leader::default())?;
+        let no_provider = || Failure::failed("no provider of type pkcs11 seals", "set seal = true for one");
+        let provider = config.pkcs11().find(|provider| provider.seal).ok_or_else(no_provider)?;
+        let pkcs11 = assemble::pkcs11(provider, &state, &Leader::default())?;
         pkcs11.reach_every_token().await?;
         pkcs11.look(Instant::now() + PATIENCE).await?;
         Ok(Self { pkcs11, sessions: provider.sessions })

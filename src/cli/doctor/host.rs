@@ -27,7 +27,7 @@ pub(super) fn examine(config: &Path, findings: &mut Findings) {
         ),
     }
     // The limits are those of the process that serves, if it can be seen, else of this one.
-    let plugin = processes("trousseau").into_iter().find(|process| serves(&arguments(&process.path), config));
+    let plugin = plugin(config);
     let (of, process) = match &plugin {
         Some(plugin) => (format!("the serving plugin (pid {})", plugin.pid), plugin.path.as_str()),
         None => ("this process".to_owned(), "/proc/self"),
@@ -52,6 +52,11 @@ pub(super) fn examine(config: &Path, findings: &mut Findings) {
         ),
         None => (),
     }
+}
+
+/// The process that serves by this configuration, if it can be seen.
+pub(super) fn plugin(config: &Path) -> Option<Process> {
+    processes("trousseau").into_iter().find(|process| serves(&arguments(&process.path), config))
 }
 
 /// A process, by its directory under /proc.

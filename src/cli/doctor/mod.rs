@@ -1,15 +1,18 @@
 //! `trousseau doctor`: everything that a working plugin needs, tried live; each finding with its remedy.
 //!
-//! [`profile`] is what is known of the tokens before they are asked, [`host`] the machine, [`token`] the tokens and their KEKs, [`socket`] the plugin that serves, and
-//! [`kubernetes`] the API server. No check waits for ever: what blocks is done by a thread that is left behind when its
-//! time is over.
+//! [`profile`] is what is known of the tokens before they are asked, [`environment`] what their libraries require,
+//! [`host`] the machine, [`token`] the tokens and their KEKs, [`transit`] Vault and OpenBao, [`socket`] the plugin that
+//! serves, and [`kubernetes`] the API server. No check waits for ever: what blocks is done by a thread that is left behind
+//! when its time is over.
 
 mod encryption_config;
+mod environment;
 mod host;
 mod kubernetes;
 mod profile;
 mod socket;
 mod token;
+mod transit;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -141,8 +144,12 @@ async fn examine(args: &DoctorArgs, findings: &mut Findings) {
     };
     findings.good("configuration", format!("{file} and the files that it names are good"));
     profile::examine(&config, findings);
-    let path = args.config.config.clone();
-    findings.add_from("host", move |findings| host::examine(&path, findings)).await;
+    let (path, theirs) = (args.config.config.clone(), Arc::clone(&config));
+    let examine_host = move |findings: &mut Findings| {
+        environment::examine(theirs.pkcs11().map(|provider| &*provider.profile), &path, findings);
+        host::examine(&path, findings);
+    };
+    findings.add_from("host", examine_host).await;
     match assemble::state(&config) {
         Ok(state) => {
             if let Err(error) = state.check() {
@@ -151,17 +158,22 @@ async fn examine(args: &DoctorArgs, findings: &mut Findings) {
             // Before the login, which sets the token's count of wrong PINs back.
             let (theirs, of) = (Arc::clone(&config), Arc::clone(&state));
             findings.add_from("PIN", move |findings| token::examine_pins(&theirs, &of, findings)).await;
-            match assemble::providers(&config, &state, &Leader::default()) {
+            match assemble::every_pkcs11(&config, &state, &Leader::default()) {
                 Ok(providers) => {
                     let mut surveys = Vec::new();
-                    for (pkcs11, provider) in providers.iter().zip(&config.providers) {
+                    for (pkcs11, provider) in providers.iter().zip(config.pkcs11()) {
                         let found = token::examine(pkcs11, provider, findings).await;
-                        surveys.extend(found.into_iter().map(|survey| (provider.profile.name.clone(), survey)));
+                        surveys.extend(found.into_iter().map(|survey| (Arc::clone(&provider.profile), survey)));
                     }
                     if let Some(file) = &args.profile_out {
                         profile::write(file, &surveys, findings);
                     }
-                    token::examine_keks(&assemble::keyring_of(&config, providers, state), findings).await;
+                    let transits = assemble::every_transit(&config, &state);
+                    for (transit, provider) in transits.iter().zip(config.transit()) {
+                        transit::examine(transit, provider, findings).await;
+                    }
+                    let keyring = assemble::keyring_of(&config, providers, transits, state);
+                    token::examine_keks(&keyring, findings).await;
                 }
                 Err(failure) => findings.failed("token", &failure),
             }

@@ -5,19 +5,20 @@ use std::fs::OpenOptions;
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use jiff::Timestamp;
 
 use super::super::VERSION;
 use super::Findings;
-use crate::config::Config;
+use crate::config::{Config, Mode, Profile};
 use crate::provider::pkcs11::Survey;
 
 const PROFILE: &str = "profile";
 
 /// How far each provider's profile can be trusted, and what it says that no program can check.
 pub(super) fn examine(config: &Config, findings: &mut Findings) {
-    for profile in config.providers.iter().map(|provider| &provider.profile) {
+    for profile in config.pkcs11().map(|provider| &provider.profile) {
         match profile.caveat() {
             Some(caveat) => {
                 let remedy = format!("try each verb before you rely on it; it is from: {}", profile.sources.join(", "));
@@ -32,15 +33,19 @@ pub(super) fn examine(config: &Config, findings: &mut Findings) {
 }
 
 /// Writes it, unless nothing worked; a file that is there stays as it is.
-pub(super) fn write(file: &Path, surveys: &[(String, Survey)], findings: &mut Findings) {
+pub(super) fn write(file: &Path, surveys: &[(Arc<Profile>, Survey)], findings: &mut Findings) {
     let shown = file.display();
-    let works = |(_, survey): &&(String, Survey)| survey.modes.iter().any(|mode| mode.failure.is_none());
-    let Some((profile, survey)) = surveys.iter().find(works) else {
+    let has_modes = |(profile, survey): &&(Arc<Profile>, Survey)| !kept(profile, survey).is_empty();
+    let Some((profile, survey)) = surveys.iter().find(has_modes) else {
         let remedy = "the findings say why; a profile like `generic`, with more modes, may find more";
         return findings.failure(PROFILE, format!("{shown} is not written: no mode was found that works"), remedy);
     };
+    let text = match text(survey, profile) {
+        Ok(text) => text,
+        Err(error) => return findings.failure(PROFILE, format!("{shown} is not written: {error}"), "write it by hand"),
+    };
     let opened = OpenOptions::new().write(true).create_new(true).mode(0o600).open(file);
-    match opened.and_then(|mut file| file.write_all(text(survey, profile).as_bytes())) {
+    match opened.and_then(|mut file| file.write_all(text.as_bytes())) {
         Ok(()) => {
             findings.good(PROFILE, format!("{shown} is written, from {}: read it before you use it", survey.name))
         }
@@ -54,9 +59,15 @@ pub(super) fn write(file: &Path, surveys: &[(String, Survey)], findings: &mut Fi
     }
 }
 
-fn text(survey: &Survey, profile: &str) -> String {
+/// The modes that worked, and the one that nothing but a KEK can prove.
+fn kept(profile: &Profile, survey: &Survey) -> Vec<Mode> {
+    let worked = |mode: Mode| survey.modes.iter().any(|tried| tried.mode == mode.as_str() && tried.failure.is_none());
+    profile.modes.iter().copied().filter(|mode| *mode == Mode::Oaep || worked(*mode)).collect()
+}
+
+/// The profile with which the token was tried, but for what was found otherwise.
+fn text(survey: &Survey, profile: &Profile) -> Result<String, toml::ser::Error> {
     let (token, module) = (&survey.token, &survey.token.module);
-    let quoted = |text: &str| toml::Value::from(text).to_string();
     let found = [
         format!("written by `trousseau doctor` {} at {}", VERSION, Timestamp::now()),
         format!(
@@ -64,19 +75,17 @@ fn text(survey: &Survey, profile: &str) -> String {
             token.manufacturer, token.model, token.hardware, token.firmware
         ),
         format!("module {} {}, SHA-256 {}", module.description, module.version, module.sha256),
-        format!("tried with profile {profile}: whatever else that says is not in here, and may be needed"),
+        format!("tried with profile {}, from which it has the notes and whatever is not said above", profile.name),
     ];
     let failed = survey.modes.iter().filter_map(|mode| Some(format!("mode {}: {}", mode.mode, mode.failure.as_ref()?)));
     let limit = token.max_sessions.filter(|most| *most > 0).map(|most| format!("it allows {most} sessions"));
+    let kept = kept(profile, survey);
+    let untried = "mode oaep was not tried: `trousseau key generate --mode oaep` proves it".to_owned();
+    let untried = kept.contains(&Mode::Oaep).then_some(untried);
     // A line of the token's must not end the comment.
     let comment = |line: String| format!("# {}\n", line.replace(char::is_control, " "));
-    let comments: String = found.into_iter().chain(limit).chain(failed).map(comment).collect();
-    let works = survey.modes.iter().filter(|mode| mode.failure.is_none()).map(|mode| quoted(mode.mode));
-    format!(
-        "{comments}title = {}\nstatus = \"community\"\nsources = [{}]\nmodule-paths = [{}]\nmodes = [{}]\n",
-        quoted(&format!("{} {}", token.manufacturer, token.model)),
-        quoted("what `trousseau doctor` found"),
-        quoted(&module.path.display().to_string()),
-        works.collect::<Vec<_>>().join(", "),
-    )
+    let comments: String = found.into_iter().chain(limit).chain(failed).chain(untried).map(comment).collect();
+    let title = format!("{} {}", token.manufacturer, token.model);
+    let found = profile.of_token(title, "what `trousseau doctor` found", &module.path, |mode| kept.contains(&mode));
+    Ok(format!("{comments}{}", found.to_toml()?))
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use jiff::Timestamp;
 
 use super::{Findings, Severity, TIMEOUT};
-use crate::config::{Config, ProviderConfig};
+use crate::config::{Config, Pkcs11Config};
 use crate::keyring::{KekState, Keyring};
 use crate::provider::Value;
 use crate::provider::pkcs11::{Outcome, Pkcs11, Survey, pin_states};
@@ -17,7 +17,7 @@ const KEK: &str = "KEK";
 
 /// What is known of each PIN without a login.
 pub(super) fn examine_pins(config: &Config, state: &Arc<State>, findings: &mut Findings) {
-    for (token, pin) in config.providers.iter().flat_map(|provider| pin_states(provider, state)) {
+    for (token, pin) in config.pkcs11().flat_map(|provider| pin_states(provider, state)) {
         match pin {
             Ok(complaints) if complaints.is_empty() => {
                 findings.good("PIN", format!("{token}: no wrong PIN is counted"))
@@ -33,7 +33,7 @@ pub(super) fn examine_pins(config: &Config, state: &Arc<State>, findings: &mut F
 }
 
 /// The module, the slot, the login, and what the token does: what was found, of each token within reach.
-pub(super) async fn examine(pkcs11: &Pkcs11, provider: &ProviderConfig, findings: &mut Findings) -> Vec<Survey> {
+pub(super) async fn examine(pkcs11: &Pkcs11, provider: &Pkcs11Config, findings: &mut Findings) -> Vec<Survey> {
     let surveys = tokio::time::timeout(TIMEOUT, pkcs11.survey(false, Instant::now() + TIMEOUT));
     let Ok(surveys) = surveys.await else {
         let remedy = "see what the vendor's tools say of it";
@@ -54,7 +54,7 @@ pub(super) async fn examine(pkcs11: &Pkcs11, provider: &ProviderConfig, findings
     found
 }
 
-fn report(survey: &Survey, provider: &ProviderConfig, findings: &mut Findings) {
+fn report(survey: &Survey, provider: &Pkcs11Config, findings: &mut Findings) {
     let (name, module) = (&survey.name, &survey.token.module);
     let what =
         format!("{name} is logged in to, by {} ({} {})", module.path.display(), module.description, module.version);
@@ -73,8 +73,13 @@ fn report(survey: &Survey, provider: &ProviderConfig, findings: &mut Findings) {
             ),
         }
     }
-    for trial in survey.exportability.trials.iter().filter(|trial| trial.outcome != Outcome::Refused) {
-        let what = format!("{name}: {} ({}): {}", trial.way, trial.like, trial.what);
+    // What came of several ways alike is told once.
+    let notable: Vec<_> =
+        survey.exportability.trials.iter().filter(|trial| trial.outcome != Outcome::Refused).collect();
+    for trials in notable.chunk_by(|one, other| (one.like, &one.what) == (other.like, &other.what)) {
+        let Some(trial) = trials.first() else { continue };
+        let ways: Vec<&str> = trials.iter().map(|trial| trial.way).collect();
+        let what = format!("{name}: {} ({}): {}", ways.join("; "), trial.like, trial.what);
         let (severity, remedy) = match trial.outcome {
             Outcome::CameOut => (Severity::Failure, "use another token: this one does not keep a KEK in"),
             Outcome::Warning => (Severity::Warning, "ask the vendor why the token allows it"),
@@ -98,7 +103,7 @@ fn report(survey: &Survey, provider: &ProviderConfig, findings: &mut Findings) {
 }
 
 /// A pool takes two sessions beside its workers', and may replace every worker whose call does not return.
-fn report_sessions(survey: &Survey, provider: &ProviderConfig, findings: &mut Findings) {
+fn report_sessions(survey: &Survey, provider: &Pkcs11Config, findings: &mut Findings) {
     let known = provider.profile.max_sessions.map(|most| most as u64);
     let Some(most) = survey.token.max_sessions.or(known).filter(|most| *most > 0) else { return };
     let (name, sessions) = (&survey.name, provider.sessions as u64);

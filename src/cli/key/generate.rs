@@ -7,13 +7,13 @@ use clap::Args;
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
-use super::super::output::{Failure, Format, print, print_json};
-use super::super::{ConfigArgs, OutputArgs, assemble, duration};
+use super::super::output::{Failure, Format, patiently, print, print_json};
+use super::super::{ConfigArgs, OutputArgs, assemble, audit, duration};
 use super::{TIMEOUT, clock_is_unsynchronized, in_time};
-use crate::config::{Config, Mode, ProviderConfig};
+use crate::config::{Config, Mode, Pkcs11Config};
 use crate::identity::Identity;
 use crate::provider::pkcs11::{Generated, LONGEST_WAIT, Pkcs11, Plan};
-use crate::provider::{Provider, Value};
+use crate::provider::{Attributes, Provider, Value};
 use crate::runtime::Leader;
 
 /// How long a KEK waits before it becomes active, so that every control plane has seen it by then.
@@ -81,9 +81,16 @@ struct Planned<'a> {
     mode: &'static str,
     made_in: &'a str,
     to_be_cloned_to: &'a [String],
-    template: BTreeMap<&'static str, &'a Value>,
+    templates: Vec<Template<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     way_out: Option<&'a str>,
+}
+
+/// What the token is asked for, for one object.
+#[derive(Serialize)]
+struct Template<'a> {
+    object: &'static str,
+    attributes: BTreeMap<&'static str, &'a Value>,
 }
 
 pub(super) async fn run(args: &GenerateArgs) -> Result<(), Failure> {
@@ -92,9 +99,13 @@ pub(super) async fn run(args: &GenerateArgs) -> Result<(), Failure> {
     let work = async {
         let (pkcs11, plan, deadline) = plan(&config, provider, args).await?;
         let generated = if args.dry_run { None } else { Some(pkcs11.generate(&plan, deadline).await?) };
+        if let (Some(generated), Some(log)) = (&generated, &config.audit) {
+            audit::append(log, "key-generated", generated.identity, &format!("active from {}", plan.not_before));
+        }
         Ok((plan, generated))
     };
-    let (plan, generated) = in_time(work).await?;
+    let what = format!("making keys in the token of provider {}", provider.name);
+    let (plan, generated) = patiently(&what, in_time(work)).await?;
     match (generated, args.output.output) {
         (Some(generated), Format::Json) => print_json(&made(&plan, &generated)),
         (Some(generated), Format::Text) => print(&made_text(provider, &plan, &generated)),
@@ -103,7 +114,7 @@ pub(super) async fn run(args: &GenerateArgs) -> Result<(), Failure> {
             mode: plan.mode.as_str(),
             made_in: &plan.made_in,
             to_be_cloned_to: &plan.to_be_cloned_to,
-            template: plan.template.iter().map(|(name, value)| (*name, value)).collect(),
+            templates: plan.templates.iter().map(template).collect(),
             way_out: plan.way_out.as_deref(),
         }),
         (None, Format::Text) => print(&planned_text(provider, &plan)),
@@ -122,7 +133,7 @@ fn made<'a>(plan: &'a Plan, generated: &'a Generated) -> Made<'a> {
     }
 }
 
-fn made_text(provider: &ProviderConfig, plan: &Plan, generated: &Generated) -> String {
+fn made_text(provider: &Pkcs11Config, plan: &Plan, generated: &Generated) -> String {
     let made = made(plan, generated);
     let of_tokens = format!("{} of {} tokens", made.held_by.len(), provider.tokens.len());
     let mut text = format!(
@@ -145,21 +156,24 @@ fn made_text(provider: &ProviderConfig, plan: &Plan, generated: &Generated) -> S
     text
 }
 
-fn planned_text(provider: &ProviderConfig, plan: &Plan) -> String {
+fn planned_text(provider: &Pkcs11Config, plan: &Plan) -> String {
     let call = match plan.mode {
-        Mode::Oaep => "C_GenerateKeyPair CKM_RSA_PKCS_KEY_PAIR_GEN, twice; for the private key that decrypts,",
+        Mode::Oaep => "C_GenerateKeyPair CKM_RSA_PKCS_KEY_PAIR_GEN, twice,",
         _ => "C_GenerateKey CKM_AES_KEY_GEN",
     };
     let mut text = format!(
         "no KEK is made; without --dry-run, token {} of provider {} would be asked for {call} with",
         plan.made_in, provider.name
     );
-    for (name, value) in &plan.template {
-        let name = format!("CKA_{name}");
-        text.push_str(&format!(
-            "\n  {name:<22} {}",
-            if name == "CKA_ID" { shown_id(value) } else { value.to_string() }
-        ));
+    for (object, template) in &plan.templates {
+        if plan.templates.len() > 1 {
+            text.push_str(&format!("\n for the {object}"));
+        }
+        for (name, value) in template {
+            let name = format!("CKA_{name}");
+            let value = if name == "CKA_ID" { shown_id(value) } else { value.to_string() };
+            text.push_str(&format!("\n  {name:<22} {value}"));
+        }
     }
     let count = 1 + plan.to_be_cloned_to.len();
     let held_by = format!(
@@ -183,13 +197,21 @@ fn warning(plan: &Plan) -> String {
 /// All but the 48 bits of time is random, and another value when the key is made.
 fn shown_id(id: &Value) -> String {
     let id = id.to_string();
-    format!("{}7… (a UUIDv7 of the instant below)", id.get(..12).unwrap_or_default())
+    let (time, signs) = (id.get(..12).unwrap_or_default(), if id.len() > 32 { "01" } else { "" });
+    format!(
+        "{time}7…{signs} (a UUIDv7 of the instant below{})",
+        if signs.is_empty() { "" } else { ", and the byte 01" }
+    )
+}
+
+fn template<'a>((object, attributes): &'a (&'static str, Attributes)) -> Template<'a> {
+    Template { object, attributes: attributes.iter().map(|(name, value)| (*name, value)).collect() }
 }
 
 /// The provider, how its next KEK is to be made, and by when all must be done.
 async fn plan(
     config: &Config,
-    provider: &ProviderConfig,
+    provider: &Pkcs11Config,
     args: &GenerateArgs,
 ) -> Result<(Pkcs11, Plan, Instant), Failure> {
     let (pkcs11, newest, deadline) = reach(config, provider).await?;
@@ -204,7 +226,7 @@ async fn plan(
 }
 
 /// Makes the first KEK of a provider that has none.
-pub(in super::super) fn ensure_first(config: &Config, provider: &ProviderConfig) -> Result<(), Failure> {
+pub(in super::super) fn ensure_first(config: &Config, provider: &Pkcs11Config) -> Result<(), Failure> {
     super::super::runtime()?.block_on(in_time(async {
         let (pkcs11, newest, deadline) = reach(config, provider).await?;
         if newest.is_none() {
@@ -216,9 +238,9 @@ pub(in super::super) fn ensure_first(config: &Config, provider: &ProviderConfig)
 
 /// The provider with every token connected and no doubt about any KEK, the activation instant of its newest KEK, and by
 /// when all must be done.
-async fn reach(config: &Config, provider: &ProviderConfig) -> Result<(Pkcs11, Option<Timestamp>, Instant), Failure> {
+async fn reach(config: &Config, provider: &Pkcs11Config) -> Result<(Pkcs11, Option<Timestamp>, Instant), Failure> {
     let deadline = Instant::now() + TIMEOUT;
-    let pkcs11 = assemble::provider(provider, &assemble::state(config)?, &Leader::default())?;
+    let pkcs11 = assemble::pkcs11(provider, &assemble::state(config)?, &Leader::default())?;
     pkcs11.reach_every_token().await?;
     let sighting = pkcs11.look(deadline).await?;
     if let Some(outage) = sighting.out_of_reach.first() {

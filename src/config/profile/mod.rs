@@ -6,13 +6,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, c_ulong};
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 pub use self::mode::{Excusable, GcmIv, Mode, Omissible};
 use super::{Codes, ConfigError};
 
 /// One token family.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Profile {
     /// The file's name without its ending.
@@ -23,46 +23,49 @@ pub struct Profile {
     /// How its content came to be known.
     pub status: Status,
     /// From where it is known, unless it was tested.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub sources: Vec<String>,
     /// What whoever sets such a token up should know, a sentence each.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
     /// Where its module is found, the first that exists being taken. Of one without a directory only the name is known.
     pub module_paths: Vec<PathBuf>,
+    /// Names of environment variables without which the module does not work.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub environment: Vec<String>,
     /// The ways to wrap that its tokens know, the preferred first.
     pub modes: Vec<Mode>,
     /// Codes by which its tokens know a mode's mechanism, where these are not the standard's.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     mechanisms: BTreeMap<Mode, c_ulong>,
     /// Whether AES-KW and AES-KWP are given their initial value, which is the standard's, as a parameter.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub explicit_iv: bool,
     /// Who makes the IV of AES-GCM.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub gcm_iv: GcmIv,
     /// Attributes that are left out when a KEK is made.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub omit_attributes: BTreeSet<Omissible>,
     /// What its tokens cannot say of a KEK, which is one all the same.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub excuses: BTreeSet<Excusable>,
     /// Sessions that a token gives one process, if it does not give any number.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_sessions: Option<usize>,
     /// Return codes by which its tokens mean something else than the standard.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub errors: Codes,
     /// Whether the module stands C_Initialize after C_Finalize in one process. Where it does not, it stays initialized,
     /// and the process ends when it has lost the module's last token: its supervisor starts it anew.
-    #[serde(default = "yes")]
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
     pub reinitialize: bool,
     /// Objects made and destroyed (wraps and unwraps of the mode `wrapkey`) after which the module is finalized and
     /// initialized again, because it does not free what they took before that.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub renew_after: Option<u64>,
     /// Bits in the RSA keys of a new KEK of the mode `oaep`: 2048 or 3072.
-    #[serde(default = "three_thousand")]
+    #[serde(default = "three_thousand", skip_serializing_if = "is_three_thousand")]
     pub rsa_bits: u16,
 }
 
@@ -74,6 +77,18 @@ fn three_thousand() -> u16 {
     3072
 }
 
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+fn is_yes(value: &bool) -> bool {
+    *value
+}
+
+fn is_three_thousand(bits: &u16) -> bool {
+    *bits == three_thousand()
+}
+
 /// Where the keys of a profile are explained.
 const REFERENCE: &str = "hsm-profiles/README.md, in the source, has every key of a profile with its meaning";
 
@@ -82,7 +97,7 @@ const REFERENCE: &str = "hsm-profiles/README.md, in the source, has every key of
 const SHIPPED: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/profiles.rs"));
 
 /// How a profile's content came to be known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Status {
     /// The whole test suite ran on such a token.
@@ -159,6 +174,10 @@ impl Profile {
         if self.modes.is_empty() {
             return Some(("modes is empty".into(), "name at least one way to wrap"));
         }
+        if let Some(name) = self.environment.iter().find(|name| !is_variable(name)) {
+            let what = format!("environment has `{}`, which is no variable's name", name.escape_debug());
+            return Some((what, "write the name alone: letters, digits and `_`, and no digit first"));
+        }
         if let Some(mode) = self.mechanisms.keys().find(|mode| !self.modes.contains(mode)) {
             let what = format!("mechanisms has {}, which is not in modes", mode.as_str());
             return Some((what, "add it there, or remove it here"));
@@ -198,6 +217,32 @@ impl Profile {
         self.mechanisms.get(&mode).copied().unwrap_or(mode.standard_mechanism())
     }
 
+    /// Its quirks, for a token of which no more is known than that these of its modes work through this module.
+    #[must_use]
+    pub fn of_token(&self, title: String, source: &str, module: &Path, works: impl Fn(Mode) -> bool) -> Self {
+        let mut found = self.clone();
+        found.modes.retain(|mode| works(*mode));
+        found.mechanisms.retain(|mode, _| works(*mode));
+        if !works(Mode::Gcm) {
+            found.gcm_iv = GcmIv::default();
+        }
+        Self {
+            title,
+            status: Status::Community,
+            sources: vec![source.into()],
+            module_paths: vec![module.into()],
+            ..found
+        }
+    }
+
+    /// As it is read from a file.
+    ///
+    /// # Errors
+    /// TOML cannot say it.
+    pub fn to_toml(&self) -> Result<String, toml::ser::Error> {
+        toml::to_string_pretty(self)
+    }
+
     /// That nobody has run it, if that is so, and from where its content is known.
     #[must_use]
     pub fn caveat(&self) -> Option<String> {
@@ -208,6 +253,11 @@ impl Profile {
         };
         Some(format!("profile {} was written from {from}, and nobody has run it yet", self.name))
     }
+}
+
+fn is_variable(name: &str) -> bool {
+    let may_stand = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    name.bytes().all(may_stand) && name.bytes().next().is_some_and(|first| !first.is_ascii_digit())
 }
 
 fn known(directory: &Path) -> String {

@@ -2,12 +2,12 @@
 
 use std::ffi::c_ulong;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::envelope::WrapAlgorithm;
 
 /// How a KEK wraps a DEK inside a token.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
     /// C_WrapKey with AES-KW, on a session object that holds the DEK.
@@ -68,7 +68,7 @@ impl Mode {
 }
 
 /// Who makes the IV of AES-GCM, and where it is. The IV has 12 bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum GcmIv {
     /// We do.
@@ -83,7 +83,7 @@ pub enum GcmIv {
 }
 
 /// An attribute that some tokens do not let anybody set on a key that they make.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 #[expect(missing_docs, reason = "the standard's names")]
 pub enum Omissible {
@@ -102,7 +102,7 @@ pub enum Omissible {
 }
 
 /// What some tokens cannot say of a key's history.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 #[expect(missing_docs, reason = "the standard's names")]
 pub enum Excusable {

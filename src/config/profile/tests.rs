@@ -26,6 +26,10 @@ fn a_profile_that_cannot_be_meant_is_refused_with_the_field_and_the_line() {
         ("modes = [\"gcm\"]\nomit-attributes = [\"CKA_EXTRACTABLE\"]", "line 5: unknown variant `CKA_EXTRACTABLE`"),
         ("modes = [\"gcm\"]\nexcuses = [\"CKA_SENSITIVE\"]", "line 5: unknown variant `CKA_SENSITIVE`"),
         ("modes = [\"gcm\", \"encrypt\"]\nomit-attributes = [\"CKA_ALLOWED_MECHANISMS\"]", "which of its modes"),
+        ("modes = [\"gcm\"]\nenvironment = [\"A=b\"]", "environment has `A=b`"),
+        ("modes = [\"gcm\"]\nenvironment = [\"1A\"]", "environment has `1A`"),
+        ("modes = [\"gcm\"]\nenvironment = [\"\"]", "environment has ``"),
+        ("modes = [\"gcm\"]\nenvironment = \"A\"", "line 5: "),
         ("modes = [\"gcm\"]\nmax-sessions = 1", "max-sessions is less than 2"),
         ("modes = [\"gcm\"]\nrenew-after = 0", "renew-after is 0"),
         ("modes = [\"gcm\"]\nrenew-after = 1\nreinitialize = false", "renew-after contradicts"),
@@ -37,6 +41,24 @@ fn a_profile_that_cannot_be_meant_is_refused_with_the_field_and_the_line() {
     let untested = GOOD.replace("tested", "community");
     let error = Profile::parse("name", Path::new("name.toml"), &untested).unwrap_err();
     assert!(error.to_string().contains("sources is empty"), "{error}");
+}
+
+#[test]
+fn what_is_written_of_a_profile_is_read_as_the_same() {
+    let quirks = "\n[errors]\nCKR_DEVICE_ERROR = \"token\"\n0x80000001 = \"session\"\n";
+    let more = [("quirks", &*format!("{GOOD}{quirks}"))];
+    for (name, text) in SHIPPED.iter().copied().chain(more) {
+        let profile = Profile::parse(name, Path::new(name), text).unwrap();
+        let written = profile.to_toml().unwrap();
+        assert_eq!(Profile::parse(name, Path::new(name), &written).unwrap(), profile, "{written}");
+        // A part of its modes is a profile too.
+        for kept in &profile.modes {
+            let found = profile.of_token("found".into(), "doctor", Path::new("/lib.so"), |mode| mode == *kept);
+            let again = Profile::parse(name, Path::new(name), &found.to_toml().unwrap()).unwrap();
+            assert_eq!((&again.modes, &again.errors), (&vec![*kept], &profile.errors), "{name}");
+            assert_eq!(again.mechanism(*kept), profile.mechanism(*kept), "{name}");
+        }
+    }
 }
 
 #[test]

@@ -12,7 +12,7 @@ use super::connection::Connected;
 use super::error::CallError;
 use super::login::{Latch, Retry};
 use super::module::{InUse, Module};
-use crate::config::{Credential, Profile, ProviderConfig, TokenUri};
+use crate::config::{Credential, Pkcs11Config, Profile, TokenUri};
 use crate::state::State;
 
 /// Where a token is, and what opens it.
@@ -50,7 +50,7 @@ impl NotConnected {
 }
 
 impl Address {
-    pub(super) fn new(uri: TokenUri, provider: &ProviderConfig, state: &Arc<State>) -> Self {
+    pub(super) fn new(uri: TokenUri, provider: &Pkcs11Config, state: &Arc<State>) -> Self {
         Self {
             module: provider.module.clone(),
             uri,

@@ -3,41 +3,25 @@
 //! A key that anybody could have written under our label must not wrap a single DEK: so a key becomes a KEK by itself
 //! only if the token vouches that it was born there and cannot leave.
 
+mod id;
+mod said;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use cryptoki::mechanism::MechanismType;
-use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass};
-use jiff::{SignedDuration, Timestamp};
+use cryptoki::object::{Attribute, KeyType, ObjectClass};
+use jiff::Timestamp;
 
+pub use self::id::LONGEST_WAIT;
+pub(super) use self::id::{instant_of, new_id};
+pub(super) use self::said::{ASKED, Said};
 use super::error::{CallError, Class};
+use super::halves;
 use super::oaep::Pair;
-use super::{halves, raw};
-use crate::config::{Admission, Excusable, Mode, Omissible, Profile};
+use crate::config::{Admission, Mode, Profile};
 use crate::envelope::WrapAlgorithm;
 use crate::identity::Identity;
 use crate::provider::{Attributes, Rank};
-
-/// What is asked of every object that has the KEKs' label, besides CKA_ALLOWED_MECHANISMS.
-pub(super) const ASKED: [AttributeType; 17] = [
-    AttributeType::Class,
-    AttributeType::KeyType,
-    AttributeType::ValueLen,
-    AttributeType::Id,
-    AttributeType::Sensitive,
-    AttributeType::AlwaysSensitive,
-    AttributeType::Extractable,
-    AttributeType::NeverExtractable,
-    AttributeType::Local,
-    AttributeType::Modifiable,
-    AttributeType::Encrypt,
-    AttributeType::Decrypt,
-    AttributeType::Wrap,
-    AttributeType::Unwrap,
-    AttributeType::Sign,
-    AttributeType::Modulus,
-    AttributeType::PublicExponent,
-];
 
 /// How a provider recognises and uses its KEKs.
 #[derive(Debug)]
@@ -49,17 +33,29 @@ pub(super) struct Rules {
 }
 
 impl Rules {
-    /// Decides about all objects that have the label.
-    pub(super) fn decide(&self, objects: Vec<Said>, now: Timestamp) -> Vec<Decision> {
+    /// Decides about all objects that have the label, in their order. `None`: it belongs to a pair, and what is decided
+    /// about that stands with the private key that decrypts.
+    pub(super) fn decide(&self, objects: &[Said], now: Timestamp) -> Vec<Option<Decision>> {
         let pairs = self.profile.modes.contains(&Mode::Oaep);
-        let (halves, others): (Vec<_>, Vec<_>) = objects.into_iter().partition(|said| pairs && halves::is_half(said));
-        let alone = |said: &Said| {
-            let admission = said.id().and_then(|id| self.admitted.get(id));
-            let identity = said.id().map(Identity::of_pkcs11);
-            Decision::new(said, identity, admit(said, &self.profile, admission, now))
+        let halves: Vec<&Said> = objects.iter().filter(|said| pairs && halves::is_half(said)).collect();
+        let decide = |said: &Said| match said {
+            half if pairs && halves::is_half(half) => halves::decide(half, &halves, self, now),
+            public if pairs && halves::is_public(public) => None,
+            said => {
+                let admission = said.id().and_then(|id| self.admitted.get(id));
+                let identity = said.id().map(Identity::of_pkcs11);
+                Some(Decision::new(said, identity, admit(said, &self.profile, admission, now)))
+            }
         };
-        let others = others.iter().filter(|said| !(pairs && halves::is_public(said)));
-        others.map(alone).chain(halves::decide(&halves, self, now)).collect()
+        let mut decisions: Vec<_> = objects.iter().map(decide).collect();
+        for (said, decision) in objects.iter().zip(&mut decisions) {
+            let is_twin = objects.iter().filter(|other| said.is_found_like(other)).count() > 1;
+            if let Some(decision) = decision.as_mut().filter(|decision| is_twin && decision.verdict.is_ok()) {
+                decision.is_ambiguous = true;
+                decision.verdict = Err("another key has the same CKA_ID: remove the one that is not meant".into());
+            }
+        }
+        decisions
     }
 
     pub(super) fn spec_of(&self, kek: &Admitted) -> KekSpec {
@@ -79,11 +75,19 @@ pub(super) struct Decision {
     pub(super) attributes: Attributes,
     /// Or why it is not used, and what to do.
     pub(super) verdict: Result<Admitted, String>,
+    /// Whether it would be a KEK, were it not for another key with the same CKA_ID.
+    pub(super) is_ambiguous: bool,
 }
 
 impl Decision {
     pub(super) fn new(said: &Said, identity: Option<Identity>, verdict: Result<Admitted, String>) -> Self {
-        Self { id: said.id().map(<[u8]>::to_vec), identity, attributes: said.attributes(), verdict }
+        Self {
+            id: said.id().map(<[u8]>::to_vec),
+            identity,
+            attributes: said.attributes(),
+            verdict,
+            is_ambiguous: false,
+        }
     }
 }
 
@@ -112,10 +116,6 @@ impl KekSpec {
     }
 }
 
-/// What a token says of an object.
-#[derive(Clone)]
-pub(super) struct Said(pub(super) Vec<Attribute>);
-
 /// A key that is a KEK.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Admitted {
@@ -125,11 +125,6 @@ pub(super) struct Admitted {
     /// What the token does not vouch for, and why that is excused.
     pub(super) exception: Option<String>,
 }
-
-/// No CKA_ID of ours is older: this plugin did not exist.
-const EPOCH: Timestamp = Timestamp::constant(1_735_689_600, 0); // 2025-01-01
-/// A KEK may be made this long before it becomes active.
-pub const LONGEST_WAIT: SignedDuration = SignedDuration::from_hours(30 * 24);
 
 /// Decides about one key.
 ///
@@ -157,171 +152,14 @@ fn admit(said: &Said, profile: &Profile, admission: Option<&Admission>, now: Tim
     Ok(Admitted { rank: Rank { not_before, id: id.to_vec() }, mode, pair: None, exception })
 }
 
-/// By what a token vouches that a key was born in it and could never leave. Some lose it in a restore or a cloning, and
-/// some never say it.
-const HISTORY: [(&str, Attribute, Excusable); 3] = [
-    ("ALWAYS_SENSITIVE", Attribute::AlwaysSensitive(true), Excusable::CkaAlwaysSensitive),
-    ("NEVER_EXTRACTABLE", Attribute::NeverExtractable(true), Excusable::CkaNeverExtractable),
-    ("LOCAL", Attribute::Local(true), Excusable::CkaLocal),
-];
-
-/// What the token does not vouch for, and who excuses it: the profile, or the administrator's word for this key.
-fn excuse(said: &Said, profile: &Profile, admission: Option<&Admission>) -> Result<Option<String>, String> {
-    let (mut silent, mut unvouched) = (Vec::new(), Vec::new());
-    for (name, wanted, excusable) in HISTORY.iter().filter(|(_, wanted, _)| !said.0.contains(wanted)) {
-        if profile.excuses.contains(excusable) && said.is_silent_about(wanted) {
-            silent.push(*name);
-            continue;
-        }
-        if admission.is_none() {
-            said.requires(name, wanted)?;
-        }
-        unvouched.push(*name);
-    }
-    let mut excused = Vec::new();
-    if !silent.is_empty() {
-        let what = format!("the token does not say whether it is {}", silent.join(", "));
-        excused.push(format!("{what}; profile {} excuses that", profile.name));
-    }
-    if !unvouched.is_empty() {
-        let what = format!("the token does not vouch that it is {}", unvouched.join(", "));
-        let why = admission.and_then(|admission| admission.exception.as_ref()).ok_or_else(|| {
-            format!("{what}: if you know where it was, say so with `exception = \"…\"` in its [[provider.kek]]")
-        })?;
-        excused.push(format!("{what}; the configuration excuses that: {why}"));
-    }
-    Ok((!excused.is_empty()).then(|| excused.join("; ")))
-}
-
-/// The activation instant in a CKA_ID: it is a UUIDv7 (RFC 9562 section 5.7).
-pub(super) fn instant_of(id: &[u8], now: Timestamp) -> Result<Timestamp, String> {
-    let [a, b, c, d, e, f, version, _, variant, ..] = *id else {
-        return Err(foreign_id("is not a UUIDv7"));
-    };
-    if id.len() != 16 || version >> 4 != 7 || variant >> 6 != 2 {
-        return Err(foreign_id("is not a UUIDv7"));
-    }
-    let milliseconds = i64::from_be_bytes([0, 0, a, b, c, d, e, f]);
-    let instant = Timestamp::from_millisecond(milliseconds).map_err(|_| foreign_id("names no instant"))?;
-    if instant < EPOCH || instant > now.saturating_add(LONGEST_WAIT).unwrap_or(Timestamp::MAX) {
-        return Err(foreign_id(&format!("names the instant {instant}, not one from 2025 to 30 days ahead")));
-    }
-    Ok(instant)
-}
-
-fn foreign_id(what: &str) -> String {
-    format!("its CKA_ID {what}: if you made this key elsewhere, admit it with [[provider.kek]] id and not-before")
-}
-
-/// A CKA_ID for a KEK that becomes active at `instant`: a UUIDv7 of that time.
-///
-/// # Errors
-/// The operating system has no randomness to give.
-pub(super) fn new_id(instant: Timestamp) -> Result<[u8; 16], getrandom::Error> {
-    let mut id = [0; 16];
-    getrandom::fill(&mut id)?;
-    let time = (instant.as_millisecond().max(0) as u64) << 16;
-    for (to, from) in id.iter_mut().zip(time.to_be_bytes()).take(6) {
-        *to = from;
-    }
-    let [.., version, _, variant, _, _, _, _, _, _, _] = &mut id;
-    *version = *version & 0x0f | 0x70;
-    *variant = *variant & 0x3f | 0x80;
-    Ok(id)
-}
-
-/// The attribute that is left out of the template for a KEK.
-pub(super) const fn omitted(omissible: Omissible) -> AttributeType {
-    match omissible {
-        Omissible::CkaPrivate => AttributeType::Private,
-        Omissible::CkaSensitive => AttributeType::Sensitive,
-        Omissible::CkaModifiable => AttributeType::Modifiable,
-        Omissible::CkaCopyable => AttributeType::Copyable,
-        Omissible::CkaEncrypt => AttributeType::Encrypt,
-        Omissible::CkaDecrypt => AttributeType::Decrypt,
-        Omissible::CkaWrap => AttributeType::Wrap,
-        Omissible::CkaUnwrap => AttributeType::Unwrap,
-        Omissible::CkaSign => AttributeType::Sign,
-        Omissible::CkaVerify => AttributeType::Verify,
-        Omissible::CkaDerive => AttributeType::Derive,
-        Omissible::CkaAllowedMechanisms => AttributeType::AllowedMechanisms,
-    }
-}
-
-impl Said {
-    pub(super) fn id(&self) -> Option<&[u8]> {
-        self.0.iter().find_map(|attribute| match attribute {
-            Attribute::Id(id) if !id.is_empty() => Some(id.as_slice()),
-            _ => None,
-        })
-    }
-
-    /// That it is secret; with `ever`, that it always was, unless the profile excuses what the token cannot say.
-    /// Whether the key cannot leave its token, and never could: what of that is excused, and why.
-    ///
-    /// # Errors
-    /// It can, or nobody excuses what the token does not vouch for.
-    pub(super) fn secrecy(&self, profile: &Profile, admission: Option<&Admission>) -> Result<Option<String>, String> {
-        self.requires("SENSITIVE", &Attribute::Sensitive(true))?;
-        self.requires("EXTRACTABLE=false", &Attribute::Extractable(false))?;
-        excuse(self, profile, admission)
-    }
-
-    fn requires(&self, name: &str, wanted: &Attribute) -> Result<(), String> {
-        if self.0.contains(wanted) {
-            return Ok(());
-        }
-        Err(if !self.is_silent_about(wanted) {
-            format!("the token does not call it {name}: a key that could leave the token never wraps; make a new one")
-        } else {
-            format!("the token does not say whether it is {name}, and its profile does not excuse that")
-        })
-    }
-
-    fn is_silent_about(&self, wanted: &Attribute) -> bool {
-        self.0.iter().all(|attribute| attribute.attribute_type() != wanted.attribute_type())
-    }
-
-    /// The first of the profile's modes for which the key may be used.
-    fn mode_in(&self, profile: &Profile) -> Result<Option<Mode>, String> {
-        let permitted: Vec<Mode> = profile.modes.iter().copied().filter(|mode| self.permits(profile, *mode)).collect();
-        let pinned = self.pinned().is_some_and(|pinned| pinned.contains(&raw::UNNAMED));
-        match permitted.as_slice() {
-            [_, _, ..] if pinned => {
-                Err("its CKA_ALLOWED_MECHANISMS cannot be read, and several modes of the profile fit it".into())
-            }
-            permitted => Ok(permitted.first().copied()),
-        }
-    }
-
-    /// Whether the key's usage attributes, and the mechanisms that it is pinned to if any, let it work in this mode.
-    fn permits(&self, profile: &Profile, mode: Mode) -> bool {
-        let code = profile.mechanism(mode);
-        if mode == Mode::Oaep {
-            return false; // that is two keys: `halves`
-        }
-        let usage = match mode.wraps_objects() {
-            true => [Attribute::Wrap(true), Attribute::Unwrap(true)],
-            false => [Attribute::Encrypt(true), Attribute::Decrypt(true)],
-        };
-        usage.iter().all(|wanted| self.0.contains(wanted))
-            && self.pinned().is_none_or(|pinned| {
-                pinned.contains(&raw::mechanism_type(code)) || pinned.contains(&raw::UNNAMED) && raw::is_unnamed(code)
-            })
-    }
-
-    /// CKA_ALLOWED_MECHANISMS. SoftHSM says an empty list of a key that may do everything.
-    pub(super) fn pinned(&self) -> Option<&[MechanismType]> {
-        self.0.iter().find_map(|attribute| match attribute {
-            Attribute::AllowedMechanisms(mechanisms) if !mechanisms.is_empty() => Some(mechanisms.as_slice()),
-            _ => None,
-        })
-    }
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use cryptoki::mechanism::MechanismType;
+    use cryptoki::object::AttributeType;
+    use jiff::SignedDuration;
+
+    use super::super::raw;
     use super::*;
 
     fn profile(modes: &str, quirks: &str) -> Profile {
@@ -403,6 +241,31 @@ mod tests {
         ] {
             let error = admit(&with(changed.clone()), &plain(), None, now()).unwrap_err();
             assert!(error.contains(reason), "{changed:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn each_of_two_keys_with_one_id_has_a_reason_of_its_own() {
+        let rules = Rules { label: String::new(), profile: Arc::new(plain()), admitted: BTreeMap::new() };
+        let with = |id: &[u8], changed: Attribute| {
+            let kept = kek(id).into_iter().filter(|said| said.attribute_type() != changed.attribute_type());
+            Said(kept.chain([changed.clone()]).collect())
+        };
+        let (id, good) = (new_id(now()).unwrap(), Attribute::Local(true));
+        let open = Attribute::Extractable(true);
+        let generic = Attribute::KeyType(KeyType::GENERIC_SECRET);
+        for (one, other, reasons) in [
+            (with(&id, good.clone()), with(&id, good.clone()), ["another key", "another key"]),
+            (with(&id, good.clone()), with(&id, open.clone()), ["another key", "EXTRACTABLE"]),
+            (with(&id, open.clone()), with(&id, good.clone()), ["EXTRACTABLE", "another key"]),
+            (with(&[], open), with(&[], generic.clone()), ["no CKA_ID", "not an AES key"]),
+            // A search for a KEK finds no key of another type.
+            (with(&id, good), with(&id, generic), ["", "not an AES key"]),
+        ] {
+            let decided = rules.decide(&[one, other], now()).into_iter().flatten();
+            let said: Vec<_> = decided.map(|decision| decision.verdict.err().unwrap_or_default()).collect();
+            assert!(said.len() == 2 && said.iter().zip(reasons).all(|(said, why)| said.contains(why)), "{said:?}");
+            assert_eq!(said.first().unwrap().is_empty(), reasons == ["", "not an AES key"]);
         }
     }
 

@@ -3,17 +3,28 @@
 use cryptoki::mechanism::MechanismType;
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass};
 
-use super::admission::{self, KekSpec, Said};
+use super::admission::{KekSpec, Said};
 use super::{oaep, raw};
-use crate::config::{Mode, Profile};
+use crate::config::{Mode, Omissible, Profile};
 use crate::provider::{Attributes, Value};
 
-/// What is asked of the token when a KEK is made: 256-bit AES that never leaves it, and whose attributes nobody changes.
-/// In the mode `oaep` the private key that decrypts; the one that signs is like it.
-pub(super) fn template(profile: &Profile, kek: &KekSpec) -> Vec<Attribute> {
-    if kek.mode == Mode::Oaep {
-        return oaep::template(profile, kek, true);
+/// What is asked of the token when a KEK is made, for each of its objects.
+pub(super) fn templates(profile: &Profile, kek: &KekSpec) -> Vec<(&'static str, Vec<Attribute>)> {
+    if kek.mode != Mode::Oaep {
+        return vec![("secret key", template(profile, kek))];
     }
+    let [encrypts, decrypts] = oaep::templates(profile, kek, true);
+    let [verifies, signs] = oaep::templates(profile, kek, false);
+    vec![
+        ("public key that encrypts", encrypts),
+        ("private key that decrypts", decrypts),
+        ("public key that verifies", verifies),
+        ("private key that signs", signs),
+    ]
+}
+
+/// What is asked for a KEK of one object: 256-bit AES that never leaves the token, and whose attributes nobody changes.
+pub(super) fn template(profile: &Profile, kek: &KekSpec) -> Vec<Attribute> {
     let wraps_objects = kek.mode.wraps_objects();
     let mut template = vec![
         Attribute::Class(ObjectClass::SECRET_KEY),
@@ -43,14 +54,32 @@ pub(super) fn template(profile: &Profile, kek: &KekSpec) -> Vec<Attribute> {
 
 /// Leaves out what the token lets nobody set.
 pub(super) fn omit(profile: &Profile, template: &mut Vec<Attribute>) {
-    let omitted: Vec<_> = profile.omit_attributes.iter().copied().map(admission::omitted).collect();
+    let omitted: Vec<_> = profile.omit_attributes.iter().copied().map(omitted).collect();
     template.retain(|attribute| !omitted.contains(&attribute.attribute_type()));
+}
+
+/// The attribute that is left out of the template for a KEK.
+pub(super) const fn omitted(omissible: Omissible) -> AttributeType {
+    match omissible {
+        Omissible::CkaPrivate => AttributeType::Private,
+        Omissible::CkaSensitive => AttributeType::Sensitive,
+        Omissible::CkaModifiable => AttributeType::Modifiable,
+        Omissible::CkaCopyable => AttributeType::Copyable,
+        Omissible::CkaEncrypt => AttributeType::Encrypt,
+        Omissible::CkaDecrypt => AttributeType::Decrypt,
+        Omissible::CkaWrap => AttributeType::Wrap,
+        Omissible::CkaUnwrap => AttributeType::Unwrap,
+        Omissible::CkaSign => AttributeType::Sign,
+        Omissible::CkaVerify => AttributeType::Verify,
+        Omissible::CkaDerive => AttributeType::Derive,
+        Omissible::CkaAllowedMechanisms => AttributeType::AllowedMechanisms,
+    }
 }
 
 impl Said {
     /// The attributes that decide what can be done with a key.
     pub(super) fn attributes(&self) -> Attributes {
-        let is_shown = |name: &str| !["CLASS", "KEY_TYPE", "VALUE_LEN", "ID"].contains(&name);
+        let is_shown = |name: &str| !["CLASS", "KEY_TYPE", "VALUE_LEN", "ID", "PUBLIC_EXPONENT"].contains(&name);
         readable(&self.0).into_iter().filter(|(name, _)| is_shown(name)).collect()
     }
 }
@@ -90,6 +119,8 @@ pub(super) const fn name(attribute: AttributeType) -> Option<&'static str> {
         AttributeType::Class => "CLASS",
         AttributeType::KeyType => "KEY_TYPE",
         AttributeType::ValueLen => "VALUE_LEN",
+        AttributeType::ModulusBits => "MODULUS_BITS",
+        AttributeType::PublicExponent => "PUBLIC_EXPONENT",
         AttributeType::Label => "LABEL",
         AttributeType::Id => "ID",
         AttributeType::Token => "TOKEN",
@@ -106,6 +137,7 @@ pub(super) const fn name(attribute: AttributeType) -> Option<&'static str> {
         AttributeType::Encrypt => "ENCRYPT",
         AttributeType::Decrypt => "DECRYPT",
         AttributeType::Sign => "SIGN",
+        AttributeType::SignRecover => "SIGN_RECOVER",
         AttributeType::Verify => "VERIFY",
         AttributeType::Derive => "DERIVE",
         AttributeType::AllowedMechanisms => "ALLOWED_MECHANISMS",
@@ -126,9 +158,9 @@ fn value(attribute: &Attribute) -> Option<Value> {
     Some(match attribute {
         Attribute::Class(class) => Value::Text(class.to_string()),
         Attribute::KeyType(key_type) => Value::Text(key_type.to_string()),
-        Attribute::ValueLen(length) => Value::Text(length.to_string()),
+        Attribute::ValueLen(length) | Attribute::ModulusBits(length) => Value::Text(length.to_string()),
         Attribute::Label(label) => Value::Text(String::from_utf8_lossy(label).into_owned()),
-        Attribute::Id(id) => Value::Text(base16ct::lower::encode_string(id)),
+        Attribute::Id(bytes) | Attribute::PublicExponent(bytes) => Value::Text(base16ct::lower::encode_string(bytes)),
         Attribute::Token(flag)
         | Attribute::Private(flag)
         | Attribute::Sensitive(flag)
@@ -143,6 +175,7 @@ fn value(attribute: &Attribute) -> Option<Value> {
         | Attribute::Encrypt(flag)
         | Attribute::Decrypt(flag)
         | Attribute::Sign(flag)
+        | Attribute::SignRecover(flag)
         | Attribute::Verify(flag)
         | Attribute::Derive(flag) => Value::Flag(*flag),
         Attribute::AllowedMechanisms(mechanisms) => {
@@ -161,16 +194,23 @@ mod tests {
     #[test]
     fn every_line_of_the_template_is_shown() {
         let profile: Profile = toml::from_str(include_str!("../../../hsm-profiles/kryoptic.toml")).unwrap();
-        for mode in [Mode::Wrapkey, Mode::Encrypt, Mode::Gcm] {
+        for mode in [Mode::Wrapkey, Mode::Encrypt, Mode::Gcm, Mode::Oaep] {
             let (id, label) = (vec![7; 16], "trousseau-test".to_owned());
-            let template =
-                template(&profile, &KekSpec { identity: Identity::of_pkcs11(&id), id, label, mode, pair: None });
-            let shown = readable(&template);
-            assert_eq!(shown.len(), template.len());
-            let value = |name: &str| shown.iter().find(|(shown, _)| *shown == name).unwrap().1.to_string();
-            assert_eq!((value("KEY_TYPE"), value("LABEL")), ("CKK_AES".into(), "trousseau-test".into()));
-            assert_eq!((value("EXTRACTABLE"), value("WRAP")), ("false".into(), mode.wraps_objects().to_string()));
-            assert!(value("ALLOWED_MECHANISMS").starts_with("CKM_AES_"), "{shown:?}");
+            let kek = KekSpec { identity: Identity::of_pkcs11(&id), id, label, mode, pair: None };
+            let templates = templates(&profile, &kek);
+            assert_eq!(templates.len(), if mode == Mode::Oaep { 4 } else { 1 });
+            for (of, template) in templates {
+                let shown = readable(&template);
+                assert_eq!(shown.len(), template.len(), "{of}");
+                let value =
+                    |name: &str| shown.iter().find(|(shown, _)| *shown == name).map(|(_, value)| value.to_string());
+                assert_eq!(value("LABEL").unwrap(), "trousseau-test", "{of}");
+                let is_public = of.starts_with("public");
+                assert_eq!(value("EXTRACTABLE"), (!is_public).then(|| "false".into()), "{of}");
+                assert_eq!(value("MODULUS_BITS"), is_public.then(|| "3072".into()), "{of}");
+                let pinned = if of == "secret key" { "CKM_AES_" } else { "CKM_RSA_PKCS" };
+                assert!(is_public || value("ALLOWED_MECHANISMS").unwrap().starts_with(pinned), "{shown:?}");
+            }
         }
     }
 

@@ -23,8 +23,9 @@ pub struct Plan {
     pub made_in: String,
     /// The replicas, where only their vendor's tools can bring it.
     pub to_be_cloned_to: Vec<String>,
-    /// What the token is asked for. The end of the CKA_ID is random, and another one with each plan.
-    pub template: Attributes,
+    /// What the token is asked for, for each object of the KEK. The end of the CKA_ID is random, and another one with
+    /// each plan.
+    pub templates: Vec<(&'static str, Attributes)>,
     /// The way by which a key like it comes out of its token, where the policy puts up with that.
     pub way_out: Option<String>,
 }
@@ -65,9 +66,10 @@ impl Pkcs11 {
                 "a key that may not leave its token does: {way}: use another token; `[policy] exportable` has the last word"
             )));
         }
-        let template = attributes::readable(&attributes::template(&first.rules.profile, &spec));
+        let templates = attributes::templates(&first.rules.profile, &spec);
+        let templates = templates.into_iter().map(|(of, template)| (of, attributes::readable(&template))).collect();
         let to_be_cloned_to = replicas.iter().map(|token| token.uri().to_string()).collect();
-        Ok(Plan { spec, not_before, mode, made_in: first.uri().to_string(), to_be_cloned_to, template, way_out })
+        Ok(Plan { spec, not_before, mode, made_in: first.uri().to_string(), to_be_cloned_to, templates, way_out })
     }
 
     /// Makes the KEK of a plan.

@@ -7,7 +7,8 @@ use cryptoki::mechanism::MechanismType;
 use cryptoki::object::{Attribute, KeyType, ObjectClass};
 use jiff::Timestamp;
 
-use super::admission::{Admitted, Decision, Rules, Said, instant_of, omitted};
+use super::admission::{Admitted, Decision, Rules, Said, instant_of};
+use super::attributes::omitted;
 use super::oaep::{self, Pair};
 use crate::config::Mode;
 use crate::provider::Rank;
@@ -22,22 +23,22 @@ pub(super) fn is_public(said: &Said) -> bool {
     said.0.contains(&Attribute::Class(ObjectClass::PUBLIC_KEY))
 }
 
-/// Decides about all private keys under the label.
-pub(super) fn decide(halves: &[Said], rules: &Rules, now: Timestamp) -> Vec<Decision> {
+/// Decides about one of all private keys under the label; `None`: it is the one that signs for another.
+pub(super) fn decide(half: &Said, halves: &[&Said], rules: &Rules, now: Timestamp) -> Option<Decision> {
     let signs_for = |signer: &Said, half: &Said| half.id().is_some_and(|id| signer.id() == Some(&oaep::signer_id(id)));
-    let decide = |half: &Said| {
-        let signers: Vec<&Said> = halves.iter().filter(|other| signs_for(other, half)).collect();
-        let verdict = match signers.as_slice() {
-            [signer] => admit(half, signer, rules, now),
-            [] => Err("no private key has its CKA_ID with the byte 01 after it, to sign: make a KEK with \
-                       `trousseau key generate`"
-                .into()),
-            _ => Err("several keys have its CKA_ID with the byte 01 after it: remove those that are not meant".into()),
-        };
-        let identity = verdict.as_ref().ok().map(|kek| rules.spec_of(kek).identity);
-        Decision::new(half, identity, verdict)
+    if halves.iter().any(|other| signs_for(half, other)) {
+        return None;
+    }
+    let signers: Vec<&Said> = halves.iter().copied().filter(|other| signs_for(other, half)).collect();
+    let verdict = match signers.as_slice() {
+        [signer] => admit(half, signer, rules, now),
+        [] => Err("no private key has its CKA_ID with the byte 01 after it, to sign: make a KEK with \
+                   `trousseau key generate`"
+            .into()),
+        _ => Err("several keys have its CKA_ID with the byte 01 after it: remove those that are not meant".into()),
     };
-    halves.iter().filter(|key| !halves.iter().any(|half| signs_for(key, half))).map(decide).collect()
+    let identity = verdict.as_ref().ok().map(|kek| rules.spec_of(kek).identity);
+    Some(Decision::new(half, identity, verdict))
 }
 
 /// Decides about a KEK.
@@ -120,7 +121,7 @@ mod tests {
 
     fn verdicts(halves: Vec<Vec<Attribute>>, rules: &Rules) -> Vec<Result<Admitted, String>> {
         let halves: Vec<Said> = halves.into_iter().map(Said).collect();
-        decide(&halves, rules, now()).into_iter().map(|decision| decision.verdict).collect()
+        rules.decide(&halves, now()).into_iter().flatten().map(|decision| decision.verdict).collect()
     }
 
     #[test]

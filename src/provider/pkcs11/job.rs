@@ -14,6 +14,9 @@ pub(super) trait Job: Deliver {
     /// When nobody will want the answer any more.
     fn deadline(&self) -> Instant;
 
+    /// Since when it waits.
+    fn since(&self) -> Instant;
+
     /// Whether somebody still wants the answer.
     fn is_wanted(&self) -> bool;
 
@@ -30,6 +33,7 @@ pub(super) trait Job: Deliver {
 /// A caller's work, and where its answer goes.
 pub(super) struct Call<T, W> {
     work: W,
+    since: Instant,
     deadline: Instant,
     is_typical: bool,
     answer: Option<Result<T, KekError>>,
@@ -44,13 +48,18 @@ impl<T, W> Call<T, W> {
         is_typical: bool,
     ) -> (Box<Self>, oneshot::Receiver<Result<T, KekError>>) {
         let (caller, answered) = oneshot::channel();
-        (Box::new(Self { work, deadline, is_typical, answer: None, caller }), answered)
+        let since = Instant::now();
+        (Box::new(Self { work, since, deadline, is_typical, answer: None, caller }), answered)
     }
 }
 
 impl<T: Send, W: FnMut(&mut Lane) -> Result<T, CallError> + Send> Job for Call<T, W> {
     fn deadline(&self) -> Instant {
         self.deadline
+    }
+
+    fn since(&self) -> Instant {
+        self.since
     }
 
     fn is_wanted(&self) -> bool {

@@ -7,21 +7,18 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use cryptoki::mechanism::Mechanism;
-use cryptoki::object::{Attribute, KeyType, ObjectClass, ObjectHandle};
+use cryptoki::object::{Attribute, KeyType, ObjectClass};
 use cryptoki::session::Session;
-use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 
-use super::admission::{self, Admitted, Decision, KekSpec, Rules, Said};
+use super::admission::KekSpec;
 use super::attributes;
 use super::connection::Connected;
 use super::error::{CallError, Class};
 use super::mechanism::{self, Handles};
 use super::oaep::{self, Pair};
-use super::raw;
 use crate::config::{Codes, GcmIv, Mode};
 use crate::identity::Identity;
-use crate::provider::{Attributes, Refused};
 use crate::secret::Dek;
 use crate::state::{Reference, State, StateError};
 
@@ -33,20 +30,6 @@ pub(super) struct Lane {
     state: Arc<State>,
 }
 
-/// What a token holds under a label.
-pub(super) struct Inventory {
-    pub(super) keks: Vec<Candidate>,
-    pub(super) refused: Vec<Refused>,
-}
-
-/// A key that is a KEK by what the token says of it.
-pub(super) struct Candidate {
-    /// For people.
-    key: String,
-    pub(super) kek: Admitted,
-    pub(super) attributes: Attributes,
-}
-
 impl Lane {
     pub(super) fn open(connected: Arc<Connected>, state: Arc<State>) -> Result<Self, CallError> {
         let session = connected.open_session()?;
@@ -54,7 +37,7 @@ impl Lane {
         Ok(Self { session, handles: HashMap::new(), connected, state })
     }
 
-    fn class(&self, error: &CallError) -> Class {
+    pub(super) fn class(&self, error: &CallError) -> Class {
         error.class(&self.connected.profile.errors)
     }
 
@@ -244,91 +227,8 @@ impl Lane {
         if sha256(&value) == reference.sha256 { Ok(()) } else { Err(another_key()) }
     }
 
-    /// Looks at every object with the label, and proves every KEK among them by its reference.
-    pub(super) fn look(&mut self, rules: &Rules, now: Timestamp) -> Result<Inventory, CallError> {
-        let mut refused = Vec::new();
-        let found = self.candidates(rules, now, &mut refused)?;
-        let mut keks = Vec::new();
-        let mut doubtful = None;
-        let twins: Vec<bool> = found
-            .iter()
-            .map(|one| found.iter().filter(|other| other.kek.rank.id == one.kek.rank.id).count() > 1)
-            .collect();
-        for (candidate, is_ambiguous) in found.into_iter().zip(twins) {
-            let spec = rules.spec_of(&candidate.kek);
-            let refusal =
-                |reason| Refused { key: candidate.key.clone(), identity: Some(spec.identity), reason, is_ambiguous };
-            if is_ambiguous {
-                refused.push(refusal("another key has the same CKA_ID: remove the one that is not meant".into()));
-                continue;
-            }
-            match self.prove(&spec) {
-                Ok(()) => keks.push(candidate),
-                Err(error) if matches!(self.class(&error), Class::Refused | Class::BadInput | Class::Doubtful) => {
-                    refused.push(refusal(error.to_string()));
-                    doubtful = doubtful.or((self.class(&error) == Class::Doubtful).then_some(error));
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        match doubtful {
-            // No other KEK says that the token is well.
-            Some(error) if keks.is_empty() => Err(error.settled(Class::Token)),
-            _ => Ok(Inventory { keks, refused }),
-        }
-    }
-
-    /// The keys with the label that are KEKs by what the token says of them, each with its name for people.
-    fn candidates(
-        &self,
-        rules: &Rules,
-        now: Timestamp,
-        refused: &mut Vec<Refused>,
-    ) -> Result<Vec<Candidate>, CallError> {
-        let named =
-            |id: Option<&[u8]>| format!("key {} with label {}", id.map_or("without id".into(), hex), rules.label);
-        let mut objects = Vec::new();
-        for handle in self.find_labelled(rules)? {
-            match self.ask(handle) {
-                Ok(said) => objects.push(said),
-                Err(error) if self.class(&error) == Class::Refused => {
-                    let reason = format!("what the token says of it cannot be read: {error}");
-                    refused.push(Refused { key: named(None), identity: None, reason, is_ambiguous: false });
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        let mut candidates = Vec::new();
-        let mut gone = self.connected.proved().clone();
-        for Decision { id, identity, attributes, verdict } in rules.decide(objects, now) {
-            identity.map(|identity| gone.remove(&identity));
-            let key = named(id.as_deref());
-            match verdict {
-                Ok(kek) => candidates.push(Candidate { key, kek, attributes }),
-                Err(reason) => refused.push(Refused { key, identity, reason, is_ambiguous: false }),
-            }
-        }
-        match gone.first() {
-            Some(kek) if refused.iter().all(|refused| refused.identity.is_some()) => Err(is_gone(*kek)),
-            _ => Ok(candidates),
-        }
-    }
-
-    /// Every object with the KEKs' label.
-    pub(super) fn find_labelled(&self, rules: &Rules) -> Result<Vec<ObjectHandle>, CallError> {
-        let label = Attribute::Label(rules.label.clone().into_bytes());
-        Ok(self.session.find_objects(&[Attribute::Token(true), label])?)
-    }
-
-    /// What decides whether an object is a KEK.
-    pub(super) fn ask(&self, object: ObjectHandle) -> Result<Said, CallError> {
-        let mut attributes = self.session.get_attributes(object, &admission::ASKED)?;
-        attributes.extend(raw::allowed_mechanisms(&self.session, object)?);
-        Ok(Said(attributes))
-    }
-
     /// Finds the KEK anew, since a handle may have outlived its key, and has it unwrap its reference.
-    fn prove(&mut self, kek: &KekSpec) -> Result<(), CallError> {
+    pub(super) fn prove(&mut self, kek: &KekSpec) -> Result<(), CallError> {
         self.handles.remove(&kek.identity);
         self.handles(kek).map(|_| ())
     }
@@ -385,7 +285,7 @@ fn in_spite_of_proof(again: CallError, codes: &Codes) -> CallError {
 }
 
 /// A KEK that was used a moment ago is not there.
-fn is_gone(kek: Identity) -> CallError {
+pub(super) fn is_gone(kek: Identity) -> CallError {
     CallError::new(Class::Token, format!("KEK {kek} was there, and now is not"))
 }
 
@@ -403,7 +303,7 @@ fn unhex(text: &str) -> Result<Vec<u8>, CallError> {
     base16ct::lower::decode_vec(text).map_err(|_| another_key())
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(super) fn hex(bytes: &[u8]) -> String {
     base16ct::lower::encode_string(bytes)
 }
 

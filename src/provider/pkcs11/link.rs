@@ -1,14 +1,17 @@
 //! What a token's threads and their callers tell each other of its connection.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, watch};
 
 use super::connection::Connected;
-use super::error::CallError;
+use super::error::{CallError, Class};
 use crate::provider::KekError;
+use crate::sync::lock;
 
 /// A token from which nothing comes back for so long, or that is not there again, counts as out of reach.
 pub(super) const SILENCE: Duration = Duration::from_secs(1);
@@ -18,6 +21,8 @@ pub(super) struct Link {
     /// The token, as people know it.
     pub(super) name: String,
     condition: watch::Sender<Condition>,
+    connections: AtomicU64,
+    losses: Mutex<BTreeMap<&'static str, u64>>,
     wake_supervisor: Sender<()>,
     changed: Arc<Notify>,
 }
@@ -40,7 +45,9 @@ impl Link {
     /// A link that is being connected. `changed` is told of every change; the receiver wakes the supervisor.
     pub(super) fn new(name: String, changed: Arc<Notify>) -> (Self, Receiver<()>) {
         let (wake_supervisor, woken) = mpsc::channel();
-        (Self { name, condition: watch::Sender::new(Condition::Connecting(None)), wake_supervisor, changed }, woken)
+        let condition = watch::Sender::new(Condition::Connecting(None));
+        let (connections, losses) = (AtomicU64::default(), Mutex::default());
+        (Self { name, condition, connections, losses, wake_supervisor, changed }, woken)
     }
 
     /// The connection, if there is one; for the token's own threads.
@@ -65,6 +72,16 @@ impl Link {
         }
     }
 
+    /// How often it was connected to.
+    pub(super) fn connections(&self) -> u64 {
+        self.connections.load(Ordering::Relaxed)
+    }
+
+    /// How often it was lost, by the class of the failure.
+    pub(super) fn losses(&self) -> Vec<(&'static str, u64)> {
+        lock(&self.losses).iter().map(|(class, count)| (*class, *count)).collect()
+    }
+
     /// Whether the first attempt to connect is under way.
     pub(super) fn is_connecting(&self) -> bool {
         matches!(&*self.condition.borrow(), Condition::Connecting(_))
@@ -84,6 +101,7 @@ impl Link {
     /// The supervisor has connected.
     pub(super) fn is_up(&self, connected: Connected) {
         tracing::info!(token = self.name, "token connected");
+        self.connections.fetch_add(1, Ordering::Relaxed);
         self.condition.send_replace(Condition::Up(Arc::new(connected)));
         self.changed.notify_one();
     }
@@ -98,7 +116,7 @@ impl Link {
     }
 
     /// A worker found `connected` to be gone. Returns whether it was the first to say so.
-    pub(super) fn is_lost(&self, connected: &Arc<Connected>, error: &CallError) -> bool {
+    pub(super) fn is_lost(&self, connected: &Arc<Connected>, error: &CallError, class: Class) -> bool {
         let reason = format!("{} was lost: {error}", self.name);
         let first = self.condition.send_if_modified(|condition| {
             let current = matches!(condition, Condition::Up(current) if Arc::ptr_eq(current, connected));
@@ -108,6 +126,7 @@ impl Link {
             current
         });
         if first {
+            *lock(&self.losses).entry(class.as_str()).or_default() += 1;
             self.tell(&reason);
             let _supervisor_gone = self.wake_supervisor.send(());
         }

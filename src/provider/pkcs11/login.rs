@@ -27,6 +27,8 @@ use crate::config::Codes;
 use crate::state::{PinRecord, RefusedPin, State, StateError};
 use crate::sync;
 
+/// The slow hash takes a core for some 10 ms, which a host that starts has better use for.
+const SETTLE_AFTER: Duration = Duration::from_millis(100);
 /// How long another login of this host may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -130,6 +132,7 @@ impl Latch {
         self.state.forget_noted_login(&self.name);
         let (state, name) = (Arc::clone(&self.state), self.name.clone());
         let settle = move || {
+            thread::park_timeout(SETTLE_AFTER);
             let hash = hash_of(&record, &pin);
             if record.worked.as_ref() != Some(&hash) {
                 state.keep_pin_record(&name, &with_worked(record, hash));
@@ -222,6 +225,7 @@ impl Drop for Latch {
     fn drop(&mut self) {
         // The process must not end before that is done: it would look like a crash.
         if let Some(settling) = sync::lock(&self.settling).take() {
+            settling.thread().unpark();
             let _panicked = settling.join();
         }
     }

@@ -1,13 +1,14 @@
 //! The provider of type `pkcs11`: KEKs in one token, or in several that are replicas of each other.
 //!
-//! From top to bottom: this room knows tokens and their KEKs; [`token`] keeps one connected, by its supervisor
-//! thread; [`pool`] has work done by its session threads; [`link`] is what these tell each other; [`lane`] is what one
-//! session does; [`mechanism`] is how a KEK wraps ([`oaep`] if it is two RSA pairs), and [`raw`] what cryptoki cannot name of that; [`address`] finds a
-//! token by what [`slots`] say, and [`login`] logs in to it unless its PIN was refused ([`tries`]); a [`connection`]
-//! comes of that; [`module`] loads a library. [`pace`] knows how long calls take, [`timing`] measures them without the
-//! pool, [`admission`] decides which keys are KEKs, [`generation`] makes one, [`attributes`] is what is said of them,
-//! [`survey`] is what a token says of all that, [`exportability`] tries to get a key out of it, and [`error`] says what
-//! failed. They are the only rooms that know the cryptoki crate.
+//! From top to bottom: this room knows tokens and their KEKs; [`token`] keeps one connected, by its supervisor thread;
+//! [`pool`] has work done by its session threads; [`link`] is what these tell each other; [`lane`] is what one session
+//! does, and [`inventory`] what it finds under the KEKs' label; [`mechanism`] is how a KEK wraps ([`oaep`] if it is
+//! two RSA pairs), and [`raw`] what cryptoki cannot name of that; [`address`] finds a token by what [`slots`] say, and
+//! [`login`] logs in to it unless its PIN was refused ([`tries`]); a [`connection`] comes of that; [`module`] loads a
+//! library. [`pace`] knows how long calls take, [`timing`] measures them without the pool, [`admission`] decides which
+//! keys are KEKs, [`generation`] makes one, [`attributes`] is what is said of them, [`survey`] is what a token says of
+//! all that, [`exportability`] tries to get a key out of it, and [`error`] says what failed. They are the only rooms
+//! that know the cryptoki crate.
 
 mod address;
 mod admission;
@@ -17,6 +18,7 @@ mod error;
 mod exportability;
 mod generation;
 mod halves;
+mod inventory;
 mod job;
 mod kek;
 mod lane;
@@ -56,8 +58,8 @@ use self::admission::KekSpec;
 pub use self::admission::LONGEST_WAIT;
 pub use self::exportability::{Like, Outcome, ThrowAway, Trial, Trials};
 pub use self::generation::{Generated, Plan};
+use self::inventory::{Candidate, Inventory};
 use self::kek::{Pkcs11Kek, Places};
-use self::lane::{Candidate, Inventory};
 use self::link::SILENCE;
 pub use self::login::Retry;
 pub use self::module::leave;
@@ -65,8 +67,8 @@ pub use self::survey::{KeyFacts, ModeFacts, ModuleFacts, Survey, TokenFacts};
 pub use self::timing::Operation;
 use self::token::Token;
 use self::wraps::WrapCounter;
-use super::{Answer, Kek, KekError, Provider, Rank, Refused, Sighting};
-use crate::config::{Exportable, Mode, ProviderConfig, TokenUri};
+use super::{Answer, Kek, KekError, Provider, Rank, Refused, Sighting, Vitals};
+use crate::config::{Exportable, Mode, Pkcs11Config, TokenUri};
 use crate::envelope::WrapAlgorithm;
 use crate::identity::Identity;
 use crate::runtime::Leader;
@@ -94,7 +96,7 @@ pub struct Pkcs11 {
 /// Allows one more try of the PIN for each token of a provider, if it is held back: the token as people know it, and
 /// what was done, or why nothing could be. No token is logged in to.
 pub fn allow_pin_retry(
-    provider: &ProviderConfig,
+    provider: &Pkcs11Config,
     state: &Arc<State>,
     final_try_ok: bool,
 ) -> Vec<(String, Result<Retry, String>)> {
@@ -122,7 +124,7 @@ pub type Complaint = (String, &'static str);
 
 /// What is known of the PIN of each token of a provider without a login: the token as people know it, and what is wrong,
 /// each with what to do, or why nothing is known.
-pub fn pin_states(provider: &ProviderConfig, state: &Arc<State>) -> Vec<(String, Result<Vec<Complaint>, String>)> {
+pub fn pin_states(provider: &Pkcs11Config, state: &Arc<State>) -> Vec<(String, Result<Vec<Complaint>, String>)> {
     let look = |uri: &TokenUri| {
         (format!("token {uri} of provider {}", provider.name), Address::new(uri.clone(), provider, state).pin_state())
     };
@@ -134,7 +136,7 @@ impl Pkcs11 {
     ///
     /// # Errors
     /// The operating system gives no thread.
-    pub fn new(config: &ProviderConfig, state: &Arc<State>, leader: &Leader) -> std::io::Result<Self> {
+    pub fn new(config: &Pkcs11Config, state: &Arc<State>, leader: &Leader) -> std::io::Result<Self> {
         let changed = Arc::new(Notify::new());
         let start = |uri: &TokenUri| Token::start(uri.clone(), config, state, leader, Arc::clone(&changed));
         let tokens = config.tokens.iter().map(start).collect::<Result<_, _>>()?;
@@ -279,6 +281,10 @@ impl Provider for Pkcs11 {
 
     fn look(&self, deadline: Instant) -> Answer<'_, Sighting> {
         Box::pin(self.look_at_every_token(deadline))
+    }
+
+    fn vitals(&self) -> Vec<Vitals> {
+        self.tokens.iter().map(|token| token.vitals()).collect()
     }
 
     fn hopeless(&self) -> Option<String> {

@@ -99,7 +99,7 @@ impl Pair {
     }
 }
 
-fn public_key(said: &Said) -> Result<PublicKey, String> {
+pub(super) fn public_key(said: &Said) -> Result<PublicKey, String> {
     let number = |wanted: AttributeType| {
         let bytes = said.0.iter().find_map(|attribute| match attribute {
             Attribute::Modulus(bytes) | Attribute::PublicExponent(bytes) if attribute.attribute_type() == wanted => {
@@ -150,27 +150,22 @@ pub(super) fn make(session: &Session, profile: &Profile, kek: &KekSpec) -> Resul
 }
 
 fn make_pair(session: &Session, profile: &Profile, kek: &KekSpec, decrypts: bool) -> Result<ObjectHandle, CallError> {
-    let mut public = named(kek, decrypts);
-    public.extend([
+    let [public, private] = templates(profile, kek, decrypts);
+    Ok(session.generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, &public, &private)?.1)
+}
+
+/// What is asked of the token for the pair that encrypts and decrypts, or for the one that signs and verifies: for its
+/// public key and for its private one.
+pub(super) fn templates(profile: &Profile, kek: &KekSpec, decrypts: bool) -> [Vec<Attribute>; 2] {
+    let id = if decrypts { kek.id.clone() } else { signer_id(&kek.id) };
+    let named = [Attribute::Token(true), Attribute::Label(kek.label.clone().into_bytes()), Attribute::Id(id)];
+    let public = [
         Attribute::ModulusBits(u64::from(profile.rsa_bits).into()),
         Attribute::PublicExponent(vec![1, 0, 1]),
         Attribute::Encrypt(decrypts),
         Attribute::Verify(!decrypts),
-    ]);
-    attributes::omit(profile, &mut public);
-    let private = template(profile, kek, decrypts);
-    Ok(session.generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, &public, &private)?.1)
-}
-
-fn named(kek: &KekSpec, decrypts: bool) -> Vec<Attribute> {
-    let id = if decrypts { kek.id.clone() } else { signer_id(&kek.id) };
-    vec![Attribute::Token(true), Attribute::Label(kek.label.clone().into_bytes()), Attribute::Id(id)]
-}
-
-/// What is asked of the token for the private key that decrypts, or for the one that signs.
-pub(super) fn template(profile: &Profile, kek: &KekSpec, decrypts: bool) -> Vec<Attribute> {
-    let mut private = named(kek, decrypts);
-    private.extend([
+    ];
+    let private = [
         Attribute::Class(ObjectClass::PRIVATE_KEY),
         Attribute::KeyType(KeyType::RSA),
         Attribute::Private(true),
@@ -185,9 +180,12 @@ pub(super) fn template(profile: &Profile, kek: &KekSpec, decrypts: bool) -> Vec<
         Attribute::Derive(false),
         // The token itself then refuses every other use of the key.
         Attribute::AllowedMechanisms(vec![if decrypts { DECRYPTING } else { SIGNING }]),
-    ]);
-    attributes::omit(profile, &mut private);
-    private
+    ];
+    [public.to_vec(), private.to_vec()].map(|more| {
+        let mut template = [named.to_vec(), more].concat();
+        attributes::omit(profile, &mut template);
+        template
+    })
 }
 
 /// Removes every object of a KEK.

@@ -142,6 +142,11 @@ impl Pace {
         (inner.is_awaited() && still > inner.patience().max(inner.slowest() * 2)).then_some(still)
     }
 
+    /// Jobs that have begun and not ended.
+    pub(super) fn under_way(&self) -> usize {
+        self.inner().under_way.len()
+    }
+
     /// Workers' jobs that are long overdue.
     pub(super) fn stuck(&self) -> usize {
         let inner = self.inner();

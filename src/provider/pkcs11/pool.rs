@@ -17,7 +17,7 @@ use super::module;
 use super::pace::{Kind, Pace};
 use super::queue::{Next, Queue, Ticket};
 use crate::config::Codes;
-use crate::provider::KekError;
+use crate::provider::{KekError, Times};
 use crate::runtime::{Deliver, Errand, Leader};
 use crate::state::State;
 use crate::sync::lock;
@@ -34,6 +34,8 @@ pub(super) struct Pool {
     /// The leader's own session, while no call is made in it.
     leaders: Mutex<Seat>,
     pub(super) pace: Pace,
+    /// Of requests' calls.
+    pub(super) times: Arc<Times>,
     sessions: usize,
     /// Worker threads, those whose call does not return among them.
     workers: AtomicUsize,
@@ -63,6 +65,7 @@ impl Pool {
             leader,
             leaders: Mutex::default(),
             pace: Pace::new(),
+            times: Arc::default(),
             codes,
             sessions,
             workers: AtomicUsize::new(0),
@@ -97,6 +100,18 @@ impl Pool {
     fn would_be_late(&self, before: usize, deadline: Instant) -> bool {
         let calls = u32::try_from(before.div_ceil(self.sessions.max(1))).unwrap_or(u32::MAX);
         calls > 0 && Instant::now() + self.pace.average().saturating_mul(calls) > deadline
+    }
+
+    /// Requests in the queue.
+    pub(super) fn waiting(&self) -> usize {
+        self.queue.len()
+    }
+
+    /// Sessions by what they do; one more is the leader's.
+    pub(super) fn sessions(&self) -> Vec<(&'static str, usize)> {
+        let (busy, stuck) = (self.pace.under_way(), self.pace.stuck());
+        let open = self.link.connected().map_or(0, |connected| connected.lanes());
+        vec![("busy", busy.saturating_sub(stuck)), ("stuck", stuck), ("idle", open.saturating_sub(busy))]
     }
 
     /// Worker threads at most, those whose call does not return among them.
@@ -178,8 +193,13 @@ impl Pool {
         }
         let kind = Kind { is_typical: job.is_typical(), is_workers: seat.is_workers };
         let begun = self.pace.begin(job.deadline(), kind);
+        let since = Instant::now();
         let seated = self.try_twice(&mut *job, &mut seat.lane);
         self.pace.end(begun, seated.is_ok());
+        if kind.is_typical && seated.is_ok() {
+            self.times.queue.record(since.saturating_duration_since(job.since()));
+            self.times.call.record(since.elapsed());
+        }
         match seated {
             Ok(()) => Ok(job),
             Err(no_session) => {
@@ -216,7 +236,7 @@ impl Pool {
                 Class::Login => false,
                 Class::Token | Class::Doubtful => {
                     if let Some(gone) = lane.take() {
-                        self.is_lost(&gone.connected, &error);
+                        self.is_lost(&gone.connected, &error, class);
                     }
                     false
                 }
@@ -237,7 +257,7 @@ impl Pool {
         let login = connected.log_in_again();
         if let Err(error) = &login {
             *lane = None;
-            self.is_lost(&connected, error);
+            self.is_lost(&connected, error, Class::Login);
         }
         login.is_ok()
     }
@@ -251,15 +271,15 @@ impl Pool {
         let connected = self.link.connected().ok_or_else(lost)?;
         Lane::open(Arc::clone(&connected), Arc::clone(&self.state)).inspect_err(|error| {
             // Without a lane, nobody else can say that the connection is no good.
-            if matches!(error.class(&self.codes), Class::Token | Class::Doubtful) {
-                self.is_lost(&connected, error);
+            if let class @ (Class::Token | Class::Doubtful) = error.class(&self.codes) {
+                self.is_lost(&connected, error, class);
             }
         })
     }
 
     /// Makes every worker give its session up, unless somebody else has done so.
-    fn is_lost(&self, connected: &Arc<Connected>, error: &CallError) {
-        if self.link.is_lost(connected, error) {
+    fn is_lost(&self, connected: &Arc<Connected>, error: &CallError, class: Class) {
+        if self.link.is_lost(connected, error, class) {
             self.give_up_sessions();
         }
     }

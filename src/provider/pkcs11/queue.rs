@@ -61,6 +61,11 @@ impl<J> Queue<J> {
         Ok((ticket, before))
     }
 
+    /// How many wait.
+    pub(super) fn len(&self) -> usize {
+        self.lock().jobs.len()
+    }
+
     /// Has a worker see to what waits, if one is idle.
     pub(super) fn wake(&self) {
         let somebody_waits = self.lock().idle > 0;

@@ -12,16 +12,19 @@ use futures_util::future::join_all;
 use jiff::Timestamp;
 use serde::Serialize;
 
+use super::Pkcs11;
 use super::admission::Rules;
 use super::attributes::{self, EXAMINED};
 use super::error::CallError;
 use super::exportability::{self, Kind, Trials};
 use super::lane::Lane;
 use super::token::Token;
-use super::{Pkcs11, raw};
 use crate::config::Mode;
 use crate::identity::Identity;
 use crate::provider::{KekError, Value};
+
+/// What a key is pinned to; it is asked for together with what decides about the key.
+const PINNED: AttributeType = AttributeType::AllowedMechanisms;
 
 /// A token as it describes itself (CK_TOKEN_INFO and CK_INFO, PKCS#11 v3.1 sections 3.1 and 3.2).
 #[derive(Clone, Debug, Serialize)]
@@ -160,10 +163,10 @@ impl Lane {
             Limit::Unavailable | Limit::Infinite => None,
         };
         Ok(TokenFacts {
-            label: info.label().into(),
-            manufacturer: info.manufacturer_id().into(),
-            model: info.model().into(),
-            serial: info.serial_number().into(),
+            label: text(info.label()),
+            manufacturer: text(info.manufacturer_id()),
+            model: text(info.model()),
+            serial: text(info.serial_number()),
             hardware: info.hardware_version().to_string(),
             firmware: info.firmware_version().to_string(),
             flags: flags(&info),
@@ -176,29 +179,37 @@ impl Lane {
     fn key_facts(&self, rules: &Rules, now: Timestamp) -> Result<Vec<(KeyFacts, Option<Mode>)>, CallError> {
         let objects = self.find_labelled(rules)?;
         let said: Vec<_> = objects.iter().map(|object| self.ask(*object)).collect::<Result<_, _>>()?;
-        let decisions = rules.decide(said.clone(), now);
+        let decisions = rules.decide(&said, now);
         let mut keys = Vec::new();
-        for (handle, said) in objects.into_iter().zip(said) {
+        for ((handle, said), decision) in objects.into_iter().zip(said).zip(decisions) {
             let mut answered = self.session.get_attributes(handle, &EXAMINED)?;
-            answered.extend(raw::allowed_mechanisms(&self.session, handle)?);
-            let named = EXAMINED.iter().copied().chain([AttributeType::AllowedMechanisms]).filter_map(attributes::name);
+            answered.extend(said.0.iter().filter(|said| said.attribute_type() == PINNED).cloned());
+            let named = EXAMINED.iter().copied().chain([PINNED]).filter_map(attributes::name);
             let mut attributes: BTreeMap<_, _> = named.map(|name| (name, None)).collect();
             attributes.extend(attributes::readable(&answered).into_iter().map(|(name, value)| (name, Some(value))));
-            // None: it is a part of a pair, about which is decided under the CKA_ID of the other part.
-            let decision = decisions.iter().find(|decision| decision.id.as_deref() == said.id());
-            let kek = decision.and_then(|decision| decision.verdict.as_ref().ok());
-            let mode = kek.map(|kek| kek.mode);
+            let identity = decision.as_ref().and_then(|decision| decision.identity);
+            let (kek, refused) = match decision.map(|decision| decision.verdict) {
+                Some(Ok(kek)) => (Some(kek), None),
+                Some(Err(reason)) => (None, Some(reason)),
+                None => (None, None), // a part of a pair
+            };
+            let mode = kek.as_ref().map(|kek| kek.mode);
             let facts = KeyFacts {
-                identity: decision.and_then(|decision| decision.identity),
+                identity,
                 id: said.id().map(base16ct::lower::encode_string),
-                exception: kek.and_then(|kek| kek.exception.clone()),
-                refused: decision.and_then(|decision| decision.verdict.as_ref().err().cloned()),
+                exception: kek.and_then(|kek| kek.exception),
+                refused,
                 attributes,
             };
             keys.push((facts, mode));
         }
         Ok(keys)
     }
+}
+
+/// Some fill their texts up with zeros, and not with spaces.
+fn text(text: &str) -> String {
+    text.trim_end_matches(['\0', ' ']).into()
 }
 
 fn flags(info: &TokenInfo) -> Vec<&'static str> {

@@ -18,8 +18,8 @@ use super::lane::Lane;
 use super::link::{Link, SILENCE};
 use super::module::Module;
 use super::pool::Pool;
-use crate::config::{ProviderConfig, TokenUri};
-use crate::provider::KekError;
+use crate::config::{Pkcs11Config, TokenUri};
+use crate::provider::{KekError, Vitals};
 use crate::runtime::Leader;
 use crate::state::State;
 use crate::sync::lock;
@@ -48,6 +48,8 @@ pub(super) struct Token {
     waiting_since: Mutex<Option<Instant>>,
     /// Its module was lost, and must not be initialized again.
     is_spent: AtomicBool,
+    /// The last login failed.
+    is_latched: AtomicBool,
 }
 
 impl Token {
@@ -57,7 +59,7 @@ impl Token {
     /// The operating system gives no thread.
     pub(super) fn start(
         uri: TokenUri,
-        provider: &ProviderConfig,
+        provider: &Pkcs11Config,
         state: &Arc<State>,
         leader: &Leader,
         changed: Arc<Notify>,
@@ -84,6 +86,7 @@ impl Token {
             renew_after: provider.profile.renew_after,
             waiting_since: Mutex::default(),
             is_spent: AtomicBool::new(false),
+            is_latched: AtomicBool::new(false),
         });
         for _ in 0..provider.sessions {
             token.start_worker(&running)?;
@@ -170,6 +173,20 @@ impl Token {
         }
     }
 
+    /// How it fares.
+    pub(super) fn vitals(&self) -> Vitals {
+        Vitals {
+            name: self.uri().to_string(),
+            is_up: self.check().is_ok(),
+            is_latched: self.is_latched.load(Ordering::Relaxed),
+            connections: self.link.connections(),
+            losses: self.link.losses(),
+            sessions: self.pool.sessions(),
+            waiting: self.pool.waiting(),
+            times: Arc::clone(&self.pool.times),
+        }
+    }
+
     /// Its URI, by which people know it.
     pub(super) fn uri(&self) -> &TokenUri {
         &self.address.uri
@@ -219,6 +236,7 @@ impl Token {
             let next = match connected {
                 Ok(connected) => {
                     failed_logins = 0;
+                    self.is_latched.store(false, Ordering::Relaxed);
                     self.is_spent.store(false, Ordering::Relaxed);
                     self.link.is_up(connected);
                     self.watch(woken, running);
@@ -232,6 +250,7 @@ impl Token {
                 Err(error) => {
                     self.link.is_down(&format!("is not usable: {}", error.reason()));
                     let is_logins = matches!(error, NotConnected::LoginFailed(_));
+                    self.is_latched.store(is_logins, Ordering::Relaxed);
                     failed_logins += u32::from(is_logins);
                     Instant::now() + if is_logins { pause_after(failed_logins) } else { LOOK_EVERY }
                 }

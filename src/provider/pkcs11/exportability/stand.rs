@@ -7,13 +7,14 @@ use cryptoki::mechanism::Mechanism;
 use cryptoki::mechanism::aead::GcmParams;
 use cryptoki::object::{Attribute, AttributeType, ObjectHandle};
 use cryptoki::session::Session;
+use rsa::PublicKey;
 use zeroize::Zeroizing;
 
 use super::super::admission::KekSpec;
 use super::super::error::{CallError, Class};
 use super::super::mechanism::Handles;
-use super::super::{attributes, mechanism, raw};
-use super::{Kind, Outcome, ThrowAway};
+use super::super::{attributes, mechanism, oaep, raw};
+use super::{Kind, Outcome, ThrowAway, pairs};
 use crate::config::{Mode, Profile};
 use crate::identity::Identity;
 use crate::secret::Dek;
@@ -25,15 +26,21 @@ const ID_PREFIX: &[u8; 10] = b"throw-away";
 pub(super) type Told = (Outcome, String);
 pub(super) type Way = (&'static str, fn(&Stand, &Key) -> Result<Told, CallError>);
 
-/// Each is gone on a key of its own.
-pub(super) const WAYS: [Way; 6] = [
-    ("read CKA_VALUE", |stand, key| stand.read(key, key.handle)),
-    ("copy it as EXTRACTABLE and not SENSITIVE", |stand, key| stand.copy(key)),
-    ("wrap it under itself", |stand, key| stand.wrap_under(key, key.handle, key.handle, false)),
-    ("wrap it under a fresh key", |stand, key| stand.wrap_under_fresh(key, key.handle)),
-    ("set SENSITIVE=false", |stand, key| stand.loosen(key, Attribute::Sensitive(false))),
-    ("set EXTRACTABLE=true", |stand, key| stand.loosen(key, Attribute::Extractable(true))),
-];
+const COPY: Way = ("copy it as EXTRACTABLE and not SENSITIVE", |stand, key| stand.copy(key));
+const WRAP: Way = ("wrap it under a fresh key", |stand, key| stand.wrap_under_fresh(key, key.handle));
+const SHOW: Way = ("set SENSITIVE=false", |stand, key| stand.loosen(key, Attribute::Sensitive(false)));
+const FREE: Way = ("set EXTRACTABLE=true", |stand, key| stand.loosen(key, Attribute::Extractable(true)));
+const READ: Way = ("read CKA_VALUE", |stand, key| stand.read(key, key.handle));
+const READ_NUMBERS: Way = ("read CKA_PRIVATE_EXPONENT, CKA_PRIME_1 …", |stand, key| stand.read(key, key.handle));
+const WRAP_ITSELF: Way = ("wrap it under itself", |stand, key| stand.wrap_under(key, key.handle, key.handle, false));
+
+/// The ways for a kind of key.
+pub(super) const fn ways(mode: Mode) -> &'static [Way] {
+    match mode {
+        Mode::Oaep => &[READ_NUMBERS, COPY, WRAP, SHOW, FREE],
+        _ => &[READ, COPY, WRAP_ITSELF, WRAP, SHOW, FREE],
+    }
+}
 
 /// A session, and the keys that were made in it. They are destroyed with the stand, and go with the session in any case.
 pub(super) struct Stand<'s> {
@@ -42,12 +49,21 @@ pub(super) struct Stand<'s> {
     made: RefCell<Vec<ObjectHandle>>,
 }
 
-/// A throw-away key, and what it has wrapped.
+/// A throw-away key, and by what its bytes are known. Of a pair it is the private key that decrypts.
 pub(super) struct Key {
     handle: ObjectHandle,
+    /// It, and its public key if it has one.
+    objects: Vec<ObjectHandle>,
     spec: KekSpec,
-    value: Dek,
-    wrapped: Vec<u8>,
+    known_by: KnownBy,
+}
+
+/// By what bytes are known to be a key's.
+enum KnownBy {
+    /// What it has wrapped.
+    Wrapped { value: Dek, wrapped: Vec<u8> },
+    /// Its public key.
+    Public(PublicKey),
 }
 
 /// A key that consists of one object.
@@ -69,31 +85,49 @@ impl Stand<'_> {
         id.iter_mut().zip(ID_PREFIX).for_each(|(byte, letter)| *byte = *letter);
         let identity = Identity::of_pkcs11(&id);
         let spec = KekSpec { identity, id: id.to_vec(), label: LABEL.into(), mode: kind.mode, pair: None };
-        let (handle, object) = match self.generate(&spec, kind, false) {
+        let (objects, object) = match self.generate(&spec, kind, false) {
             Err(error) if may_write => {
                 self.refused(error)?;
                 (self.generate(&spec, kind, true)?, ThrowAway::TokenObject)
             }
             made => (made?, ThrowAway::SessionObject),
         };
-        self.made.borrow_mut().push(handle);
-        let value = Dek::generate()?;
-        let wrapped = mechanism::wrap(self.profile, &spec, self.session, of_one(handle), &value)?;
-        Ok((Key { handle, spec, value, wrapped }, object))
+        let [handle, ..] = objects;
+        let mut objects = objects.to_vec();
+        objects.dedup();
+        self.made.borrow_mut().extend(&objects);
+        let known_by = match kind.mode {
+            Mode::Oaep => KnownBy::Public(pairs::public_key(self.session, handle)?),
+            _ => {
+                let value = Dek::generate()?;
+                let wrapped = mechanism::wrap(self.profile, &spec, self.session, of_one(handle), &value)?;
+                KnownBy::Wrapped { value, wrapped }
+            }
+        };
+        Ok((Key { handle, objects, spec, known_by }, object))
     }
 
-    /// As a KEK is made, but for what is said otherwise.
-    fn generate(&self, spec: &KekSpec, kind: Kind, in_token: bool) -> Result<ObjectHandle, CallError> {
-        let mut template = attributes::template(self.profile, spec);
-        for attribute in &mut template {
-            match attribute {
-                Attribute::Token(token) => *token = in_token,
-                Attribute::Modifiable(modifiable) => *modifiable = kind.modifiable,
-                Attribute::Copyable(copyable) => *copyable = kind.copyable,
-                _ => (),
+    /// As a KEK is made, but for what is said otherwise. The key that is to stay inside is the first.
+    fn generate(&self, spec: &KekSpec, kind: Kind, in_token: bool) -> Result<[ObjectHandle; 2], CallError> {
+        let loosened = |mut template: Vec<Attribute>| {
+            for attribute in &mut template {
+                match attribute {
+                    Attribute::Token(token) => *token = in_token,
+                    Attribute::Modifiable(modifiable) => *modifiable = kind.modifiable,
+                    Attribute::Copyable(copyable) => *copyable = kind.copyable,
+                    _ => (),
+                }
             }
+            template
+        };
+        if spec.mode == Mode::Oaep {
+            let [public, private] = oaep::templates(self.profile, spec, true).map(loosened);
+            let made = self.session.generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, &public, &private)?;
+            return Ok([made.1, made.0]);
         }
-        Ok(self.session.generate_key(&Mechanism::AesKeyGen, &template)?)
+        let template = loosened(attributes::template(self.profile, spec));
+        let key = self.session.generate_key(&Mechanism::AesKeyGen, &template)?;
+        Ok([key, key])
     }
 
     /// The answer of a token that is well and will not do this; any other error goes on.
@@ -106,28 +140,40 @@ impl Stand<'_> {
         }
     }
 
-    /// Destroys what was made.
-    pub(super) fn clear(&self) -> Result<(), CallError> {
-        let made = self.made.take();
-        let destroyed: Vec<_> = made.into_iter().map(|key| self.session.destroy_object(key)).collect();
+    /// Destroys what was made, but for a key that is still needed.
+    pub(super) fn clear(&self, needed: Option<&Key>) -> Result<(), CallError> {
+        let needed = needed.map_or(&[][..], |key| &key.objects);
+        let made = self.made.replace(needed.to_vec());
+        let destroyed: Vec<_> = made
+            .into_iter()
+            .filter(|object| !needed.contains(object))
+            .map(|key| self.session.destroy_object(key))
+            .collect();
         Ok(destroyed.into_iter().collect::<Result<(), _>>()?)
     }
 
     /// Whether a throw-away key unwraps what it has wrapped.
     pub(super) fn opens_its_own(&self, key: &Key) -> Result<bool, CallError> {
-        self.opens(key, key.handle)
+        match &key.known_by {
+            KnownBy::Wrapped { value, wrapped } => self.opens(key, key.handle, value, wrapped),
+            KnownBy::Public(_) => Ok(false),
+        }
     }
 
     /// Whether the key behind a handle unwraps what the throw-away key has wrapped, and so is the same.
-    fn opens(&self, key: &Key, handle: ObjectHandle) -> Result<bool, CallError> {
-        match mechanism::unwrap(self.profile, &key.spec, self.session, of_one(handle), &key.wrapped) {
-            Ok(value) => Ok(value.expose() == key.value.expose()),
+    fn opens(&self, key: &Key, handle: ObjectHandle, value: &Dek, wrapped: &[u8]) -> Result<bool, CallError> {
+        match mechanism::unwrap(self.profile, &key.spec, self.session, of_one(handle), wrapped) {
+            Ok(unwrapped) => Ok(unwrapped.expose() == value.expose()),
             Err(error) => self.refused(error).map(|_| false),
         }
     }
 
-    /// Whether these bytes are the key's; `None` if the token takes no key from outside to tell it by.
-    fn are_the_keys(&self, key: &Key, bytes: &[u8]) -> Result<Option<bool>, CallError> {
+    /// Whether these bytes are the key's; `None` if that cannot be told.
+    fn are_the_keys(&self, key: &Key, what: AttributeType, bytes: &[u8]) -> Result<Option<bool>, CallError> {
+        let (value, wrapped) = match &key.known_by {
+            KnownBy::Wrapped { value, wrapped } => (value, wrapped),
+            KnownBy::Public(public) => return Ok(pairs::is_of(public, what, bytes)),
+        };
         let mut template = mechanism::session_object();
         template.push(Attribute::Value(bytes.to_vec()));
         template.extend(match key.spec.mode.wraps_objects() {
@@ -139,17 +185,17 @@ impl Stand<'_> {
         match created {
             Ok(handle) => {
                 self.made.borrow_mut().push(handle);
-                self.opens(key, handle).map(Some)
+                self.opens(key, handle, value, wrapped).map(Some)
             }
             Err(error) => self.refused(error).map(|_| None),
         }
     }
 
-    fn judge(&self, key: &Key, bytes: &[u8]) -> Result<Told, CallError> {
+    fn judge(&self, key: &Key, what: AttributeType, bytes: &[u8]) -> Result<Told, CallError> {
         let came_out = |what: &str| (Outcome::CameOut, what.to_owned());
-        Ok(match self.are_the_keys(key, bytes)? {
+        Ok(match self.are_the_keys(key, what, bytes)? {
             Some(true) => came_out("the key's bytes came out"),
-            None => came_out("bytes came out, and the token takes no key by which to tell whether they are the key's"),
+            None => came_out("bytes came out, and nothing tells whether they are the key's"),
             Some(false) => {
                 let what = format!("{} bytes came out, which are not the key's", bytes.len());
                 (Outcome::Warning, what)
@@ -157,19 +203,29 @@ impl Stand<'_> {
         })
     }
 
+    /// The worst of what the token shows.
     fn read(&self, key: &Key, handle: ObjectHandle) -> Result<Told, CallError> {
-        let attributes = match self.session.get_attributes(handle, &[AttributeType::Value]) {
+        let asked = match key.known_by {
+            KnownBy::Wrapped { .. } => &[AttributeType::Value][..],
+            KnownBy::Public(_) => &pairs::PRIVATE_NUMBERS,
+        };
+        let shown = match self.session.get_attributes(handle, asked) {
             Ok(attributes) => attributes,
             Err(error) => return Ok((Outcome::Refused, self.refused(error.into())?)),
         };
-        let value = attributes.into_iter().find_map(|attribute| match attribute {
-            Attribute::Value(value) if !value.is_empty() => Some(Zeroizing::new(value)),
-            _ => None,
+        let shown = shown.into_iter().filter_map(|attribute| {
+            let what = attribute.attribute_type();
+            let bytes = pairs::secret_bytes(attribute).filter(|bytes| !bytes.is_empty())?;
+            Some((what, bytes))
         });
-        match value {
-            Some(value) => self.judge(key, &value),
-            None => Ok((Outcome::Refused, "the token does not show it".into())),
+        let mut worst = (Outcome::Refused, "the token does not show it".to_owned());
+        for (what, bytes) in shown {
+            let told = self.judge(key, what, &bytes)?;
+            if told.0 > worst.0 {
+                worst = told;
+            }
         }
+        Ok(worst)
     }
 
     /// The fresh key is one that whoever makes it can read.
@@ -226,9 +282,13 @@ impl Stand<'_> {
         is_open: bool,
     ) -> Result<Told, CallError> {
         // Some tokens ask for more room than they then use.
+        let template = match key.known_by {
+            KnownBy::Wrapped { .. } => mechanism::session_object(),
+            KnownBy::Public(_) => pairs::session_object(),
+        };
         let lengths = [wrapped.len(), wrapped.len().saturating_sub(8)];
         for wrapped in lengths.iter().filter_map(|length| wrapped.get(..*length)) {
-            match self.session.unwrap_key(mechanism, by, wrapped, &mechanism::session_object()) {
+            match self.session.unwrap_key(mechanism, by, wrapped, &template) {
                 Ok(copy) => {
                     self.made.borrow_mut().push(copy);
                     let told = self.read(key, copy)?;
@@ -276,13 +336,13 @@ impl Stand<'_> {
 
 impl Drop for Stand<'_> {
     fn drop(&mut self) {
-        let _the_first_error_is_told = self.clear();
+        let _the_first_error_is_told = self.clear(None);
     }
 }
 
 /// Every mechanism that wraps a key by AES: the profile's own, and of the standard's those that these are not.
 fn wrappings<'a>(profile: &Profile, iv: &'a mut [u8; 12]) -> Result<Vec<Mechanism<'a>>, CallError> {
-    let modes = profile.modes.iter().filter(|mode| **mode != Mode::Gcm);
+    let modes = profile.modes.iter().filter(|mode| !matches!(mode, Mode::Gcm | Mode::Oaep));
     let own = modes.map(|mode| mechanism::key_wrap(profile, *mode));
     let standard = [
         Mechanism::AesKeyWrap,

@@ -248,13 +248,38 @@ pub unsafe extern "C" fn C_GenerateKey(
             }
         }
         let mut said = said(context);
-        wanted.retain(|attribute| said.iter().all(|(of, _)| *of != attribute.type_));
-        wanted.extend(said.iter_mut().map(|(of, value)| CK_ATTRIBUTE {
-            type_: *of,
-            pValue: (&raw mut *value).cast(),
-            ulValueLen: size_of::<CK_BBOOL>() as CK_ULONG,
-        }));
+        say(&mut wanted, &mut said);
         forward!(C_GenerateKey(session, mechanism, wanted.as_mut_ptr(), wanted.len() as CK_ULONG, key))
+    })
+}
+
+/// Puts into a template what the rules say.
+fn say(template: &mut Vec<CK_ATTRIBUTE>, said: &mut [(CK_ATTRIBUTE_TYPE, CK_BBOOL)]) {
+    template.retain(|attribute| said.iter().all(|(of, _)| *of != attribute.type_));
+    template.extend(said.iter_mut().map(|(of, value)| CK_ATTRIBUTE {
+        type_: *of,
+        pValue: (&raw mut *value).cast(),
+        ulValueLen: size_of::<CK_BBOOL>() as CK_ULONG,
+    }));
+}
+
+pub unsafe extern "C" fn C_GenerateKeyPair(
+    session: CK_SESSION_HANDLE,
+    mechanism: *mut CK_MECHANISM,
+    public: *mut CK_ATTRIBUTE,
+    public_count: CK_ULONG,
+    private: *mut CK_ATTRIBUTE,
+    count: CK_ULONG,
+    public_key: *mut CK_OBJECT_HANDLE,
+    key: *mut CK_OBJECT_HANDLE,
+) -> CK_RV {
+    let call = Call { function: "C_GenerateKeyPair", place: Place::Session(session), output: None };
+    intercept(&call, |context| {
+        let mut wanted = attributes(private, count).to_vec();
+        let mut said = said(context);
+        say(&mut wanted, &mut said);
+        let (private, count) = (wanted.as_mut_ptr(), wanted.len() as CK_ULONG);
+        forward!(C_GenerateKeyPair(session, mechanism, public, public_count, private, count, public_key, key))
     })
 }
 

@@ -243,13 +243,13 @@ fn parse_action<'a, 'b>(function: Option<&str>, words: &'a [&'b str]) -> Result<
         ["limit", number, rest @ ..] => Ok((only("C_OpenSession", Action::Limit(parse(number)?))?, rest)),
         ["lock-after", number, rest @ ..] => Ok((only("C_Login", Action::LockAfter(parse(number)?))?, rest)),
         ["say", text, rest @ ..] => match function {
-            Some("C_GenerateKey" | "C_GetAttributeValue") => {
+            Some("C_GenerateKey" | "C_GenerateKeyPair" | "C_GetAttributeValue") => {
                 let (name, value) = text.split_once('=').ok_or(format!("{text} is not CKA_…=true or =false"))?;
                 let attribute =
                     codes::attribute(name).ok_or(format!("{name} is no attribute that is true or false"))?;
                 Ok((Action::Say(attribute, parse(value)?), rest))
             }
-            _ => Err("say is for C_GenerateKey or C_GetAttributeValue".into()),
+            _ => Err("say is for C_GenerateKey, C_GenerateKeyPair or C_GetAttributeValue".into()),
         },
         [word, ..] => Err(format!("{word} is no action, or lacks what it needs")),
         [] => Err("there is no action".into()),

@@ -87,8 +87,6 @@ of_sessions! {
     C_VerifyUpdate(data: Bytes, length: Count);
     C_VerifyFinal(signature: Bytes, length: Count);
     C_VerifyRecoverInit(mechanism: Mechanism, key: Object);
-    C_GenerateKeyPair(mechanism: Mechanism, public: Template, public_count: Count, private: Template,
-        private_count: Count, public_key: *mut Object, private_key: *mut Object);
     C_UnwrapKey(mechanism: Mechanism, by: Object, wrapped: Bytes, length: Count, template: Template,
         count: Count, key: *mut Object);
     C_DeriveKey(mechanism: Mechanism, from: Object, template: Template, count: Count, key: *mut Object);

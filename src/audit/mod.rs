@@ -1,0 +1,241 @@
+//! The audit log: who had what encrypted and decrypted, under which KEKs, and what became of the keys. Append-only, one
+//! line an event, each with the hash of the line before it ([`chain`]).
+//!
+//! Events are handed to a thread, which writes many at once and syncs as the configuration says. Where the policy is to
+//! refuse what cannot be logged, a request is answered only once its line is written; where it is to count, a line that
+//! the disk does not take is counted, and the gap becomes a line of its own. Other processes of this host append to the
+//! same file: each holds a lock on it while it does, and goes on from the line that it finds last.
+
+mod chain;
+mod file;
+
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+
+pub use self::chain::{Event, Flaw, Head, Peer, Verifier};
+use self::file::LogFile;
+pub use self::file::parts;
+use crate::config::{AuditConfig, OnFailure, Sync};
+use crate::sync::lock;
+
+/// How long events wait for others, where nobody waits for them.
+const GATHER: Duration = Duration::from_millis(100);
+/// How long the thread sleeps at most.
+const IDLE: Duration = Duration::from_secs(3600);
+/// Events that may wait: past these, the disk is too slow, and they are lost and counted.
+const MOST_WAITING: usize = 100_000;
+
+/// The audit log of this process. Shared between threads; what is left is written when it is dropped.
+pub struct Audit {
+    shared: Arc<Shared>,
+    writer: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    on_failure: OnFailure,
+    waiting: Mutex<Waiting>,
+    woken: Condvar,
+    progress: watch::Sender<Progress>,
+}
+
+#[derive(Default)]
+struct Waiting {
+    events: Vec<Event>,
+    /// How many were handed over, those that were lost among them.
+    count: u64,
+    lost: u64,
+    ended: bool,
+}
+
+/// How far the writer has come.
+#[derive(Clone, Default)]
+struct Progress {
+    /// As [`Waiting::count`].
+    written: u64,
+    /// Why those before that, or some of them, are not there.
+    failure: Option<String>,
+}
+
+impl Audit {
+    /// Opens the log and starts its thread. Where what cannot be logged is counted, a file that cannot be opened is told
+    /// of and tried again with the next event: a host must boot.
+    ///
+    /// # Errors
+    /// The file cannot be opened, or its last line is none of an audit log's; there is no thread.
+    pub fn open(config: &AuditConfig) -> Result<Self, String> {
+        let file = match LogFile::open(config) {
+            Err(error) if config.on_failure == OnFailure::Count => {
+                tracing::error!(error, "the audit log cannot be opened: events are counted until it can");
+                None
+            }
+            file => Some(file?),
+        };
+        let shared = Arc::new(Shared {
+            on_failure: config.on_failure,
+            waiting: Mutex::default(),
+            woken: Condvar::new(),
+            progress: watch::Sender::new(Progress::default()),
+        });
+        let of =
+            Writer { shared: Arc::clone(&shared), config: config.clone(), file, untold: None, unsynced: None, lost: 0 };
+        let writer = thread::Builder::new().name("audit".into()).spawn(move || of.run());
+        let writer = Some(writer.map_err(|error| format!("no thread: {error}"))?);
+        Ok(Self { shared, writer })
+    }
+
+    /// Hands an event over. `Ok` at once, unless what cannot be logged is to be refused: then once it is written.
+    ///
+    /// # Errors
+    /// It could not be written, and is to be refused.
+    pub async fn record(&self, event: Event) -> Result<(), String> {
+        let number = self.shared.hand_over(event);
+        if self.shared.on_failure == OnFailure::Count {
+            return Ok(());
+        }
+        let mut progress = self.shared.progress.subscribe();
+        match progress.wait_for(|progress| progress.written >= number).await {
+            Ok(progress) => progress.failure.clone().map_or(Ok(()), Err),
+            Err(_) => Err("its thread has ended".into()),
+        }
+    }
+}
+
+impl Shared {
+    fn hand_over(&self, event: Event) -> u64 {
+        let mut waiting = lock(&self.waiting);
+        waiting.count += 1;
+        if waiting.events.len() >= MOST_WAITING {
+            waiting.lost += 1;
+            return waiting.count;
+        }
+        waiting.events.push(event);
+        if waiting.events.len() == 1 {
+            self.woken.notify_one();
+        }
+        waiting.count
+    }
+
+    /// Waits for events, for so long. `None`: there will be no more.
+    fn next(&self, patience: Duration) -> Option<(Vec<Event>, u64, u64)> {
+        let mut waiting = lock(&self.waiting);
+        if waiting.events.is_empty() && !waiting.ended {
+            waiting = self.woken.wait_timeout(waiting, patience).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        if self.on_failure == OnFailure::Count && !waiting.events.is_empty() && !waiting.ended {
+            drop(waiting);
+            thread::sleep(GATHER);
+            waiting = lock(&self.waiting);
+        }
+        let batch = (std::mem::take(&mut waiting.events), waiting.count, std::mem::take(&mut waiting.lost));
+        if batch.0.is_empty() && waiting.ended { None } else { Some(batch) }
+    }
+}
+
+impl Drop for Audit {
+    fn drop(&mut self) {
+        lock(&self.shared.waiting).ended = true;
+        self.shared.woken.notify_one();
+        if self.writer.take().is_some_and(|writer| writer.join().is_err()) {
+            tracing::error!("the audit log's thread failed");
+        }
+    }
+}
+
+/// The thread.
+struct Writer {
+    shared: Arc<Shared>,
+    config: AuditConfig,
+    file: Option<LogFile>,
+    /// Since when the journal knows the head, and the disk what was written; `None`: they know the newest.
+    untold: Option<Instant>,
+    unsynced: Option<Instant>,
+    lost: u64,
+}
+
+impl Writer {
+    fn run(mut self) {
+        self.tell_head();
+        loop {
+            let patience = self.patience();
+            let Some((events, count, dropped)) = self.shared.next(patience) else { break };
+            self.lost += dropped;
+            if !events.is_empty() {
+                let failure = self.write(&events).err();
+                self.shared.progress.send_replace(Progress { written: count, failure });
+            }
+            if self.untold.is_some_and(|since| since.elapsed() >= self.config.head_every) {
+                self.tell_head();
+            }
+        }
+        if let (Some(file), true) = (&self.file, self.config.sync != Sync::Never) {
+            self.unsynced = self.unsynced.filter(|_| file.sync().is_err());
+        }
+        self.tell_head();
+    }
+
+    fn write(&mut self, events: &[Event]) -> Result<(), String> {
+        let written = self.append(events);
+        if let Err(error) = &written {
+            self.lost += events.len() as u64;
+            tracing::error!(error, lost = self.lost, "the audit log cannot be written");
+        }
+        written
+    }
+
+    fn append(&mut self, events: &[Event]) -> Result<(), String> {
+        let file = match &mut self.file {
+            Some(file) => file,
+            none => none.insert(LogFile::open(&self.config)?),
+        };
+        file.append(self.lost, events).map_err(|error| format!("{}: {error}", file.path().display()))?;
+        self.unsynced.get_or_insert_with(Instant::now);
+        self.untold.get_or_insert_with(Instant::now);
+        self.lost = 0;
+        self.sync_if_due()
+    }
+
+    fn sync_if_due(&mut self) -> Result<(), String> {
+        match (self.config.sync, self.unsynced, &self.file) {
+            (Sync::Every(interval), Some(since), Some(file)) if since.elapsed() >= interval => {
+                file.sync().map_err(|error| format!("{}: {error}", file.path().display()))?;
+                self.unsynced = None;
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// How long the next event may be waited for: by then something else is due.
+    fn patience(&mut self) -> Duration {
+        if let Err(error) = self.sync_if_due() {
+            tracing::error!(error, "the audit log cannot be synced");
+        }
+        let sync = match (self.config.sync, self.unsynced) {
+            (Sync::Every(interval), Some(since)) => interval.saturating_sub(since.elapsed()),
+            _ => IDLE,
+        };
+        let head = self.untold.map_or(IDLE, |since| self.config.head_every.saturating_sub(since.elapsed()));
+        sync.min(head).clamp(GATHER, IDLE)
+    }
+
+    /// Whoever cuts the log's end off cannot change what the journal was told.
+    fn tell_head(&mut self) {
+        if let Some(file) = &self.file {
+            let Head { seq, hash } = file.head();
+            tracing::info!(seq, hash, file = %file.path().display(), "head of the audit log");
+        }
+        self.untold = None;
+    }
+}
+
+/// Appends one event, durably when this returns. For commands; `serve` has an [`Audit`].
+///
+/// # Errors
+/// The log cannot be written.
+pub fn append_one(config: &AuditConfig, event: Event) -> Result<(), String> {
+    let mut file = LogFile::open(config)?;
+    file.append(0, &[event]).and_then(|()| file.sync()).map_err(|error| format!("{}: {error}", config.file.display()))
+}

@@ -1,0 +1,262 @@
+//! The provider of type `transit`: KEKs are the versions of one key of Vault's or OpenBao's Transit secrets engine.
+//!
+//! From top to bottom: this room knows the key and its versions ([`key`]); each is a [`kek`]; [`link`] makes calls with
+//! a token, again where that helps, and knows whether anybody answers; [`auth`] gets that token and keeps it fresh;
+//! [`fault`] is what an answer means; [`client`] is HTTP.
+
+mod auth;
+mod client;
+mod fault;
+mod kek;
+mod key;
+mod link;
+mod survey;
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use jiff::{SignedDuration, Timestamp};
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinHandle;
+use zeroize::Zeroizing;
+
+use self::auth::Login;
+use self::client::Client;
+use self::kek::TransitKek;
+use self::key::{Key, Version};
+use self::link::{Ask, Link};
+pub use self::survey::Survey;
+use super::{Answer, Kek, KekError, Pace, Provider, Refused, Sighting, Vitals};
+use crate::config::{Exportable, TransitConfig};
+use crate::envelope::WrapAlgorithm;
+use crate::identity::Identity;
+use crate::legacy::Ciphertext;
+use crate::secret::Plaintext;
+use crate::state::{SeenKey, State};
+use crate::sync::lock;
+
+/// While Vault is out of reach, it is tried after so long, then after twice as long, and so on.
+const FIRST_TRY: Duration = Duration::from_millis(250);
+const LAST_TRY: Duration = Duration::from_secs(5);
+/// How long such a try may take.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// A look that cost a request each 60 s and a round trip each 5 min costs less than 2,100 requests a day.
+const PACE: Pace =
+    Pace { look: Duration::from_secs(60), unwell: Duration::from_secs(2), probe: Duration::from_secs(300) };
+
+/// A key of Transit. Its task ends when it is dropped.
+pub struct Transit {
+    core: Arc<Core>,
+    task: JoinHandle<()>,
+}
+
+struct Core {
+    name: String,
+    key: String,
+    delay: SignedDuration,
+    exportable: Exportable,
+    /// What its files in the state directory are called.
+    file: String,
+    state: Arc<State>,
+    link: Arc<Link>,
+    /// What the key's server said last.
+    last: Mutex<Option<Key>>,
+    changed: Notify,
+    tried: watch::Sender<bool>,
+}
+
+#[derive(Deserialize)]
+struct Data<T> {
+    data: T,
+}
+
+impl Transit {
+    /// Begins to log in; this returns before anybody has answered. To be called within a runtime.
+    #[must_use]
+    pub fn new(config: &TransitConfig, state: &Arc<State>) -> Self {
+        let hash = Sha256::digest([config.name.as_bytes(), b"\0", config.key.as_bytes()].concat());
+        let file = base16ct::lower::encode_string(hash.get(..8).unwrap_or_default());
+        let client = Arc::new(Client::new(config));
+        let login = Login::new(config, file.clone(), &client, state);
+        let core = Arc::new(Core {
+            name: config.name.clone(),
+            key: config.key.clone(),
+            delay: config.activation_delay,
+            exportable: config.exportable,
+            file,
+            state: Arc::clone(state),
+            link: Arc::new(Link::new(config, client, login)),
+            last: Mutex::default(),
+            changed: Notify::new(),
+            tried: watch::Sender::new(false),
+        });
+        let task = tokio::spawn({
+            let core = Arc::clone(&core);
+            async move {
+                tokio::join!(core.link.login.keep(), core.keep_trying(), core.try_once());
+            }
+        });
+        Self { core, task }
+    }
+}
+
+impl Transit {
+    /// The key, as people find it.
+    #[must_use]
+    pub fn place(&self) -> String {
+        self.core.link.place()
+    }
+
+    /// What its server says of itself, and lets us do.
+    ///
+    /// # Errors
+    /// It cannot be asked.
+    pub async fn survey(&self, deadline: Instant) -> Result<Survey, KekError> {
+        survey::survey(&self.core.link, deadline).await
+    }
+}
+
+impl Drop for Transit {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Core {
+    /// The first look shows whether Vault is there.
+    async fn try_once(&self) {
+        drop(self.read(Instant::now() + PATIENCE).await);
+        self.tried.send_replace(true);
+    }
+
+    /// Each time Vault is lost, tries until it is back. Never returns.
+    async fn keep_trying(&self) {
+        loop {
+            self.link.opened.notified().await;
+            let mut wait = FIRST_TRY;
+            while self.link.check().is_err() {
+                tokio::time::sleep(wait).await;
+                wait = (wait * 2).min(LAST_TRY);
+                drop(self.read(Instant::now() + PATIENCE).await);
+            }
+            self.changed.notify_one();
+        }
+    }
+
+    /// What the key's server says of it.
+    async fn read(&self, deadline: Instant) -> Result<Key, KekError> {
+        let answer = self.link.try_ask(Ask::Read, Zeroizing::default(), deadline).await?;
+        let Data { data: key } = answer.read::<Data<Key>>().map_err(|fault| {
+            KekError::Unavailable(format!("provider {}: {}: {fault:?}", self.name, self.link.place()))
+        })?;
+        Ok(key)
+    }
+
+    async fn look(&self, deadline: Instant) -> Result<Sighting, KekError> {
+        self.link.check()?;
+        let key = self.read(deadline).await?;
+        let key = key.with_newer_of(lock(&self.last).as_ref());
+        let seen = self.state.seen_key(&self.file).map_err(|error| {
+            KekError::Refused(format!("{error}: {}", error.remedy())) // who cannot remember cannot recognise
+        })?;
+        let mut sighting = Sighting::default();
+        if let Some(reason) = self.why_not(&key, seen.as_ref()) {
+            let key = format!("key {}", self.link.place());
+            sighting.refused.push(Refused { key, identity: None, reason, is_ambiguous: false });
+            return Ok(sighting);
+        }
+        let now = key.seen(&self.key, seen.as_ref());
+        if seen.as_ref() != Some(&now) {
+            self.state.keep_seen_key(&self.file, &now);
+        }
+        sighting.keks = key.versions().into_iter().map(|version| self.kek(&key, version)).collect();
+        sighting.refused = key.disallowed(&now).map(|version| self.disallowed(version)).collect();
+        sighting.exceptions = key.way_out().map(|way| format!("{}: {way}", self.link.place())).into_iter().collect();
+        *lock(&self.last) = Some(key);
+        Ok(sighting)
+    }
+
+    fn kek(&self, key: &Key, version: Version) -> Arc<dyn Kek> {
+        Arc::new(TransitKek {
+            identity: self.identity(version),
+            rank: version.rank(self.delay),
+            version,
+            attributes: key.attributes(),
+            link: Arc::clone(&self.link),
+        })
+    }
+
+    fn identity(&self, version: Version) -> Identity {
+        Identity::of_transit(&self.key, version.number, version.created)
+    }
+
+    /// Why the whole key is not used.
+    fn why_not(&self, key: &Key, seen: Option<&SeenKey>) -> Option<String> {
+        let Some((number, then, now)) = seen.and_then(|seen| key.contradicts(seen)) else {
+            return key.unfit(self.exportable);
+        };
+        let instant = |second| Timestamp::from_second(second).map(|at| at.to_string()).unwrap_or_default();
+        Some(format!(
+            "it was deleted and made anew under the same name, or restored from another one: version {number} was made at \
+             {}, and the one that is there now at {}. What was wrapped under the old one cannot be read with this. Bring \
+             the old one back (`vault write transit/restore/…`); if nothing is stored under it, remove {}",
+            instant(then),
+            instant(now),
+            self.state.seen_key_file(&self.file).display()
+        ))
+    }
+
+    fn disallowed(&self, version: Version) -> Refused {
+        Refused {
+            key: format!("version {} of key {}", version.number, self.link.place()),
+            identity: Some(self.identity(version)),
+            reason: "it is below the key's min_decryption_version: lower that, if something is stored under it".into(),
+            is_ambiguous: false,
+        }
+    }
+}
+
+impl Provider for Transit {
+    fn name(&self) -> &str {
+        &self.core.name
+    }
+
+    fn longest_algorithm(&self) -> WrapAlgorithm {
+        WrapAlgorithm::Transit
+    }
+
+    fn pace(&self) -> Pace {
+        PACE
+    }
+
+    fn settled(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(async {
+            // The sender lives as long as this.
+            drop(self.core.tried.subscribe().wait_for(|tried| *tried).await);
+        })
+    }
+
+    fn look(&self, deadline: Instant) -> Answer<'_, Sighting> {
+        Box::pin(self.core.look(deadline))
+    }
+
+    fn vitals(&self) -> Vec<Vitals> {
+        vec![self.core.link.vitals()]
+    }
+
+    fn decrypt_old(&self, old: Ciphertext, deadline: Instant) -> Answer<'_, Plaintext> {
+        Box::pin(async move { kek::decrypt_old(&self.core.link, &old, deadline).await })
+    }
+
+    fn hopeless(&self) -> Option<String> {
+        None
+    }
+
+    fn changed(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(self.core.changed.notified())
+    }
+}

@@ -1,0 +1,115 @@
+//! What is told of a request that has ended, before it is answered: to the log, the counters and the audit log.
+
+use std::fmt::{self, Write};
+use std::time::Instant;
+
+use tonic::{Code, Status};
+
+use super::counters::Call;
+use super::requests::{Requests, status_of};
+use crate::audit::{Event, Peer};
+use crate::envelope::Envelope;
+use crate::keyring::KeyringError;
+
+/// Letters of a uid that are kept.
+const UID: usize = 128;
+
+/// A request that has ended.
+pub(super) struct Ended<'r> {
+    pub(super) call: Call,
+    pub(super) uid: &'r str,
+    pub(super) peer: Option<Peer>,
+    pub(super) began: Instant,
+    /// Bytes that came in.
+    pub(super) received: usize,
+    /// Bytes that go out.
+    pub(super) outcome: Result<usize, &'r KeyringError>,
+    /// What was made of the plaintext, or came in.
+    pub(super) ciphertext: &'r [u8],
+}
+
+impl Requests {
+    /// Tells of it.
+    ///
+    /// # Errors
+    /// What the client is answered instead: that the request has failed, or that it cannot be logged.
+    pub(super) async fn tell(&self, ended: Ended<'_>) -> Result<(), Status> {
+        let answer = ended.outcome.map(drop).map_err(status_of);
+        let code = answer.as_ref().err().map_or(Code::Ok, Status::code);
+        ended.log();
+        self.counters().count(ended.call, code, ended.began.elapsed());
+        let Some(audit) = self.audit().filter(|_| ended.call != Call::Status) else { return answer };
+        match audit.record(ended.event(code)).await {
+            Ok(()) => answer,
+            Err(why) => {
+                Err(Status::unavailable(format!("the audit log cannot be written, the object is intact: {why}")))
+            }
+        }
+    }
+}
+
+impl Ended<'_> {
+    /// One line: its uid, sizes, time and outcome, and nothing else of it.
+    fn log(&self) {
+        let Self { call, uid, received, began, outcome, .. } = self;
+        let (version, call, uid) = (call.version(), call.method(), Plain(uid));
+        let micros = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        match outcome {
+            Ok(sent) => tracing::debug!(version, call, %uid, received, sent, micros, "done"),
+            Err(error) => tracing::warn!(version, call, %uid, received, micros, %error, "failed"),
+        }
+    }
+
+    fn event(&self, code: Code) -> Event {
+        let event = match (self.call.method(), self.call.version()) {
+            ("encrypt", "v2") => "encrypt",
+            ("decrypt", "v2") => "decrypt",
+            ("encrypt", _) => "encrypt-v1beta1",
+            _ => "decrypt-v1beta1",
+        };
+        // What the client says of its ciphertext is not copied: it may be anything.
+        let envelope = Envelope::parse(self.ciphertext).ok();
+        let keks = envelope.iter().flat_map(|envelope| envelope.recipients.iter().map(|recipient| recipient.identity));
+        Event {
+            uid: Plain(self.uid).to_string(),
+            peer: self.peer,
+            keks: keks.collect(),
+            key_id: envelope.as_ref().map(|envelope| envelope.key_set.to_string()).unwrap_or_default(),
+            received: Some(self.received),
+            outcome: Some(name_of(code)),
+            ..Event::now(event)
+        }
+    }
+}
+
+/// As the gRPC specification writes them.
+pub(crate) const fn name_of(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}
+
+/// A client's text as a log may show it: nothing but visible letters, and not too many. Made only if it is logged.
+struct Plain<'a>(&'a str);
+
+impl fmt::Display for Plain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.chars().filter(|letter| letter.is_ascii_graphic()).take(UID).try_for_each(|letter| f.write_char(letter))
+    }
+}
