@@ -81,7 +81,7 @@ fn the_deb_is_installed_upgraded_under_load_and_removed() {
     machine.run("rm -r /etc/trousseau/* /var/lib/trousseau/tpm2_pkcs11.sqlite3");
     let said = machine.run("dpkg --purge trousseau");
     assert!(!said.contains("has files"), "{said}");
-    machine.run("test ! -e /etc/trousseau && test ! -e /var/lib/trousseau");
+    machine.run("test ! -e /etc/trousseau && test ! -e /var/lib/trousseau && test ! -e /var/log/trousseau");
 }
 
 #[test]
