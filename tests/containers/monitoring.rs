@@ -27,11 +27,15 @@ fn promtool(arguments: &[&str], file: &Path) {
     assert!(done.status.success(), "promtool {arguments:?}: {}", String::from_utf8_lossy(&said));
 }
 
-/// Every name of a metric of ours in this text.
+/// Every name of a metric of ours in this text, without what its samples add to it.
 fn metrics_in(text: &str) -> BTreeSet<String> {
     let is_part = |c: char| c.is_ascii_lowercase() || c == '_';
     let names = text.split(|c| !is_part(c)).filter(|word| word.starts_with("trousseau_"));
-    names.map(str::to_owned).collect()
+    let family = |name: &str| {
+        let of = |suffix: &&str| name.strip_suffix(suffix);
+        ["_total", "_bucket"].iter().find_map(of).unwrap_or(name).to_owned()
+    };
+    names.map(family).collect()
 }
 
 /// The dashboard's queries.

@@ -61,6 +61,10 @@ pub fn package(directory: &Path, revision: u8, ending: &str) -> PathBuf {
 fn the_deb_is_installed_upgraded_under_load_and_removed() {
     let Some(machine) = live_through(&DPKG) else { return };
 
+    // Whoever comes back to a configuration is served at once.
+    machine.run("dpkg --install /packages/*-2_*.deb");
+    machine.wait_until("the plugin is well", |machine| machine.status().is_ok());
+
     // What the plugin noted goes when the package is purged. What others put beside it stays, and is named.
     machine.run("touch /var/lib/trousseau/tpm2_pkcs11.sqlite3");
     let said = machine.run("dpkg --purge trousseau");
@@ -68,15 +72,16 @@ fn the_deb_is_installed_upgraded_under_load_and_removed() {
     assert_eq!(machine.run("ls -A /var/lib/trousseau"), "tpm2_pkcs11.sqlite3");
     assert_eq!(machine.run("ls -A /etc/trousseau"), "pin\ntrousseau.toml");
 
-    // Whoever comes back to a configuration is served at once.
+    // Its enabled units are forgotten as well, and a new installation begins anew, but for what was left.
     machine.run("dpkg --install /packages/*-1_*.deb");
+    assert_eq!(machine.run("systemctl is-enabled trousseau.socket trousseau.service || true"), "enabled\ndisabled");
     machine.wait_until("the plugin is well", |machine| machine.status().is_ok());
 
     // Without one there is nothing to name.
     machine.run("rm -r /etc/trousseau/* /var/lib/trousseau/tpm2_pkcs11.sqlite3");
     let said = machine.run("dpkg --purge trousseau");
     assert!(!said.contains("has files"), "{said}");
-    machine.run("test ! -e /etc/trousseau && test ! -e /var/lib/trousseau");
+    machine.run("test ! -e /etc/trousseau && test ! -e /var/lib/trousseau && test ! -e /var/log/trousseau");
 }
 
 #[test]
