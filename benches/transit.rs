@@ -11,6 +11,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::future::try_join_all;
@@ -116,7 +117,13 @@ async fn measure(file: PathBuf, directory: &TempDir) -> Result<()> {
     let client = Client::connect(&config.listen.socket, PATIENCE).await?;
     let (mut ready, began) = (client.clone(), Instant::now());
     while ready.status().await.is_err() && began.elapsed() < PATIENCE {}
-    let sealed = ready.encrypt(vec![7; 32]).await?;
+    // Identical Decrypts in flight would share a call.
+    let mut sealed = Vec::new();
+    for _ in 0..256 {
+        sealed.push(ready.encrypt(vec![7; 32]).await?);
+    }
+    let turn = AtomicUsize::new(0);
+    let next = || sealed.get(turn.fetch_add(1, Ordering::Relaxed) % sealed.len()).cloned().unwrap_or_default();
     let wrapped = kek.wrap_dek(Arc::new(Dek::generate()?), Instant::now() + PATIENCE).await?;
     println!("IN FLIGHT  CALL     TRANSIT/s  PLUGIN/s  RATIO  (goal 0.9 at 16)  P50 ADDED ms (goal 0.3 at 1)");
     for in_flight in [1, 16] {
@@ -124,7 +131,7 @@ async fn measure(file: PathBuf, directory: &TempDir) -> Result<()> {
             let (mut plain, mut through) = (Tally::default(), Tally::default());
             for _ in 0..ROUNDS {
                 plain.0.extend(round(in_flight, || of_kek(kek.as_ref(), &wrapped, encrypts)).await?.0);
-                through.0.extend(round(in_flight, || of_plugin(client.clone(), &sealed, encrypts)).await?.0);
+                through.0.extend(round(in_flight, || of_plugin(client.clone(), next(), encrypts)).await?.0);
             }
             let (plain_rate, rate) = (plain.per_second(in_flight), through.per_second(in_flight));
             println!(
@@ -148,11 +155,11 @@ async fn of_kek(kek: &dyn Kek, wrapped: &[u8], encrypts: bool) -> Result<()> {
     Ok(())
 }
 
-async fn of_plugin(mut client: Client, sealed: &(Vec<u8>, String), encrypts: bool) -> Result<()> {
+async fn of_plugin(mut client: Client, (sealed, key_id): (Vec<u8>, String), encrypts: bool) -> Result<()> {
     if encrypts {
         client.encrypt(vec![7; 32]).await?;
     } else {
-        client.decrypt(sealed.0.clone(), sealed.1.clone()).await?;
+        client.decrypt(sealed, key_id).await?;
     }
     Ok(())
 }

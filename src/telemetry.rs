@@ -125,7 +125,9 @@ mod tests {
 
     #[test]
     fn a_filter_is_told_from_a_misspelt_one() {
-        for (level, good) in [("debug", true), ("trousseau=debug,h2=warn", true), ("", false), ("trousseau=loud", false)] {
+        for (level, good) in
+            [("debug", true), ("trousseau=debug,h2=warn", true), ("", false), ("trousseau=loud", false)]
+        {
             assert_eq!(is_level(level), good, "{level}");
         }
     }

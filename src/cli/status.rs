@@ -13,7 +13,8 @@ use crate::identity::{Identity, KeySet};
 use crate::service::client::{Client, PluginStatus};
 use crate::state::{Gap, Mark};
 
-pub(super) const EXAMPLES: &str = "With --config it also says which KEKs open what is sealed under this key_id, any one of \
+pub(super) const EXAMPLES: &str =
+    "With --config it also says which KEKs open what is sealed under this key_id, any one of \
 them alone, and which ciphertexts of this host lack one of them: from what the host remembers, asking no token.
 
 Examples:
@@ -90,8 +91,7 @@ fn openers(file: &Path, key_id: &str) -> Result<Openers, Failure> {
 }
 
 fn text(Report { status, openers }: &Report) -> String {
-    let mut text =
-        format!("version  {}\nhealthz  {}\nkey_id   {}", status.version, status.healthz, status.key_id);
+    let mut text = format!("version  {}\nhealthz  {}\nkey_id   {}", status.version, status.healthz, status.key_id);
     let Some(Openers { opened_by, gaps }) = openers else { return text };
     let opener = |Opener { provider, kek }: &Opener| format!("KEK {kek} of provider {provider}");
     let by: Vec<String> = opened_by.iter().map(opener).collect();
