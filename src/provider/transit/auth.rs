@@ -31,8 +31,11 @@ const LONGEST_SECRET: usize = 16 * 1024;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Between two attempts that reached nobody.
 const AGAIN: Duration = Duration::from_secs(2);
-/// A token that somebody else replaces is looked at so often.
-const REREAD: Duration = Duration::from_secs(30);
+/// Between two attempts with what was refused, where such do no harm.
+const AGAIN_REFUSED: Duration = Duration::from_secs(30);
+/// Files that somebody else may replace are looked at so often: while there is a token, and while there is none.
+const GLANCE: Duration = Duration::from_secs(5);
+const GLANCE_WITHOUT: Duration = Duration::from_secs(1);
 
 /// A token that was got.
 pub(super) struct Token {
@@ -182,15 +185,8 @@ impl Login {
         let mut secret_id = None;
         loop {
             let current = self.current.borrow().clone();
-            let wait = match &current {
-                Ok(token) if self.is_kept_by_others() => token.renew_in().min(REREAD),
-                Ok(token) => token.renew_in(),
-                Err(NoToken::NotYet) => Duration::ZERO,
-                Err(NoToken::Unreachable(_)) => AGAIN,
-                Err(NoToken::Refused(_)) => REREAD,
-            };
             tokio::select! {
-                () = tokio::time::sleep(wait) => (),
+                () = self.wait(&current) => (),
                 () = self.due.notified() => (),
             }
             match current {
@@ -201,6 +197,41 @@ impl Login {
                 Err(_) => self.set(self.log_in(&mut secret_id).await),
             }
         }
+    }
+
+    /// Returns when something is to be done about this.
+    async fn wait(&self, current: &Current) {
+        match current {
+            Ok(token) if self.is_kept_by_others() => self.another_is_shown(token.renew_in(), GLANCE).await,
+            Ok(token) => tokio::time::sleep(token.renew_in()).await,
+            Err(NoToken::NotYet) => (),
+            Err(NoToken::Unreachable(_)) => tokio::time::sleep(AGAIN).await,
+            Err(NoToken::Refused(_)) => self.another_is_shown(AGAIN_REFUSED, GLANCE_WITHOUT).await,
+        }
+    }
+
+    /// Returns when the files have other contents than now, or after so long.
+    async fn another_is_shown(&self, at_most: Duration, glance: Duration) {
+        let (began, shown) = (Instant::now(), self.files());
+        while self.files() == shown {
+            let left = at_most.saturating_sub(began.elapsed());
+            if left.is_zero() {
+                return;
+            }
+            tokio::time::sleep(left.min(glance)).await;
+        }
+    }
+
+    /// The fingerprint of what would be shown now.
+    fn files(&self) -> String {
+        let secret = |file: &Credential| file.read_file().map(|read| fingerprint(&[read.expose_secret()]));
+        let files = match &self.auth.method {
+            Method::Token { token } => vec![secret(token)],
+            Method::AppRole { role_id, secret_id, .. } => vec![secret(role_id), secret(secret_id)],
+            Method::Cert { key, .. } => vec![secret(key)], // a new certificate comes with a new key
+            Method::Jwt { jwt, .. } => vec![secret(jwt)],
+        };
+        files.into_iter().map(Result::unwrap_or_default).collect()
     }
 
     fn is_kept_by_others(&self) -> bool {
@@ -225,12 +256,20 @@ impl Login {
         }
     }
 
-    /// A token file that has changed has another token in it.
+    /// A token file that has changed has another token in it. The old one stays in use if that one is no good.
     async fn take_over_another(&self, token: &Arc<Token>, secret_id: &mut Option<SecretString>) {
         let Method::Token { token: file } = &self.auth.method else { return };
         let is_another = |read: SecretString| read.expose_secret() != token.secret.expose_secret();
         if file.read().is_ok_and(is_another) {
-            self.set(self.log_in(secret_id).await);
+            match self.log_in(secret_id).await {
+                Ok(another) => {
+                    tracing::info!(provider = self.name, "another token is in the token file: it is used from now on");
+                    self.set(Ok(another));
+                }
+                Err(why) => {
+                    tracing::warn!(provider = self.name, ?why, "another token is in the token file, and no good");
+                }
+            }
         }
     }
 
