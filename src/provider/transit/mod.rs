@@ -39,7 +39,7 @@ use crate::sync::lock;
 
 /// While Vault is out of reach, it is tried after so long, then after twice as long, and so on.
 const FIRST_TRY: Duration = Duration::from_millis(250);
-const LAST_TRY: Duration = Duration::from_secs(5);
+const LAST_TRY: Duration = Duration::from_secs(2);
 /// How long such a try may take.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// A look that cost a request each 60 s and a round trip each 5 min costs less than 2,100 requests a day.
