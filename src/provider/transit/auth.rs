@@ -30,7 +30,7 @@ const LONGEST_SECRET: usize = 16 * 1024;
 /// How long one call may take.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Between two attempts that reached nobody.
-const AGAIN: Duration = Duration::from_secs(2);
+const AGAIN: Duration = Duration::from_secs(1);
 /// Between two attempts with what was refused, where such do no harm.
 const AGAIN_REFUSED: Duration = Duration::from_secs(30);
 /// Files that somebody else may replace are looked at so often: while there is a token, and while there is none.
@@ -169,6 +169,15 @@ impl Login {
             self.due.notify_one();
         }
         self.wait_for(deadline, |current| current.as_ref().map_or(true, |token| !Arc::ptr_eq(token, refused))).await
+    }
+
+    /// Returns when there is a token, after there was none.
+    pub(super) async fn succeeds(&self) {
+        let mut current = self.current.subscribe();
+        let was_there = current.borrow_and_update().is_ok();
+        if was_there || current.wait_for(Current::is_ok).await.is_err() {
+            std::future::pending().await
+        }
     }
 
     async fn wait_for(&self, deadline: Instant, is_it: impl Fn(&Current) -> bool) -> Current {

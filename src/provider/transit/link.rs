@@ -24,6 +24,9 @@ const HANGS: Duration = Duration::from_millis(900);
 /// A token is refused for a moment where a standby has not heard of it yet.
 const FRESH: Duration = Duration::from_secs(2);
 
+/// A ciphertext that the key did not make puts the key itself in doubt, but no more often than this.
+const DOUBTS: Duration = Duration::from_secs(5);
+
 /// The way to one Vault. Shared between tasks.
 pub(super) struct Link {
     /// The provider, as people know it.
@@ -39,6 +42,10 @@ pub(super) struct Link {
     outage: Mutex<Option<KekError>>,
     /// Wakes whoever tries whether it has come back.
     pub(super) opened: Notify,
+    /// When the key was doubted last.
+    doubted: Mutex<Option<Instant>>,
+    /// Wakes whoever looks at the key.
+    pub(super) changed: Notify,
 }
 
 /// What is asked of the key.
@@ -62,6 +69,8 @@ impl Link {
             calls: Semaphore::new(MOST_CALLS),
             outage: Mutex::default(),
             opened: Notify::new(),
+            doubted: Mutex::default(),
+            changed: Notify::new(),
         }
     }
 
@@ -112,7 +121,19 @@ impl Link {
             Err(KekError::Deadline(_) | KekError::Busy(_)) => (),
             Ok(_) | Err(_) => self.close(),
         }
+        if matches!(answer, Err(KekError::BadInput)) {
+            self.doubt();
+        }
         answer
+    }
+
+    /// The ciphertext is damaged, or another key has the name now: a look shows which.
+    fn doubt(&self) {
+        let mut doubted = lock(&self.doubted);
+        if doubted.is_none_or(|at| at.elapsed() >= DOUBTS) {
+            *doubted = Some(Instant::now());
+            self.changed.notify_one();
+        }
     }
 
     async fn attempts(&self, ask: Ask, body: &Zeroizing<Vec<u8>>, deadline: Instant) -> Result<Answer, Trouble> {
