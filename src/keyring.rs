@@ -31,7 +31,7 @@ use self::member::{ActiveKek, Member};
 use self::opening::{Sealed, share};
 use crate::config::{KeyringConfig, Legacy, SealUnder};
 use crate::envelope::{self, Recipient, WrapAlgorithm};
-use crate::health::Health;
+use crate::health::{Health, Work};
 use crate::identity::{Identity, KeySet};
 use crate::provider::{KekError, Provider};
 use crate::secret::{Dek, Plaintext};
@@ -235,7 +235,7 @@ impl Keyring {
     ) -> Result<Recipient<Vec<u8>>, KekError> {
         let kek = active.kek.as_ref().map_err(KekError::clone)?;
         let wrapped = kek.wrap_dek(Arc::clone(dek), deadline).await;
-        self.health.note(active.identity, &wrapped);
+        self.health.note(active.identity, Work::Wrap, &wrapped);
         Ok(Recipient { identity: active.identity, algorithm: kek.algorithm(), wrapped: wrapped? })
     }
 
