@@ -57,6 +57,12 @@ pub(super) enum NoToken {
     NotYet,
 }
 
+/// A secret id, and the fingerprint of the token that it was wrapped in.
+struct Unwrapped {
+    from: String,
+    secret_id: SecretString,
+}
+
 type Current = Result<Arc<Token>, NoToken>;
 
 /// The login of one provider.
@@ -191,7 +197,7 @@ impl Login {
     /// Gets a token, renews it, and gets another one before it ends. It alone logs in: a request that is given up must
     /// not take a login along. Never returns.
     pub(super) async fn keep(&self) {
-        let mut secret_id = None;
+        let mut unwrapped = None;
         loop {
             let current = self.current.borrow().clone();
             tokio::select! {
@@ -199,11 +205,11 @@ impl Login {
                 () = self.due.notified() => (),
             }
             match current {
-                Ok(token) if self.was_refused(&token) => self.set(self.log_in(&mut secret_id).await),
-                Ok(token) if token.renew_in().is_zero() => self.renew(&token, &mut secret_id).await,
-                Ok(token) if self.is_kept_by_others() => self.take_over_another(&token, &mut secret_id).await,
+                Ok(token) if self.was_refused(&token) => self.set(self.log_in(&mut unwrapped).await),
+                Ok(token) if token.renew_in().is_zero() => self.renew(&token, &mut unwrapped).await,
+                Ok(token) if self.is_kept_by_others() => self.take_over_another(&token, &mut unwrapped).await,
                 Ok(_) => (),
-                Err(_) => self.set(self.log_in(&mut secret_id).await),
+                Err(_) => self.set(self.log_in(&mut unwrapped).await),
             }
         }
     }
@@ -266,11 +272,11 @@ impl Login {
     }
 
     /// A token file that has changed has another token in it. The old one stays in use if that one is no good.
-    async fn take_over_another(&self, token: &Arc<Token>, secret_id: &mut Option<SecretString>) {
+    async fn take_over_another(&self, token: &Arc<Token>, unwrapped: &mut Option<Unwrapped>) {
         let Method::Token { token: file } = &self.auth.method else { return };
         let is_another = |read: SecretString| read.expose_secret() != token.secret.expose_secret();
         if file.read().is_ok_and(is_another) {
-            match self.log_in(secret_id).await {
+            match self.log_in(unwrapped).await {
                 Ok(another) => {
                     tracing::info!(provider = self.name, "another token is in the token file: it is used from now on");
                     self.set(Ok(another));
@@ -283,7 +289,7 @@ impl Login {
     }
 
     /// The lease is made longer; where that is not possible, or brings nothing, another token is got meanwhile.
-    async fn renew(&self, token: &Arc<Token>, secret_id: &mut Option<SecretString>) {
+    async fn renew(&self, token: &Arc<Token>, unwrapped: &mut Option<Unwrapped>) {
         let renewed = if token.renewable {
             self.ask("auth/token/renew-self", Some(&token.secret), Zeroizing::new(b"{}".to_vec())).await
         } else {
@@ -301,7 +307,7 @@ impl Login {
             _ => (),
         }
         // The old one stays in use if another one cannot be had now.
-        match self.log_in(secret_id).await {
+        match self.log_in(unwrapped).await {
             Err(why) if !token.has_ended() => {
                 tracing::warn!(provider = self.name, ?why, "the token ends soon, and another one cannot be had");
                 tokio::time::sleep(AGAIN.max(token.lasts.unwrap_or_default() / 20)).await;
@@ -311,15 +317,14 @@ impl Login {
     }
 
     /// Shows what the method has to show, unless that was refused lately.
-    async fn log_in(&self, secret_id: &mut Option<SecretString>) -> Current {
+    async fn log_in(&self, unwrapped: &mut Option<Unwrapped>) -> Current {
         let (body, shown) = match &self.auth.method {
             Method::Token { token } => return self.look_up(read(token)?).await.map(Arc::new),
             Method::AppRole { role_id, secret_id: file, wrapped } => {
                 let role_id = read(role_id)?;
-                let secret_id = match (wrapped, &*secret_id) {
-                    (true, Some(unwrapped)) => unwrapped.clone(),
-                    (true, None) => secret_id.insert(self.unwrap(&read(file)?).await?).clone(),
-                    (false, _) => read(file)?,
+                let secret_id = match wrapped {
+                    true => self.unwrapped(&role_id, read(file)?, unwrapped).await?,
+                    false => read(file)?,
                 };
                 let (role_id, secret_id) = (role_id.expose_secret(), secret_id.expose_secret());
                 let shown = fingerprint(&[role_id, secret_id]);
@@ -341,7 +346,13 @@ impl Login {
                 Ok(Arc::new(Token::of(lease)))
             }
             Err(fault @ (Fault::Denied | Fault::TokenRefused | Fault::Other(_))) => {
-                let said = if let Fault::Other(said) = fault { said } else { "it was denied".into() };
+                let said = match fault {
+                    Fault::Other(said) => said,
+                    _ if shown.is_some() => {
+                        "it was denied, as a role is that others' refused logins have locked".into()
+                    }
+                    _ => "it was denied".into(),
+                };
                 let held = shown.map_or("", |shown| self.keep_refusal(shown));
                 Err(NoToken::Refused(format!("the login at auth/{} was refused: {said}{held}", self.auth.mount)))
             }
@@ -371,6 +382,25 @@ impl Login {
             Err(fault) => return Err(NoToken::Unreachable(fault)),
         };
         Ok(Token { secret, got: Instant::now(), lasts, renewable })
+    }
+
+    /// The secret id that was unwrapped before, unless it was refused and another one has been wrapped since.
+    async fn unwrapped(
+        &self,
+        role_id: &SecretString,
+        wrapping: SecretString,
+        before: &mut Option<Unwrapped>,
+    ) -> Result<SecretString, NoToken> {
+        let from = fingerprint(&[wrapping.expose_secret()]);
+        if let Some(Unwrapped { from: was, secret_id }) = &*before {
+            let shown = fingerprint(&[role_id.expose_secret(), secret_id.expose_secret()]);
+            if *was == from || self.may_show(&shown).is_ok() {
+                return Ok(secret_id.clone());
+            }
+        }
+        let secret_id = self.unwrap(&wrapping).await?;
+        *before = Some(Unwrapped { from, secret_id: secret_id.clone() });
+        Ok(secret_id)
     }
 
     /// The secret id that was wrapped for us alone. Whoever unwraps it first is the only one who can.

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use http::{HeaderValue, Method, Request, StatusCode, Uri};
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::Bytes;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy;
@@ -97,7 +97,10 @@ impl Client {
             let mut body = Zeroizing::new(Vec::with_capacity(2048));
             let mut stream = Limited::new(response.into_body(), LONGEST_ANSWER);
             while let Some(frame) = stream.frame().await {
-                let frame = frame.map_err(|error| Fault::Unreachable(chain(error.as_ref())))?;
+                let frame = frame.map_err(|error| match error.is::<LengthLimitError>() {
+                    true => Fault::Broken("its answer is longer than any of Vault's".into()),
+                    false => Fault::Unreachable(chain(error.as_ref())),
+                })?;
                 if let Some(data) = frame.data_ref() {
                     body.extend_from_slice(data);
                 }
