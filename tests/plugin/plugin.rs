@@ -114,7 +114,8 @@ state = "{directory}/state"
         )
     }
 
-    fn provider_of_token(&self) -> String {
+    /// The `[[provider]]` of the token.
+    pub fn provider_of_token(&self) -> String {
         let Self { token, label, tokens, sessions, .. } = self;
         let directory = self.directory.path().display();
         let (profile, module) = (token.family.profile(), token.family.module());

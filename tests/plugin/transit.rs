@@ -10,7 +10,7 @@ use tempfile::TempDir;
 use crate::bao::Bao;
 use crate::caller::{Load, Request};
 use crate::plugin::{Host, Plugin};
-use crate::token::Token;
+use crate::token::{Family, Token};
 
 /// The key, and the policy that lets the plugin use it.
 pub const KEY: &str = "kek";
@@ -19,6 +19,8 @@ pub const KEY: &str = "kek";
 pub struct Site {
     pub bao: Bao,
     pub host: Host,
+    /// Whether the host has a token as well, whose provider comes first.
+    beside_token: bool,
     /// The lines of the `[[provider]]`, each value in TOML.
     lines: BTreeMap<&'static str, String>,
 }
@@ -38,9 +40,23 @@ impl Site {
         site
     }
 
+    /// The host has a token as well, with a KEK. `None`: there is no OpenBao, or an envelope has no room for both; this
+    /// says so.
+    pub fn beside_token() -> Option<Self> {
+        if Family::chosen().lacks_aes() {
+            return None;
+        }
+        let mut site = Self::new()?;
+        site.host = Host::new();
+        site.host.generate("0s");
+        site.beside_token = true;
+        site.log_in_by_token(KEY);
+        Some(site)
+    }
+
     /// The plugin cannot log in yet.
     pub fn without_key(bao: Bao) -> Self {
-        let mut site = Self { bao, host: host_without_token(), lines: BTreeMap::new() };
+        let mut site = Self { bao, host: host_without_token(), beside_token: false, lines: BTreeMap::new() };
         let lines = [
             ("name", quoted("vault")),
             ("type", quoted("transit")),
@@ -63,7 +79,10 @@ impl Site {
     /// Sets a line of the `[[provider]]`.
     pub fn set(&mut self, name: &'static str, value: String) {
         self.lines.insert(name, value);
-        self.host.provider = Some(self.provider());
+        match self.beside_token {
+            true => self.host.extra = self.provider(),
+            false => self.host.provider = Some(self.provider()),
+        }
     }
 
     /// The `[[provider]]`.
