@@ -76,9 +76,17 @@ fn a_namespace_has_the_key_and_the_login_or_only_the_key() {
     site.bao.root = root.in_namespace("team1");
     site.bao.create_namespace("keys");
     // Where the login is, where the key is, and what the policy of the login calls that.
-    let cases = [("team1", "team1", "transit"), ("team1", "team1/keys", "keys/transit")];
-    let approle = site.bao.approle(KEY, &json!({}));
+    let cases = [
+        ("team1", "team1", "transit"),
+        ("team1", "team1/keys", "keys/transit"),
+        ("root", "team1/more", "team1/more/transit"), // so the namespace above all is called
+    ];
+    site.bao.create_namespace("more");
+    let in_team = site.bao.approle(KEY, &json!({}));
+    site.bao.root = root.clone();
+    let in_root = site.bao.approle(KEY, &json!({}));
     for (login, namespace, mount) in cases {
+        let approle = if login == "root" { &in_root } else { &in_team };
         site.bao.root = root.in_namespace(namespace);
         site.bao.root.wants("POST", "sys/mounts/transit", json!({"type": "transit"}));
         site.bao.create_key(KEY);
