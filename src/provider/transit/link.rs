@@ -21,8 +21,9 @@ const ATTEMPTS: u32 = 5;
 const BREATH: Duration = Duration::from_millis(40);
 /// A call that was given so long and had no answer opens the breaker.
 const HANGS: Duration = Duration::from_millis(900);
-/// A token is refused for a moment where a standby has not heard of it yet.
+/// A token is refused for a moment where a standby has not heard of it yet: one so young is shown so often again.
 const FRESH: Duration = Duration::from_secs(2);
+const ATTEMPTS_FRESH: u32 = 4;
 
 /// A ciphertext that the key did not make puts the key itself in doubt, but no more often than this.
 const DOUBTS: Duration = Duration::from_secs(5);
@@ -143,7 +144,7 @@ impl Link {
             Ask::Decrypt => (Method::POST, format!("{}/decrypt/{}", self.mount, self.key)),
         };
         let mut token = self.login.token(deadline).await?;
-        let mut attempt = 1;
+        let (mut attempt, mut is_new) = (1, false);
         loop {
             let call = Call {
                 method: method.clone(),
@@ -157,17 +158,17 @@ impl Link {
                 Err(fault) => fault,
             };
             match &fault {
-                Fault::TokenRefused if token.age() > FRESH => token = self.login.replace(&token, deadline).await?,
+                // Once: who refuses a new one too will not take the next.
+                Fault::TokenRefused if !is_new && (token.age() > FRESH || attempt >= ATTEMPTS_FRESH) => {
+                    token = self.login.replace(&token, deadline).await?;
+                    (is_new, attempt) = (true, 0);
+                }
                 // A connection that broke, a standby that lags, a quota: soon it may be well.
                 Fault::Unreachable(_) if attempt < 2 => (),
                 Fault::Behind | Fault::RateLimited | Fault::TokenRefused if attempt < ATTEMPTS => {
                     tokio::time::sleep(BREATH * attempt).await;
                 }
-                Fault::TokenRefused => drop(self.login.replace(&token, deadline).await),
                 _ => return Err(Trouble::Fault(fault)),
-            }
-            if attempt >= ATTEMPTS {
-                return Err(Trouble::Fault(fault));
             }
             attempt += 1;
         }
