@@ -66,6 +66,31 @@ fn each_method_logs_in_and_after_a_restart_too() {
     }
 }
 
+/// HTTP's own rooms say more than ours.
+#[test]
+fn no_secret_is_in_the_most_talkative_log() {
+    let Some(mut site) = Site::new() else { return };
+    let approle = site.bao.approle(KEY, &json!({}));
+    site.host.write_secret("role-id", &approle.role_id);
+    site.host.write_secret("secret-id", &approle.secret_id);
+    let by_role = r#"{ method = "approle", role-id-file = "%/role-id", secret-id-file = "%/secret-id" }"#;
+    let token = std::fs::read_to_string(site.host.path("vault-token")).unwrap();
+    for auth in [None, Some(site.with_files(by_role))] {
+        auth.into_iter().for_each(|auth| site.set("auth", auth));
+        let mut command = site.host.command(&["serve", "--config"]);
+        command.arg(site.host.write_configuration()).env("TROUSSEAU_LOG", "trace");
+        let mut plugin = site.host.start(command);
+        plugin.wait_until("it is healthy", |plugin| plugin.status().is_ok());
+        plugin.round_trip();
+        assert_silent(&plugin, "trace");
+        let log = plugin.log();
+        assert!(log.contains("\"TRACE\""), "it is not talkative");
+        for secret in [&token, &approle.secret_id, "plaintext\":"] {
+            assert!(!log.contains(secret), "{secret}");
+        }
+    }
+}
+
 /// A key in a namespace, and a login there or in the one above it.
 #[test]
 fn a_namespace_has_the_key_and_the_login_or_only_the_key() {
