@@ -15,8 +15,23 @@ use crate::sync::lock;
 /// What last went wrong with each KEK, until something goes right.
 #[derive(Default)]
 pub struct Health {
-    faults: Mutex<BTreeMap<Identity, String>>,
+    faults: Mutex<BTreeMap<Identity, Fault>>,
     worse: Notify,
+}
+
+/// What a KEK was to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// [`Kek::wrap_dek`](crate::provider::Kek::wrap_dek).
+    Wrap,
+    /// [`Kek::unwrap_dek`](crate::provider::Kek::unwrap_dek).
+    Unwrap,
+}
+
+struct Fault {
+    what: String,
+    /// The work for which we have no right: success with the other one proves nothing of it.
+    denied: Option<Work>,
 }
 
 impl Health {
@@ -24,17 +39,27 @@ impl Health {
     ///
     /// A damaged ciphertext proves that the KEK works. A full queue proves nothing, nor does a deadline: the client
     /// chose it.
-    pub fn note<T>(&self, kek: Identity, outcome: &Result<T, KekError>) {
+    pub fn note<T>(&self, kek: Identity, work: Work, outcome: &Result<T, KekError>) {
         match outcome {
-            Ok(_) | Err(KekError::BadInput) => drop(self.faults().remove(&kek)),
+            Ok(_) | Err(KekError::BadInput) => {
+                let mut faults = self.faults();
+                if faults.get(&kek).is_some_and(|fault| fault.denied.is_none_or(|denied| denied == work)) {
+                    faults.remove(&kek);
+                }
+            }
             Err(KekError::Busy(_) | KekError::Deadline(_)) => (),
+            Err(error @ KekError::Denied(_)) => self.insert(kek, Fault { what: error.to_string(), denied: Some(work) }),
             Err(error) => self.fault(kek, error),
         }
     }
 
     /// Remembers that a KEK cannot be used.
     pub fn fault(&self, kek: Identity, error: &KekError) {
-        if self.faults().insert(kek, error.to_string()).is_none() {
+        self.insert(kek, Fault { what: error.to_string(), denied: None });
+    }
+
+    fn insert(&self, kek: Identity, fault: Fault) {
+        if self.faults().insert(kek, fault).is_none() {
             self.worse.notify_one();
         }
     }
@@ -46,10 +71,10 @@ impl Health {
 
     /// What is wrong with a KEK, if anything is.
     pub fn fault_of(&self, kek: Identity) -> Option<String> {
-        self.faults().get(&kek).cloned()
+        self.faults().get(&kek).map(|fault| fault.what.clone())
     }
 
-    fn faults(&self) -> MutexGuard<'_, BTreeMap<Identity, String>> {
+    fn faults(&self) -> MutexGuard<'_, BTreeMap<Identity, Fault>> {
         lock(&self.faults)
     }
 }

@@ -33,7 +33,7 @@ use self::member::{ActiveKek, Member};
 use self::opening::{Sealed, share};
 use crate::config::{KeyringConfig, Legacy, SealUnder};
 use crate::envelope::{self, Recipient, WrapAlgorithm};
-use crate::health::Health;
+use crate::health::{Health, Work};
 use crate::identity::{Identity, KeySet};
 use crate::provider::{KekError, Provider};
 use crate::secret::{Dek, Plaintext};
@@ -176,7 +176,7 @@ impl Keyring {
             Ok(kek) => {
                 kek.check().err().map(|outage| outage.to_string()).or_else(|| self.health.fault_of(active.identity))
             }
-            Err(outage) => Some(outage.clone()),
+            Err(outage) => Some(outage.to_string()),
         };
         let faults: Vec<String> = set.keks.iter().filter_map(fault).collect();
         let enough = match self.seal_under {
@@ -246,9 +246,9 @@ impl Keyring {
         dek: &Arc<Dek>,
         deadline: Instant,
     ) -> Result<Recipient<Vec<u8>>, KekError> {
-        let kek = active.kek.as_ref().map_err(|outage| KekError::Unavailable(outage.clone()))?;
+        let kek = active.kek.as_ref().map_err(KekError::clone)?;
         let wrapped = kek.wrap_dek(Arc::clone(dek), deadline).await;
-        self.health.note(active.identity, &wrapped);
+        self.health.note(active.identity, Work::Wrap, &wrapped);
         Ok(Recipient { identity: active.identity, algorithm: kek.algorithm(), wrapped: wrapped? })
     }
 
@@ -257,7 +257,7 @@ impl Keyring {
     pub fn outages(&self) -> Vec<String> {
         let of = |member: &Member| {
             let seen = member.seen();
-            seen.outage.iter().chain(&seen.partly_out).cloned().collect::<Vec<_>>()
+            seen.outage.iter().map(KekError::to_string).chain(seen.partly_out.iter().cloned()).collect::<Vec<_>>()
         };
         self.members.iter().flat_map(of).collect()
     }

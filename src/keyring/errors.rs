@@ -54,6 +54,15 @@ impl KeyringError {
         Self::BadCiphertext
     }
 
+    /// As Status says it: whatever the reason, nothing can be encrypted.
+    #[must_use]
+    pub fn into_outage(self) -> Self {
+        match self {
+            Self::Unauthenticated(why) | Self::Denied(why) => Self::Unavailable(why),
+            other => other,
+        }
+    }
+
     pub(super) fn internal(reason: impl std::fmt::Display) -> Self {
         Self::Internal(reason.to_string())
     }

@@ -9,6 +9,7 @@ use jiff::Timestamp;
 
 use super::Keyring;
 use super::member::Member;
+use crate::health::Work;
 use crate::identity::Identity;
 #[cfg(doc)]
 use crate::provider::Pace;
@@ -155,13 +156,16 @@ impl Keyring {
 
     async fn round_trip(&self, kek: &Arc<dyn Kek>, deadline: Instant) {
         let Ok(dek) = Dek::generate() else { return };
-        let both = async {
-            let wrapped = kek.wrap_dek(Arc::new(dek), deadline).await?;
-            kek.unwrap_dek(&wrapped, deadline).await
-        };
-        match both.await {
-            Err(error @ KekError::Deadline(_)) => self.health.fault(kek.identity(), &error), // the deadline was ours
-            outcome => self.health.note(kek.identity(), &outcome),
+        let wrapped = kek.wrap_dek(Arc::new(dek), deadline).await;
+        self.note(kek, Work::Wrap, &wrapped);
+        let Ok(wrapped) = wrapped else { return };
+        self.note(kek, Work::Unwrap, &kek.unwrap_dek(&wrapped, deadline).await);
+    }
+
+    fn note<T>(&self, kek: &Arc<dyn Kek>, work: Work, outcome: &Result<T, KekError>) {
+        match outcome {
+            Err(error @ KekError::Deadline(_)) => self.health.fault(kek.identity(), error), // the deadline was ours
+            outcome => self.health.note(kek.identity(), work, outcome),
         }
     }
 }

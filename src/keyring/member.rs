@@ -22,7 +22,7 @@ pub(super) struct Seen {
     pub(super) keks: Vec<Arc<dyn Kek>>,
     pub(super) refused: Vec<Refused>,
     /// Why the newest look failed, or that there was none yet; the KEKs are then those of the look before.
-    pub(super) outage: Option<String>,
+    pub(super) outage: Option<KekError>,
     /// Tokens that are out of reach while others are not.
     pub(super) partly_out: Vec<String>,
     /// Which token lacks which KEK that another one holds.
@@ -39,12 +39,12 @@ pub(super) struct ActiveKek {
     /// How it wraps. Of one that is out of reach: the way of its provider that makes the longest recipient.
     pub(super) algorithm: WrapAlgorithm,
     /// `Err`: this host knows it only by its mark, because the provider is out of reach.
-    pub(super) kek: Result<Arc<dyn Kek>, String>,
+    pub(super) kek: Result<Arc<dyn Kek>, KekError>,
 }
 
 impl Member {
     pub(super) fn new(provider: Box<dyn Provider>, seals: bool) -> Self {
-        let outage = Some(format!("provider {} is being connected to", provider.name()));
+        let outage = Some(KekError::Unavailable(format!("provider {} is being connected to", provider.name())));
         let seen = RwLock::new(Seen {
             keks: Vec::new(),
             refused: Vec::new(),
@@ -100,7 +100,10 @@ impl Member {
 
     /// Remembers that a look failed; what was seen before stays.
     pub(super) fn is_out_of_reach(&self, error: &KekError) {
-        self.seen_mut().outage = Some(error.to_string());
+        self.seen_mut().outage = Some(match error {
+            KekError::Deadline(_) => KekError::Unavailable(error.to_string()), // the look's own, and no request's
+            error => error.clone(),
+        });
     }
 
     /// The active KEK now, and the mark that this host must keep if it is a new one. `marks` are this member's own.
@@ -112,14 +115,15 @@ impl Member {
         let mark = marks.iter().max_by_key(|mark| rank_of(mark)).copied();
         let marked = mark.map(rank_of);
         let Some(kek) = activation::choose(&seen.keks, |kek| kek.rank(), marked.as_ref(), now) else {
-            let outage = seen.outage.as_ref().or(seen.partly_out.first());
+            let partly = || seen.partly_out.first().cloned().map(KekError::Unavailable);
+            let outage = seen.outage.clone().or_else(partly);
             return match (mark, outage) {
                 (Some(mark), Some(outage)) => {
                     let algorithm = self.provider.longest_algorithm();
                     let (provider, identity) = (self.provider.name().to_owned(), mark.identity);
-                    Ok((ActiveKek { provider, identity, algorithm, kek: Err(outage.clone()) }, None))
+                    Ok((ActiveKek { provider, identity, algorithm, kek: Err(outage) }, None))
                 }
-                (None, Some(outage)) => Err(KeyringError::Unavailable(outage.clone())),
+                (None, Some(outage)) => Err(outage.into()),
                 (mark, None) => Err(KeyringError::NoKek(self.nothing_active(mark, &seen.refused))),
             };
         };

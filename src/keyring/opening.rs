@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::{Keyring, KeyringError};
 use crate::envelope::{Envelope, Recipient};
+use crate::health::Work;
 use crate::identity::{Identity, KeySet};
 use crate::provider::{Kek, KekError};
 use crate::secret::Plaintext;
@@ -70,7 +71,7 @@ impl Keyring {
             // What a token hands out may be wrong once.
             for attempt in 0..2 {
                 let unwrapped = kek.unwrap_dek(recipient.wrapped, deadline).await;
-                self.health.note(recipient.identity, &unwrapped);
+                self.health.note(recipient.identity, Work::Unwrap, &unwrapped);
                 match unwrapped.map(|dek| envelope.open(&dek)) {
                     Ok(Err(_)) if attempt == 0 => continue,
                     Ok(opened) => return opened.map_err(|error| KeyringError::bad_ciphertext(&error)),

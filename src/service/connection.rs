@@ -75,7 +75,7 @@ impl Announced {
 
     /// The set that is active, announced to the request's connection.
     pub(super) fn announce<T>(request: &Request<T>, keyring: &Arc<Keyring>) -> Result<Arc<ActiveSet>, KeyringError> {
-        let set = Arc::new(keyring.active(Timestamp::now())?);
+        let set = Arc::new(keyring.active(Timestamp::now()).map_err(KeyringError::into_outage)?);
         keyring.health(&set)?;
         if let Some(of) = Self::of(request) {
             *lock(&of.announcement) =

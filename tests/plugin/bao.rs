@@ -149,10 +149,15 @@ impl Bao {
 
     /// A policy by which somebody can do with this key what a plugin must, and no more. It is named like the key.
     pub fn key_policy(&self, key: &str) {
+        self.key_policy_of(key, ["update", "update", "read"]);
+    }
+
+    /// The same with these rights to encrypt, to decrypt and to read.
+    pub fn key_policy_of(&self, key: &str, [encrypt, decrypt, read]: [&str; 3]) {
         let rules = format!(
-            r#"path "{TRANSIT}/encrypt/{key}" {{ capabilities = ["update"] }}
-path "{TRANSIT}/decrypt/{key}" {{ capabilities = ["update"] }}
-path "{TRANSIT}/keys/{key}" {{ capabilities = ["read"] }}"#
+            r#"path "{TRANSIT}/encrypt/{key}" {{ capabilities = ["{encrypt}"] }}
+path "{TRANSIT}/decrypt/{key}" {{ capabilities = ["{decrypt}"] }}
+path "{TRANSIT}/keys/{key}" {{ capabilities = ["{read}"] }}"#
         );
         self.root.wants("POST", &format!("sys/policies/acl/{key}"), json!({"policy": rules}));
     }

@@ -125,6 +125,10 @@ impl<'scope> Load<'scope> {
         }
     }
 
+    pub fn last_succeeded(&self) -> bool {
+        self.done.lock().unwrap().last().is_some_and(|request| request.outcome.is_ok())
+    }
+
     fn count(&self) -> usize {
         self.done.lock().unwrap().len()
     }

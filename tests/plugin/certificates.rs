@@ -39,7 +39,8 @@ impl Authority {
         fs::write(directory.join("conf"), CONFIGURATION).unwrap();
         fs::write(directory.join("index"), "").unwrap();
         let authority = Self { directory };
-        let own = ["-keyout", "ca.key", "-out", "ca.pem", "-days", "30", "-subj", "/CN=tests"];
+        let name = authority.directory.file_name().unwrap().to_str().unwrap();
+        let own = ["-keyout", "ca.key", "-out", "ca.pem", "-days", "30", "-subj", &format!("/CN={name} of tests")];
         authority.openssl(&[&["req", "-x509"], &KEY[..], &own].concat());
         authority
     }

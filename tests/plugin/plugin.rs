@@ -32,6 +32,8 @@ pub struct Host {
     /// The elements of `tokens`.
     pub tokens: String,
     pub sessions: usize,
+    /// Stands in the place of the token's `[[provider]]`.
+    pub provider: Option<String>,
     mode: Option<&'static str>,
     v1beta1: bool,
 }
@@ -53,6 +55,7 @@ impl Host {
             label: "trousseau-test".into(),
             tokens: r#""pkcs11:token=trousseau""#.into(),
             sessions: 2,
+            provider: None,
             mode: env::var("TROUSSEAU_TEST_MODE").ok().map(|mode| &*mode.leak()),
             v1beta1: true,
         };
@@ -94,9 +97,9 @@ impl Host {
     }
 
     pub fn configuration(&self) -> String {
-        let Self { token, cluster, label, v1beta1, extra, tokens, sessions, .. } = self;
+        let Self { cluster, v1beta1, extra, .. } = self;
         let directory = self.directory.path().display();
-        let (profile, module) = (token.family.profile(), token.family.module());
+        let provider = self.provider.clone().unwrap_or_else(|| self.provider_of_token());
         format!(
             r#"version = "v1"
 [listen]
@@ -105,7 +108,19 @@ v1beta1 = {v1beta1}
 [keyring]
 cluster = "{cluster}"
 state = "{directory}/state"
-[[provider]]
+{provider}
+{extra}
+"#
+        )
+    }
+
+    /// The `[[provider]]` of the token.
+    pub fn provider_of_token(&self) -> String {
+        let Self { token, label, tokens, sessions, .. } = self;
+        let directory = self.directory.path().display();
+        let (profile, module) = (token.family.profile(), token.family.module());
+        format!(
+            r#"[[provider]]
 name = "hsm"
 type = "pkcs11"
 profile = "{profile}"
@@ -113,9 +128,7 @@ module = "{module}"
 tokens = [{tokens}]
 label = "{label}"
 pin-file = "{directory}/pin"
-sessions = {sessions}
-{extra}
-"#,
+sessions = {sessions}"#,
             module = module.display(),
         )
     }

@@ -9,13 +9,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use h2::client::SendRequest;
-use hyper_util::rt::TokioIo;
-use tonic::transport::Endpoint;
-use tonic::{Code, Request};
-use tonic_prost::ProstCodec;
+use tonic::Code;
 use trousseau::service::client::Client;
 
 use crate::plugin::Host;
+use crate::v1beta1;
 
 #[test]
 fn it_is_the_owners_alone_and_goes_when_the_plugin_goes() {
@@ -168,22 +166,10 @@ fn streams_without_end_leave_the_service_well() {
 /// The code that v1beta1's Version is answered with.
 fn version_v1beta1(host: &Host) -> Code {
     let plugin = host.serve_healthy();
-    let socket = plugin.socket.clone();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(async {
-        let connector = tower::service_fn(move |_| {
-            let socket = socket.clone();
-            async move { tokio::net::UnixStream::connect(socket).await.map(TokioIo::new) }
-        });
-        let channel = Endpoint::from_static("http://localhost").connect_with_connector(connector).await.unwrap();
-        let mut client = tonic::client::Grpc::new(channel);
-        client.ready().await.unwrap();
-        let path = http::uri::PathAndQuery::from_static("/v1beta1.KeyManagementService/Version");
-        match client.unary(Request::new(()), path, ProstCodec::<(), ()>::default()).await {
-            Ok(_) => Code::Ok,
-            Err(status) => status.code(),
-        }
-    })
+    match v1beta1::call::<(), ()>(&plugin.socket, "Version", ()) {
+        Ok(()) => Code::Ok,
+        Err(answer) => answer.code,
+    }
 }
 
 #[test]

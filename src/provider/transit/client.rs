@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use http::{HeaderValue, Method, Request, StatusCode, Uri};
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::Bytes;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy;
@@ -83,7 +83,12 @@ impl Client {
         let request = self.request(call)?;
         let http = self.http()?;
         let answer = async {
-            let response = http.request(request).await.map_err(|error| Fault::Unreachable(chain(&error)))?;
+            let response = http.request(request).await.map_err(|error| {
+                if error.is_connect() {
+                    self.reconnect(); // a CA may have been exchanged
+                }
+                Fault::Unreachable(why(&error))
+            })?;
             let status = response.status();
             if status.is_redirection() {
                 let to = response.headers().get(http::header::LOCATION).and_then(|to| to.to_str().ok());
@@ -92,7 +97,10 @@ impl Client {
             let mut body = Zeroizing::new(Vec::with_capacity(2048));
             let mut stream = Limited::new(response.into_body(), LONGEST_ANSWER);
             while let Some(frame) = stream.frame().await {
-                let frame = frame.map_err(|error| Fault::Unreachable(chain(error.as_ref())))?;
+                let frame = frame.map_err(|error| match error.is::<LengthLimitError>() {
+                    true => Fault::Broken("its answer is longer than any of Vault's".into()),
+                    false => Fault::Unreachable(chain(error.as_ref())),
+                })?;
                 if let Some(data) = frame.data_ref() {
                     body.extend_from_slice(data);
                 }
@@ -188,6 +196,17 @@ fn certificates(file: &PathBuf) -> Result<Vec<CertificateDer<'static>>, String> 
     let found: Vec<_> =
         CertificateDer::pem_slice_iter(&pem).collect::<Result<_, _>>().map_err(|error| wrong(&error))?;
     if found.is_empty() { Err(wrong(&"no certificate in PEM")) } else { Ok(found) }
+}
+
+/// Why there is no connection, and what to do where that is clear.
+fn why(error: &legacy::Error) -> String {
+    let said = chain(error);
+    let said = said.trim_start_matches("client error (Connect): ");
+    if said.contains("InvalidContentType") {
+        return format!("it does not speak TLS ({said}): see the port in address");
+    }
+    let about_its_certificate = said.contains("invalid peer certificate");
+    format!("{said}{}", if about_its_certificate { ": see ca-file, and the host in address" } else { "" })
 }
 
 /// An error and what caused it: the innermost cause is the one that people need.

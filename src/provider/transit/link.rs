@@ -22,8 +22,12 @@ const ATTEMPTS: u32 = 5;
 const BREATH: Duration = Duration::from_millis(40);
 /// A call that was given so long and had no answer opens the breaker.
 const HANGS: Duration = Duration::from_millis(900);
-/// A token is refused for a moment where a standby has not heard of it yet.
+/// A token is refused for a moment where a standby has not heard of it yet: one so young is shown so often again.
 const FRESH: Duration = Duration::from_secs(2);
+const ATTEMPTS_FRESH: u32 = 4;
+
+/// A ciphertext that the key did not make puts the key itself in doubt, but no more often than this.
+const DOUBTS: Duration = Duration::from_secs(5);
 
 /// The way to one Vault. Shared between tasks.
 pub(super) struct Link {
@@ -43,6 +47,10 @@ pub(super) struct Link {
     outage: Mutex<Option<KekError>>,
     /// Wakes whoever tries whether it has come back.
     pub(super) opened: Notify,
+    /// When the key was doubted last.
+    doubted: Mutex<Option<Instant>>,
+    /// Wakes whoever looks at the key.
+    pub(super) changed: Notify,
 }
 
 /// What is asked of the key.
@@ -82,6 +90,8 @@ impl Link {
             returns: AtomicU64::new(1),
             outage: Mutex::default(),
             opened: Notify::new(),
+            doubted: Mutex::default(),
+            changed: Notify::new(),
         }
     }
 
@@ -160,7 +170,19 @@ impl Link {
             Err(KekError::Deadline(_) | KekError::Busy(_)) => (),
             Ok(_) | Err(_) => self.close(),
         }
+        if matches!(answer, Err(KekError::BadInput)) {
+            self.doubt();
+        }
         answer
+    }
+
+    /// The ciphertext is damaged, or another key has the name now: a look shows which.
+    fn doubt(&self) {
+        let mut doubted = lock(&self.doubted);
+        if doubted.is_none_or(|at| at.elapsed() >= DOUBTS) {
+            *doubted = Some(Instant::now());
+            self.changed.notify_one();
+        }
     }
 
     async fn attempts(&self, ask: Ask, body: &Zeroizing<Vec<u8>>, deadline: Instant) -> Result<Answer, Trouble> {
@@ -171,7 +193,7 @@ impl Link {
             Ask::Read | Ask::Encrypt | Ask::Decrypt => self.path(ask),
         };
         let mut token = self.login.token(deadline).await?;
-        let mut attempt = 1;
+        let (mut attempt, mut is_new) = (1, false);
         loop {
             let call = Call {
                 method: method.clone(),
@@ -186,17 +208,17 @@ impl Link {
                 Err(fault) => fault,
             };
             match &fault {
-                Fault::TokenRefused if token.age() > FRESH => token = self.login.replace(&token, deadline).await?,
+                // Once: who refuses a new one too will not take the next.
+                Fault::TokenRefused if !is_new && (token.age() > FRESH || attempt >= ATTEMPTS_FRESH) => {
+                    token = self.login.replace(&token, deadline).await?;
+                    (is_new, attempt) = (true, 0);
+                }
                 // A connection that broke, a standby that lags, a quota: soon it may be well.
                 Fault::Unreachable(_) if attempt < 2 => (),
                 Fault::Behind | Fault::RateLimited | Fault::TokenRefused if attempt < ATTEMPTS => {
                     tokio::time::sleep(BREATH * attempt).await;
                 }
-                Fault::TokenRefused => drop(self.login.replace(&token, deadline).await),
                 _ => return Err(Trouble::Fault(fault)),
-            }
-            if attempt >= ATTEMPTS {
-                return Err(Trouble::Fault(fault));
             }
             attempt += 1;
         }

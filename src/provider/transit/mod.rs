@@ -12,6 +12,7 @@ mod key;
 mod link;
 mod survey;
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
@@ -20,7 +21,7 @@ use std::time::{Duration, Instant};
 use jiff::{SignedDuration, Timestamp};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use zeroize::Zeroizing;
 
@@ -41,12 +42,16 @@ use crate::sync::lock;
 
 /// While Vault is out of reach, it is tried after so long, then after twice as long, and so on.
 const FIRST_TRY: Duration = Duration::from_millis(250);
-const LAST_TRY: Duration = Duration::from_secs(5);
+const LAST_TRY: Duration = Duration::from_secs(2);
 /// How long such a try may take.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// A look that cost a request each 60 s and a round trip each 5 min costs less than 2,100 requests a day.
-const PACE: Pace =
-    Pace { look: Duration::from_secs(60), unwell: Duration::from_secs(2), probe: Duration::from_secs(300) };
+const LOOK: Duration = Duration::from_secs(60);
+const UNWELL: Duration = Duration::from_secs(2);
+const PROBE: Duration = Duration::from_secs(300);
+/// Who wants a shorter delay has a new version looked for so often within it, since all hosts must know it in time.
+const LOOKS_IN_DELAY: u32 = 3;
+const SHORTEST_LOOK: Duration = Duration::from_secs(1);
 
 /// A key of Transit. Its task ends when it is dropped.
 pub struct Transit {
@@ -65,7 +70,6 @@ struct Core {
     link: Arc<Link>,
     /// What the key's server said last.
     last: Mutex<Option<Key>>,
-    changed: Notify,
     tried: watch::Sender<bool>,
 }
 
@@ -91,7 +95,6 @@ impl Transit {
             state: Arc::clone(state),
             link: Arc::new(Link::new(config, client, login)),
             last: Mutex::default(),
-            changed: Notify::new(),
             tried: watch::Sender::new(false),
         });
         let task = tokio::spawn({
@@ -139,11 +142,14 @@ impl Core {
             self.link.opened.notified().await;
             let mut wait = FIRST_TRY;
             while self.link.check().is_err() {
-                tokio::time::sleep(wait).await;
+                tokio::select! {
+                    () = tokio::time::sleep(wait) => (),
+                    () = self.link.login.succeeds() => (),
+                }
                 wait = (wait * 2).min(LAST_TRY);
                 drop(self.read(Instant::now() + PATIENCE).await);
             }
-            self.changed.notify_one();
+            self.link.changed.notify_one();
         }
     }
 
@@ -165,8 +171,7 @@ impl Core {
         })?;
         let mut sighting = Sighting::default();
         if let Some(reason) = self.why_not(&key, seen.as_ref()) {
-            let key = format!("key {}", self.link.place());
-            sighting.refused.push(Refused { key, identity: None, reason, is_ambiguous: false });
+            sighting.refused = self.all_refused(&key, seen.as_ref(), &reason);
             return Ok(sighting);
         }
         let now = key.seen(&self.key, seen.as_ref());
@@ -210,6 +215,22 @@ impl Core {
         ))
     }
 
+    /// Each version that is there or was, so that who decrypts hears the reason too.
+    fn all_refused(&self, key: &Key, seen: Option<&SeenKey>, reason: &str) -> Vec<Refused> {
+        let mut versions: BTreeMap<u32, i64> =
+            key.versions().iter().map(|version| (version.number, version.created)).collect();
+        versions.extend(seen.iter().flat_map(|seen| &seen.versions));
+        let refused = |identity, key| Refused { key, identity, reason: reason.to_owned(), is_ambiguous: false };
+        if versions.is_empty() {
+            return vec![refused(None, format!("key {}", self.link.place()))];
+        }
+        let of = |(number, created)| {
+            let identity = self.identity(Version { number, created });
+            refused(Some(identity), format!("version {number} of key {}", self.link.place()))
+        };
+        versions.into_iter().map(of).collect()
+    }
+
     fn disallowed(&self, version: Version) -> Refused {
         Refused {
             key: format!("version {} of key {}", version.number, self.link.place()),
@@ -230,7 +251,10 @@ impl Provider for Transit {
     }
 
     fn pace(&self) -> Pace {
-        PACE
+        let within = self.core.delay.unsigned_abs() / LOOKS_IN_DELAY;
+        // With no delay at all, nobody counts on an instant.
+        let look = if within.is_zero() { LOOK } else { within.clamp(SHORTEST_LOOK, LOOK) };
+        Pace { look, unwell: UNWELL, probe: PROBE }
     }
 
     fn settled(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
@@ -257,6 +281,6 @@ impl Provider for Transit {
     }
 
     fn changed(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
-        Box::pin(self.core.changed.notified())
+        Box::pin(self.core.link.changed.notified())
     }
 }
