@@ -57,18 +57,18 @@ func TestFromTrousseau(t *testing.T) {
 
 	t.Log("step 3: the new provider behind the old one")
 	third := g.providers("## 3.", "/opt/vault-kms/vaultkms.socket", old.Socket, ourSocket, p.Socket)
-	server = c.restart(server, secrets, third)
+	server = c.roll(server, secrets, third)
 	server.kmsReady()
 	server.mustChange(0)
 	c.stored(g, map[string]int{"k8s:enc:kms:v1:vaultprovider:": secrets})
 
 	t.Log("step 4: the new provider first, and the old data with this plugin; undone, and done again")
 	fourth := g.providers("## 4.", ourSocket, p.Socket)
-	server = c.restart(server, secrets, fourth)
+	server = c.roll(server, secrets, fourth)
 	server.mustChange(0)
-	server = c.restart(server, secrets, third)
+	server = c.roll(server, secrets, third)
 	server.mustChange(1)
-	server = c.restart(server, secrets, fourth)
+	server = c.roll(server, secrets, fourth)
 	server.kmsReady()
 	old.Stop()
 	server.mustChange(2)
@@ -80,7 +80,7 @@ func TestFromTrousseau(t *testing.T) {
 
 	t.Log("step 6: the old provider dropped")
 	v2 := provider("v2", providerName, p.Socket)
-	server = c.restart(server, secrets, v2)
+	server = c.roll(server, secrets, v2)
 	way.endLegacy()
 	server = c.restart(server, secrets, v2)
 
@@ -198,13 +198,5 @@ func (c *cluster) formats(want map[string]int) {
 	}
 	if left != 0 {
 		c.Errorf("the old plugin's formats in etcd are not %v", want)
-	}
-}
-
-// mustChange writes one Secret anew.
-func (s *server) mustChange(i int) {
-	s.Helper()
-	if err := s.change(i); err != nil {
-		s.Fatal(err)
 	}
 }

@@ -51,11 +51,11 @@ func TestFromVaultKubernetesKMS(t *testing.T) {
 
 	t.Log("step 3: the new provider behind the old one")
 	ours := provider("v2", providerName, p.Socket)
-	server = c.restart(server, secrets, provider("v2", oldName, old.Socket), ours)
+	server = c.roll(server, secrets, provider("v2", oldName, old.Socket), ours)
 	server.kmsReady()
 
 	t.Log("step 4: the new provider first, and the old data with this plugin")
-	server = c.restart(server, secrets, ours, provider("v2", oldName, p.Socket))
+	server = c.roll(server, secrets, ours, provider("v2", oldName, p.Socket))
 	server.kmsReady()
 	old.Stop()
 	server.mustChange(0)
@@ -66,7 +66,7 @@ func TestFromVaultKubernetesKMS(t *testing.T) {
 	c.allUnder(p.KeyID(), secrets)
 
 	t.Log("step 6: the old provider dropped")
-	server = c.restart(server, secrets, ours)
+	server = c.roll(server, secrets, ours)
 	configuration, _, _ = strings.Cut(configuration, "[legacy]")
 	harness.WriteFile(t, p.Config, configuration)
 	p.Run("check")

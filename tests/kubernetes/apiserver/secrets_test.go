@@ -119,6 +119,14 @@ func (s *server) change(i int) error {
 	return nil
 }
 
+// mustChange writes one Secret anew.
+func (s *server) mustChange(i int) {
+	s.Helper()
+	if err := s.change(i); err != nil {
+		s.Fatal(err)
+	}
+}
+
 // objects are what the v2 provider of this name has in etcd of Secrets whose name begins so; all must be its.
 func (c *cluster) objects(provider, name string) map[string]*stored.EncryptedObject {
 	c.Helper()

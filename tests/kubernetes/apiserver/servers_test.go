@@ -134,6 +134,21 @@ func (c *cluster) restart(s *server, n int, providers ...string) *server {
 	return s
 }
 
+// roll has an API server with these providers take over, as control planes are changed one after the other: for a while
+// there are both, and each reads what the other one writes.
+func (c *cluster) roll(old *server, n int, providers ...string) *server {
+	c.Helper()
+	s := c.start(providers...)
+	s.awaitReady(startLimit)
+	for _, writer := range []*server{s, old} {
+		writer.mustChange(n - 1)
+		s.readsAll(n)
+		old.readsAll(n)
+	}
+	old.stop()
+	return s
+}
+
 // unhealthy is the answer of a health endpoint that is not ok.
 type unhealthy struct{ path, failed string }
 

@@ -12,6 +12,8 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -124,6 +126,18 @@ func (b *OpenBao) awaitHealth(wanted ...int) {
 	})
 }
 
+// Pause has it answer nothing from now on, though it still takes connections.
+func (b *OpenBao) Pause() {
+	b.t.Helper()
+	b.process.Signal(syscall.SIGSTOP)
+}
+
+// Resume ends that.
+func (b *OpenBao) Resume() {
+	b.t.Helper()
+	b.process.Signal(syscall.SIGCONT)
+}
+
 // CreateKey makes a key of Transit.
 func (b *OpenBao) CreateKey(key string) {
 	b.t.Helper()
@@ -165,6 +179,31 @@ func (b *OpenBao) LatestVersion(key string) (string, error) {
 		return "", err
 	}
 	return fmt.Sprint(answer["data"].(object)["latest_version"]), nil
+}
+
+// Provider makes a key, and is the `[[provider]]` of a plugin that uses it, with more lines of it.
+func (b *OpenBao) Provider(key string) func(more ...string) string {
+	b.t.Helper()
+	b.CreateKey(key)
+	role := b.AppRole(key, fmt.Sprintf(`
+path "transit/encrypt/%[1]s" { capabilities = ["update"] }
+path "transit/decrypt/%[1]s" { capabilities = ["update"] }
+path "transit/keys/%[1]s" { capabilities = ["read"] }
+`, key))
+	roleID, secretID := filepath.Join(b.dir, "role-id"), filepath.Join(b.dir, "secret-id")
+	WriteFile(b.t, roleID, role.RoleID)
+	WriteFile(b.t, secretID, role.SecretID)
+	return func(more ...string) string {
+		return fmt.Sprintf(`[[provider]]
+name = "vault"
+type = "transit"
+address = %q
+key = %q
+ca-file = %q
+auth = { method = "approle", role-id-file = %q, secret-id-file = %q }
+%s
+`, b.Address, key, b.CA, roleID, secretID, strings.Join(more, "\n"))
+	}
 }
 
 // AppRole are the credentials of somebody who can do with one key what a plugin must, and no more.

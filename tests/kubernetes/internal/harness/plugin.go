@@ -118,7 +118,8 @@ profile = %q
 %stokens = ["pkcs11:token=%s"]
 pin-file = %q
 sessions = 4
-%s`, p.Token.Profile, module, tokenLabel, p.Token.PINFile, strings.Join(more, "\n"))
+%s
+`, p.Token.Profile, module, tokenLabel, p.Token.PINFile, strings.Join(more, "\n"))
 }
 
 // StartPlugin is the usual beginning of a test: a plugin that serves with one KEK.

@@ -1,0 +1,133 @@
+package apiserver
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	kmsv2 "k8s.io/kms/apis/v2"
+
+	"trousseau/tests/kubernetes/internal/harness"
+)
+
+const patience = 3 * time.Second // the API server's, for a call to the plugin
+
+// load are writes and reads that go on: through the API server, and, since that asks the plugin seldom, of the plugin.
+type load struct {
+	*server
+	plugin   kmsv2.KeyManagementServiceClient
+	first    *kmsv2.EncryptResponse // from before whatever happens
+	end      context.CancelFunc
+	waiting  sync.WaitGroup
+	lock     sync.Mutex
+	done     int
+	failures []error
+}
+
+func startLoad(s *server, p *harness.Plugin) *load {
+	s.Helper()
+	ctx, end := context.WithCancel(s.Context())
+	l := &load{server: s, plugin: kmsv2.NewKeyManagementServiceClient(p.Dial("localhost")), end: end}
+	var err error
+	if l.first, err = l.encrypt([]byte("first")); err != nil {
+		s.Fatal(err)
+	}
+	for _, work := range []func() error{l.thereAndBack, l.thereAndBack, l.back, func() error { return s.change(0) }, l.list} {
+		l.waiting.Go(func() {
+			for ctx.Err() == nil {
+				err := work()
+				l.lock.Lock()
+				l.done++
+				if err != nil {
+					l.failures = append(l.failures, err)
+				}
+				l.lock.Unlock()
+			}
+		})
+	}
+	return l
+}
+
+// more waits for so many more rounds.
+func (l *load) more(rounds int) {
+	l.Helper()
+	before := l.rounds()
+	harness.Await(l, noticeLimit, fmt.Sprintf("%d rounds of the load", rounds), func() error {
+		if n := l.rounds() - before; n < rounds {
+			return fmt.Errorf("%d", n)
+		}
+		return nil
+	})
+}
+
+func (l *load) rounds() int {
+	l.lock.Lock()
+	defer l.lock.Unlock()
+	return l.done
+}
+
+// stop ends it. Not one request may have failed.
+func (l *load) stop() {
+	l.Helper()
+	l.end()
+	l.waiting.Wait()
+	if n := len(l.failures); n > 0 {
+		l.Errorf("%d of %d rounds of the load failed, the first: %v; the last: %v", n, l.done, l.failures[0], l.failures[n-1])
+	}
+}
+
+// awaitRecipients waits until new envelopes are sealed under so many KEKs.
+func (l *load) awaitRecipients(want int) {
+	l.Helper()
+	harness.Await(l, noticeLimit, fmt.Sprintf("envelopes have %d recipients", want), func() error {
+		envelope, err := l.encrypt(harness.RandomBytes(32))
+		if err != nil {
+			return err
+		}
+		n, err := harness.Recipients(envelope.Ciphertext)
+		if err == nil && n != want {
+			err = fmt.Errorf("they have %d", n)
+		}
+		return err
+	})
+}
+
+func (l *load) encrypt(seed []byte) (*kmsv2.EncryptResponse, error) {
+	ctx, cancel := context.WithTimeout(l.Context(), patience)
+	defer cancel()
+	return l.plugin.Encrypt(ctx, &kmsv2.EncryptRequest{Plaintext: seed, Uid: "load"}, grpc.WaitForReady(true))
+}
+
+func (l *load) thereAndBack() error {
+	seed := harness.RandomBytes(32)
+	envelope, err := l.encrypt(seed)
+	if err != nil {
+		return fmt.Errorf("encrypt: %w", err)
+	}
+	return l.opens(envelope, seed)
+}
+
+func (l *load) back() error { return l.opens(l.first, []byte("first")) }
+
+func (l *load) opens(envelope *kmsv2.EncryptResponse, want []byte) error {
+	ctx, cancel := context.WithTimeout(l.Context(), patience)
+	defer cancel()
+	request := &kmsv2.DecryptRequest{Ciphertext: envelope.Ciphertext, KeyId: envelope.KeyId, Uid: "load"}
+	opened, err := l.plugin.Decrypt(ctx, request)
+	switch {
+	case err != nil:
+		return fmt.Errorf("decrypt: %w", err)
+	case !bytes.Equal(opened.Plaintext, want):
+		return errors.New("decrypt: another seed came back")
+	}
+	return nil
+}
+
+func (l *load) list() error {
+	_, err := l.CoreV1().Secrets(namespace).List(l.Context(), list)
+	return err
+}
