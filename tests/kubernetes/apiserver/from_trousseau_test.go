@@ -1,7 +1,10 @@
 package apiserver
 
 import (
+	"bytes"
+	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -9,6 +12,7 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/kms/apis/v1beta1"
 
 	"trousseau/tests/kubernetes/internal/harness"
@@ -22,7 +26,7 @@ const (
 
 // TestFromTrousseau goes the way of packaging/guides/from-trousseau.md, with data in each format of the older Trousseau.
 func TestFromTrousseau(t *testing.T) {
-	const each, secrets = 100, 300
+	const each, encrypted, secrets = 100, 300, 301 // one was there before any encryption
 	g := readGuide(t, "from-trousseau.md")
 	bao := harness.StartOpenBao(t)
 	bao.CreateKey(transitKey)
@@ -32,15 +36,16 @@ func TestFromTrousseau(t *testing.T) {
 	c := newCluster(t)
 
 	t.Log("step 0: the old plugin, and what it wrote")
-	server := c.start(provider("v1", "vaultprovider", old.Socket))
+	server := c.start(provider("v1", "vaultprovider", old.Socket), "  - identity: {}\n")
 	server.awaitReady(startLimit)
 	server.create(0)
 	for i, format := range []older.Format{older.TrousseauV1, older.TrousseauV2, older.TrousseauV2Proxy} {
 		old.Write(format)
 		server.createMore(i*each, each)
 	}
-	c.stored(g, map[string]int{"k8s:enc:kms:v1:vaultprovider:": secrets})
 	c.formats(map[string]int{"vault:v1:": each, "dmF1bHQ6djE6": each, "awskms:-:": each})
+	c.putPlain(encrypted)
+	c.stored(g, map[string]int{"k8s:enc:kms:v1:vaultprovider:": encrypted})
 
 	t.Log("step 1: its configuration")
 	way := &wayOver{T: t, guide: g, plugin: p, bao: bao}
@@ -60,7 +65,7 @@ func TestFromTrousseau(t *testing.T) {
 	server = c.roll(server, secrets, third)
 	server.kmsReady()
 	server.mustChange(0)
-	c.stored(g, map[string]int{"k8s:enc:kms:v1:vaultprovider:": secrets})
+	c.stored(g, map[string]int{"k8s:enc:kms:v1:vaultprovider:": encrypted})
 
 	t.Log("step 4: the new provider first, and the old data with this plugin; undone, and done again")
 	fourth := g.providers("## 4.", ourSocket, p.Socket)
@@ -72,7 +77,7 @@ func TestFromTrousseau(t *testing.T) {
 	server.kmsReady()
 	old.Stop()
 	server.mustChange(2)
-	c.stored(g, map[string]int{"k8s:enc:kms:v1:vaultprovider:": secrets - 2, "k8s:enc:kms:v2:trousseau:": 2})
+	c.stored(g, map[string]int{"k8s:enc:kms:v1:vaultprovider:": encrypted - 2, "k8s:enc:kms:v2:trousseau:": 2})
 
 	t.Log("step 5: everything rewritten")
 	server.rewrite(secrets)
@@ -125,30 +130,40 @@ type wayOver struct {
 	configuration string
 }
 
-// convert does step 1: what the verb does, and what it leaves to be seen to.
+// convert does step 1 for both generations: what the verb does, and what it leaves to be seen to. The second goes the
+// rest of the way.
 func (w *wayOver) convert() {
 	w.Helper()
 	role := w.bao.AppRole(transitKey, w.guide.rules())
-	old, out := filepath.Join(w.plugin.Dir, "config.yaml"), filepath.Join(w.plugin.Dir, "etc")
-	harness.WriteFile(w, old, fmt.Sprintf("keyNames: [%s]\naddress: %s\nroleID: %s\nsecretID: %s\nvaultCACert: %s\ntransitPath: transit\nauthPath: auth\n",
-		transitKey, w.bao.Address, role.RoleID, role.SecretID, w.bao.CA))
-	said := string(w.plugin.RunAlone("migrate", "from-trousseau", "--config", old, "--cluster", harness.Cluster, "--out", out))
+	credentials := fmt.Sprintf("roleID: %s, secretID: %s, vaultCACert: %s", role.RoleID, role.SecretID, w.bao.CA)
+	first := fmt.Sprintf("provider: vault\nvault: {keynames: [%s], address: %s, %s}\n", transitKey, w.bao.Address, credentials)
+	second := fmt.Sprintf("{keyNames: [%s], address: %s, %s, transitPath: transit, authPath: auth}\n", transitKey, w.bao.Address, credentials)
+	w.migrate("first", first)
+	w.check("v2 and v1beta1")
 	const toAdd = `if version 1 served this cluster before, add "trousseau-v1" to legacy.formats`
-	if !strings.Contains(said, toAdd) {
+	if said := w.migrate("second", second); !strings.Contains(said, toAdd) {
 		w.Errorf("the verb does not say %q: %s", toAdd, said)
 	}
+	w.configure(strings.Replace(w.configuration, `formats = [`, `formats = ["trousseau-v1", `, 1))
+}
+
+// migrate has the verb convert an old configuration, and adds to what it made what belongs to this test.
+func (w *wayOver) migrate(name, old string) (said string) {
+	w.Helper()
+	from, out := filepath.Join(w.plugin.Dir, name+".yaml"), filepath.Join(w.plugin.Dir, name)
+	harness.WriteFile(w, from, old)
+	said = string(w.plugin.RunAlone("migrate", "from-trousseau", "--config", from, "--cluster", harness.Cluster, "--out", out))
 	w.plugin.Env = append(w.plugin.Env, "CREDENTIALS_DIRECTORY="+filepath.Join(out, "credentials"))
 	converted, err := os.ReadFile(filepath.Join(out, "trousseau.toml"))
 	if err != nil {
 		w.Fatal(err)
 	}
-	// The first is what was to be seen to; then what belongs to this test; and ten minutes are too long for it.
 	w.configure(strings.NewReplacer(
-		`formats = [`, `formats = ["trousseau-v1", `,
 		"[listen]\n", "[listen]\n"+w.plugin.Listen(),
 		"[keyring]\n", "[keyring]\n"+w.plugin.State(),
-		"auth = ", "activation-delay = \"1s\"\nauth = ",
+		"auth = ", "activation-delay = \"1s\"\nauth = ", // ten minutes are too long for a test
 	).Replace(string(converted)))
+	return said
 }
 
 func (w *wayOver) configure(text string) {
@@ -181,22 +196,32 @@ func (w *wayOver) endLegacy() {
 	}
 }
 
-// formats fails the test unless so many of the Secrets in etcd have ciphertexts that begin so.
+// putPlain puts a Secret into etcd as an API server without encryption does.
+func (c *cluster) putPlain(i int) {
+	c.Helper()
+	plain := secret(i)
+	plain.TypeMeta = metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"}
+	content, err := json.Marshal(plain)
+	if err == nil {
+		_, err = c.etcd.Put(c.Context(), "/registry/secrets/"+namespace+"/"+plain.Name, string(content))
+	}
+	if err != nil {
+		c.Fatal(err)
+	}
+}
+
+// formats fails the test unless so many of the old plugin's ciphertexts in etcd begin so.
 func (c *cluster) formats(want map[string]int) {
 	c.Helper()
-	left := len(want)
-	for beginning, number := range want {
-		count := 0
-		for _, value := range c.values("", "k8s:enc:kms:v1:vaultprovider:") {
-			if len(value) > 2 && strings.HasPrefix(string(value[2:]), beginning) { // behind its length
-				count++
+	got := map[string]int{}
+	for _, value := range c.values("", "k8s:enc:kms:v1:vaultprovider:") {
+		for beginning := range want {
+			if bytes.HasPrefix(value[min(2, len(value)):], []byte(beginning)) { // behind its length
+				got[beginning]++
 			}
 		}
-		if count == number {
-			left--
-		}
 	}
-	if left != 0 {
-		c.Errorf("the old plugin's formats in etcd are not %v", want)
+	if !maps.Equal(got, want) {
+		c.Errorf("the old plugin's ciphertexts in etcd begin with: %v instead of %v", got, want)
 	}
 }

@@ -141,7 +141,7 @@ func (c *cluster) roll(old *server, n int, providers ...string) *server {
 	s := c.start(providers...)
 	s.awaitReady(startLimit)
 	for _, writer := range []*server{s, old} {
-		writer.mustChange(n - 1)
+		writer.mustChange(n / 2)
 		s.readsAll(n)
 		old.readsAll(n)
 	}
