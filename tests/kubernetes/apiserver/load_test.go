@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"testing"
 	"time"
 
 	"google.golang.org/grpc"
@@ -14,12 +15,49 @@ import (
 	"trousseau/tests/kubernetes/internal/harness"
 )
 
-const patience = 3 * time.Second // the API server's, for a call to the plugin
+// caller calls a plugin with the API server's patience.
+type caller struct {
+	*testing.T
+	kmsv2.KeyManagementServiceClient
+}
+
+func newCaller(t *testing.T, p *harness.Plugin) caller {
+	t.Helper()
+	return caller{t, kmsv2.NewKeyManagementServiceClient(p.Dial("localhost"))}
+}
+
+func (c caller) patience() (context.Context, context.CancelFunc) {
+	return context.WithTimeout(c.Context(), 3*time.Second)
+}
+
+func (c caller) encrypt(seed []byte) (*kmsv2.EncryptResponse, error) {
+	ctx, cancel := c.patience()
+	defer cancel()
+	envelope, err := c.Encrypt(ctx, &kmsv2.EncryptRequest{Plaintext: seed, Uid: "test"}, grpc.WaitForReady(true))
+	if err != nil {
+		err = fmt.Errorf("encrypt: %w", err)
+	}
+	return envelope, err
+}
+
+func (c caller) opens(envelope *kmsv2.EncryptResponse, want []byte) error {
+	ctx, cancel := c.patience()
+	defer cancel()
+	request := &kmsv2.DecryptRequest{Ciphertext: envelope.Ciphertext, KeyId: envelope.KeyId, Uid: "test"}
+	opened, err := c.Decrypt(ctx, request, grpc.WaitForReady(true))
+	switch {
+	case err != nil:
+		return fmt.Errorf("decrypt: %w", err)
+	case !bytes.Equal(opened.Plaintext, want):
+		return errors.New("decrypt: another seed came back")
+	}
+	return nil
+}
 
 // load are writes and reads that go on: through the API server, and, since that asks the plugin seldom, of the plugin.
 type load struct {
 	*server
-	plugin   kmsv2.KeyManagementServiceClient
+	plugin   caller
 	first    *kmsv2.EncryptResponse // from before whatever happens
 	end      context.CancelFunc
 	waiting  sync.WaitGroup
@@ -31,9 +69,9 @@ type load struct {
 func startLoad(s *server, p *harness.Plugin) *load {
 	s.Helper()
 	ctx, end := context.WithCancel(s.Context())
-	l := &load{server: s, plugin: kmsv2.NewKeyManagementServiceClient(p.Dial("localhost")), end: end}
+	l := &load{server: s, plugin: newCaller(s.T, p), end: end}
 	var err error
-	if l.first, err = l.encrypt([]byte("first")); err != nil {
+	if l.first, err = l.plugin.encrypt([]byte("first")); err != nil {
 		s.Fatal(err)
 	}
 	for _, work := range []func() error{l.thereAndBack, l.thereAndBack, l.back, func() error { return s.change(0) }, l.list} {
@@ -84,7 +122,7 @@ func (l *load) stop() {
 func (l *load) awaitRecipients(want int) {
 	l.Helper()
 	harness.Await(l, noticeLimit, fmt.Sprintf("envelopes have %d recipients", want), func() error {
-		envelope, err := l.encrypt(harness.RandomBytes(32))
+		envelope, err := l.plugin.encrypt(harness.RandomBytes(32))
 		if err != nil {
 			return err
 		}
@@ -96,36 +134,16 @@ func (l *load) awaitRecipients(want int) {
 	})
 }
 
-func (l *load) encrypt(seed []byte) (*kmsv2.EncryptResponse, error) {
-	ctx, cancel := context.WithTimeout(l.Context(), patience)
-	defer cancel()
-	return l.plugin.Encrypt(ctx, &kmsv2.EncryptRequest{Plaintext: seed, Uid: "load"}, grpc.WaitForReady(true))
-}
-
 func (l *load) thereAndBack() error {
 	seed := harness.RandomBytes(32)
-	envelope, err := l.encrypt(seed)
+	envelope, err := l.plugin.encrypt(seed)
 	if err != nil {
-		return fmt.Errorf("encrypt: %w", err)
+		return err
 	}
-	return l.opens(envelope, seed)
+	return l.plugin.opens(envelope, seed)
 }
 
-func (l *load) back() error { return l.opens(l.first, []byte("first")) }
-
-func (l *load) opens(envelope *kmsv2.EncryptResponse, want []byte) error {
-	ctx, cancel := context.WithTimeout(l.Context(), patience)
-	defer cancel()
-	request := &kmsv2.DecryptRequest{Ciphertext: envelope.Ciphertext, KeyId: envelope.KeyId, Uid: "load"}
-	opened, err := l.plugin.Decrypt(ctx, request)
-	switch {
-	case err != nil:
-		return fmt.Errorf("decrypt: %w", err)
-	case !bytes.Equal(opened.Plaintext, want):
-		return errors.New("decrypt: another seed came back")
-	}
-	return nil
-}
+func (l *load) back() error { return l.plugin.opens(l.first, []byte("first")) }
 
 func (l *load) list() error {
 	_, err := l.CoreV1().Secrets(namespace).List(l.Context(), list)

@@ -74,45 +74,71 @@ func TestEitherServiceAway(t *testing.T) {
 	}
 }
 
-// TestMoveToAnotherService goes from a token to OpenBao under one running plugin and one running API server.
+// TestMoveToAnotherService goes the way of packaging/guides/to-another-service.md, from a token to OpenBao, under one
+// running plugin and one running API server. Another control plane's plugin is always a step behind.
 func TestMoveToAnotherService(t *testing.T) {
 	const secrets = 200
 	p, _, vault := twoServices(t)
-	p.Start()
-	p.AwaitReady()
+	other := p.Beside()
+	for _, plugin := range []*harness.Plugin{p, other} {
+		plugin.Start()
+		plugin.AwaitReady()
+	}
 	c := newCluster(t)
 	v2 := provider("v2", providerName, p.Socket)
 	server := c.start(v2)
 	server.awaitReady(startLimit)
 	server.create(secrets)
 
-	for _, step := range []struct {
-		what       string
-		providers  []string
-		recipients int
-	}{
-		{"add", []string{p.HSM(), vault()}, 2},
-		{"seal = false", []string{p.HSM("seal = false"), vault()}, 1},
-	} {
-		t.Log(step.what)
-		before := p.KeyID()
-		p.Configure(step.providers...)
+	step := func(what string, providers ...string) {
+		t.Log(what)
+		p.Configure(providers...)
 		p.Reload()
-		server.awaitKeyID(c, p.AwaitOtherKeyID(before))
+		eachOpensTheOthers(t, p, other)
+		other.Configure(providers...)
+		other.Reload()
+		eachOpensTheOthers(t, p, other)
+		if p.KeyID() != other.KeyID() {
+			t.Errorf("two plugins, two key_ids: %s and %s", p.KeyID(), other.KeyID())
+		}
+	}
+	rewriteAll := func(recipients int) {
+		server.awaitKeyID(c, p.KeyID())
 		server.rewrite(secrets)
 		c.allUnder(p.KeyID(), secrets)
-		c.sealedFor(map[int]int{step.recipients: secrets})
+		c.sealedFor(map[int]int{recipients: secrets})
 	}
-
-	t.Log("remove")
-	keyID := p.KeyID()
-	p.Configure(vault())
-	p.Reload()
+	before := p.KeyID()
+	step("add", p.HSM(), vault())
+	rewriteAll(2)
+	both := p.KeyID()
+	step("seal = false", p.HSM("seal = false"), vault())
+	rewriteAll(1)
+	after := p.KeyID()
+	if before == both || both == after || after == before {
+		t.Errorf("a key_id has come back: %s, %s, %s", before, both, after)
+	}
+	step("remove", vault())
 	p.Token.Hide(t)
 	server.mustChange(0)
 	server = c.restart(server, secrets, v2)
 	server.mustChange(1)
-	c.allUnder(keyID, secrets)
+	c.allUnder(after, secrets)
+}
+
+// eachOpensTheOthers fails the test unless what one plugin encrypts now the other one decrypts.
+func eachOpensTheOthers(t *testing.T, one, other *harness.Plugin) {
+	t.Helper()
+	seed := harness.RandomBytes(32)
+	for _, pair := range [][2]*harness.Plugin{{one, other}, {other, one}} {
+		envelope, err := newCaller(t, pair[0]).encrypt(seed)
+		if err == nil {
+			err = newCaller(t, pair[1]).opens(envelope, seed)
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 // sealedFor fails the test unless so many Secrets in etcd are sealed under so many KEKs each.

@@ -82,6 +82,15 @@ func (p *Plugin) AddToken() {
 	p.Env = append(p.Env, p.Token.Env...)
 }
 
+// Beside is another control plane's plugin, with the same token and configuration, and a state of its own.
+func (p *Plugin) Beside() *Plugin {
+	p.t.Helper()
+	other := BarePlugin(p.t)
+	other.Token, other.Env = p.Token, p.Env
+	other.Configure(p.HSM())
+	return other
+}
+
 // Configure writes the usual configuration, with these tables: `[[provider]]` and others.
 func (p *Plugin) Configure(tables ...string) {
 	p.t.Helper()
