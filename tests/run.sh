@@ -209,8 +209,9 @@ fuzz() {
 kubernetes_tests() {
     cargo test --locked --no-run # leaves the daemon itself at the same place as `cargo build`
     local unformatted
-    export TROUSSEAU_BIN=$CARGO_TARGET_DIR/debug/trousseau KUBERNETES_BIN
+    export TROUSSEAU_BIN=$CARGO_TARGET_DIR/debug/trousseau KUBERNETES_BIN TROUSSEAU_BAO
     KUBERNETES_BIN=$(tests/kubernetes/build.sh)
+    TROUSSEAU_BAO=$(tests/transit/openbao.sh)
     cd tests/kubernetes
     unformatted=$(gofmt -l .)
     [[ -z $unformatted ]] || die "gofmt -w these: $unformatted"

@@ -3,7 +3,6 @@ package apiserver
 import (
 	"errors"
 	"fmt"
-	"maps"
 	"strings"
 	"testing"
 	"time"
@@ -22,8 +21,8 @@ const (
 	rotationLimit = 90 * time.Second
 )
 
-func provider(apiVersion, name string, plugin *harness.Plugin) string {
-	return fmt.Sprintf("  - kms: {apiVersion: %s, name: %s, endpoint: \"unix://%s\"}\n", apiVersion, name, plugin.Socket)
+func provider(apiVersion, name, socket string) string {
+	return fmt.Sprintf("  - kms: {apiVersion: %s, name: %s, endpoint: \"unix://%s\"}\n", apiVersion, name, socket)
 }
 
 // TestSecrets follows one cluster through its life; each step needs the one before.
@@ -31,7 +30,7 @@ func TestSecrets(t *testing.T) {
 	const secrets = 1000
 	c := newCluster(t)
 	plugin, first := harness.StartPlugin(t)
-	v2 := provider("v2", providerName, plugin)
+	v2 := provider("v2", providerName, plugin.Socket)
 
 	server := c.start(v2)
 	server.awaitReady(startLimit)
@@ -41,10 +40,7 @@ func TestSecrets(t *testing.T) {
 	c.allUnder(old, secrets)
 
 	t.Log("cold start of the API server")
-	server.stop()
-	server = c.start(v2)
-	server.awaitReady(startLimit)
-	server.readsAll(secrets)
+	server = c.restart(server, secrets, v2)
 
 	t.Log("the plugin stops under the API server")
 	plugin.Stop()
@@ -89,10 +85,7 @@ func TestSecrets(t *testing.T) {
 	c.allUnder(renewed, secrets)
 
 	t.Log("cold start after the rotation")
-	server.stop()
-	server = c.start(v2)
-	server.awaitReady(startLimit)
-	server.readsAll(secrets)
+	c.restart(server, secrets, v2)
 }
 
 // awaitKeyID waits until the API server writes under this key_id. Meanwhile no request may fail.
@@ -107,7 +100,7 @@ func (s *server) awaitKeyID(c *cluster, want string) {
 		if err := s.change(0); err != nil {
 			s.Fatalf("while the key is rotated: %v", err)
 		}
-		if got := c.keyIDs(secret(0).Name)[secret(0).Name]; got != want {
+		if got := c.keyIDOf(0); got != want {
 			return fmt.Errorf("it writes under %s, the new one is %s", got, want)
 		}
 		return nil
@@ -119,7 +112,7 @@ func TestMigrationFromV1beta1(t *testing.T) {
 	const secrets = 100
 	c := newCluster(t)
 	plugin, key := harness.StartPlugin(t)
-	v1, v2 := provider("v1", "trousseau-v1", plugin), provider("v2", providerName, plugin)
+	v1, v2 := provider("v1", "trousseau-v1", plugin.Socket), provider("v2", providerName, plugin.Socket)
 
 	server := c.start(v1)
 	server.awaitReady(startLimit)
@@ -127,28 +120,11 @@ func TestMigrationFromV1beta1(t *testing.T) {
 	if n := len(c.values("", "k8s:enc:kms:v1:trousseau-v1:")); n != secrets {
 		t.Errorf("%d Secrets in etcd, %d were created", n, secrets)
 	}
-	server.stop()
 
-	server = c.start(v2, v1)
-	server.awaitReady(startLimit)
+	server = c.restart(server, secrets, v2, v1)
 	server.rewrite(secrets)
 	server.readsAll(secrets)
 	c.allUnder(harness.KeyID(t, harness.Cluster, key.ID), secrets)
-	server.stop()
 
-	server = c.start(v2)
-	server.awaitReady(startLimit)
-	server.readsAll(secrets)
-}
-
-// allUnder fails the test unless n Secrets are in etcd, all under this key_id.
-func (c *cluster) allUnder(keyID string, n int) {
-	c.Helper()
-	count := map[string]int{}
-	for _, keyID := range c.keyIDs("") {
-		count[keyID]++
-	}
-	if want := map[string]int{keyID: n}; !maps.Equal(count, want) {
-		c.Errorf("Secrets in etcd by key_id: %v instead of %v", count, want)
-	}
+	c.restart(server, secrets, v2)
 }

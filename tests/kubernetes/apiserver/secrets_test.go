@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/base64"
 	"fmt"
+	"maps"
 	"path"
 	"sync"
 	"testing"
@@ -54,15 +55,21 @@ func each(t *testing.T, what string, n int, f func(i int) error) {
 	}
 }
 
-// create makes the namespace and n Secrets.
+// create makes n Secrets, the first ones with their namespace.
 func (s *server) create(n int) {
 	s.Helper()
 	_, err := s.CoreV1().Namespaces().Create(s.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespace}}, metav1.CreateOptions{})
 	if err != nil {
 		s.Fatal(err)
 	}
+	s.createMore(0, n)
+}
+
+// createMore makes n Secrets beside those that are there.
+func (s *server) createMore(there, n int) {
+	s.Helper()
 	each(s.T, "create a Secret", n, func(i int) error {
-		_, err := s.CoreV1().Secrets(namespace).Create(s.Context(), secret(i), metav1.CreateOptions{})
+		_, err := s.CoreV1().Secrets(namespace).Create(s.Context(), secret(there+i), metav1.CreateOptions{})
 		return err
 	})
 }
@@ -112,18 +119,51 @@ func (s *server) change(i int) error {
 	return nil
 }
 
-// keyIDs says under which key_id each Secret in etcd is whose name begins so. All must be of the v2 provider.
-func (c *cluster) keyIDs(name string) map[string]string {
+// mustChange writes one Secret anew.
+func (s *server) mustChange(i int) {
+	s.Helper()
+	if err := s.change(i); err != nil {
+		s.Fatal(err)
+	}
+}
+
+// objects are what the v2 provider of this name has in etcd of Secrets whose name begins so; all must be its.
+func (c *cluster) objects(provider, name string) map[string]*stored.EncryptedObject {
 	c.Helper()
-	keyIDs := map[string]string{}
-	for key, value := range c.values(name, "k8s:enc:kms:v2:"+providerName+":") {
+	objects := map[string]*stored.EncryptedObject{}
+	for key, value := range c.values(name, "k8s:enc:kms:v2:"+provider+":") {
 		object := &stored.EncryptedObject{}
 		if err := proto.Unmarshal(value, object); err != nil {
 			c.Errorf("%s in etcd: %v", key, err)
 		}
-		keyIDs[path.Base(key)] = object.KeyID
+		objects[path.Base(key)] = object
 	}
-	return keyIDs
+	return objects
+}
+
+// keyIDs counts the Secrets in etcd under each key_id. All must be of the v2 provider of this name.
+func (c *cluster) keyIDs(provider string) map[string]int {
+	c.Helper()
+	count := map[string]int{}
+	for _, object := range c.objects(provider, "") {
+		count[object.KeyID]++
+	}
+	return count
+}
+
+// keyIDOf is the key_id under which one Secret is in etcd.
+func (c *cluster) keyIDOf(i int) string {
+	c.Helper()
+	name := secret(i).Name
+	return c.objects(providerName, name)[name].GetKeyID()
+}
+
+// allUnder fails the test unless n Secrets are in etcd, all under this key_id.
+func (c *cluster) allUnder(keyID string, n int) {
+	c.Helper()
+	if got, want := c.keyIDs(providerName), (map[string]int{keyID: n}); !maps.Equal(got, want) {
+		c.Errorf("Secrets in etcd by key_id: %v instead of %v", got, want)
+	}
 }
 
 // values are the Secrets in etcd whose name begins so, less this prefix of the value, which each must have.

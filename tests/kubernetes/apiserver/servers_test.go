@@ -32,6 +32,7 @@ type cluster struct {
 	endpoint string
 	dir      string
 	programs string
+	shown    harness.Certificate
 }
 
 // newCluster starts an empty etcd.
@@ -42,7 +43,7 @@ func newCluster(t *testing.T) *cluster {
 		harness.Lacking(t, "KUBERNETES_BIN: set it to what tests/kubernetes/build.sh prints")
 	}
 	c := &cluster{T: t, dir: t.TempDir(), programs: programs}
-	client, peer := freeAddress(t), freeAddress(t)
+	client, peer := harness.FreeAddress(t), harness.FreeAddress(t)
 	c.endpoint = "http://" + client
 	harness.StartProcess(t, c.dir, "etcd", nil, c.program("etcd"),
 		"--data-dir", filepath.Join(c.dir, "etcd"), "--unsafe-no-fsync", "--log-level", "warn",
@@ -61,7 +62,7 @@ func newCluster(t *testing.T) *cluster {
 		_, err := c.etcd.Get(ctx, "any")
 		return err
 	})
-	writeCertificate(t, c.dir)
+	c.shown = harness.NewCertificate(t, c.dir)
 	harness.WriteFile(t, c.path("tokens.csv"), token+`,admin,admin,"system:masters"`+"\n")
 	return c
 }
@@ -89,16 +90,16 @@ resources:
 - resources: [secrets]
   providers:
 `+strings.Join(providers, ""))
-	address := freeAddress(c)
+	address := harness.FreeAddress(c)
 	_, port, _ := net.SplitHostPort(address)
 	s := &server{T: c.T, process: harness.StartProcess(c, c.dir, "kube-apiserver", nil, c.program("kube-apiserver"),
 		"--bind-address=127.0.0.1", "--advertise-address=127.0.0.1", "--secure-port="+port,
 		"--etcd-servers="+c.endpoint,
 		"--encryption-provider-config="+c.path("encryption.yaml"),
 		"--feature-gates=KMSv1=true", // off since 1.29
-		"--tls-cert-file="+c.path("certificate.pem"), "--tls-private-key-file="+c.path("key.pem"),
+		"--tls-cert-file="+c.shown.Certificate, "--tls-private-key-file="+c.shown.Key,
 		"--service-account-issuer=https://kubernetes.default.svc",
-		"--service-account-key-file="+c.path("certificate.pem"), "--service-account-signing-key-file="+c.path("key.pem"),
+		"--service-account-key-file="+c.shown.Certificate, "--service-account-signing-key-file="+c.shown.Key,
 		"--token-auth-file="+c.path("tokens.csv"), "--authorization-mode=RBAC",
 		"--service-cluster-ip-range=10.0.0.0/24", "--endpoint-reconciler-type=none",
 	)}
@@ -106,7 +107,7 @@ resources:
 	s.Clientset, err = kubernetes.NewForConfig(&rest.Config{
 		Host:            "https://" + address,
 		BearerToken:     token,
-		TLSClientConfig: rest.TLSClientConfig{CAFile: c.path("certificate.pem")},
+		TLSClientConfig: rest.TLSClientConfig{CAFile: c.shown.CA},
 		QPS:             -1, // no limit
 		Timeout:         30 * time.Second,
 	})
@@ -119,6 +120,32 @@ resources:
 		}
 		return nil
 	})
+	return s
+}
+
+// restart ends the API server and starts another one, with these providers. It must become ready, and read from etcd
+// the n Secrets that are there.
+func (c *cluster) restart(s *server, n int, providers ...string) *server {
+	c.Helper()
+	s.stop()
+	s = c.start(providers...)
+	s.awaitReady(startLimit)
+	s.readsAll(n)
+	return s
+}
+
+// roll has an API server with these providers take over, as control planes are changed one after the other: for a while
+// there are both, and each reads what the other one writes.
+func (c *cluster) roll(old *server, n int, providers ...string) *server {
+	c.Helper()
+	s := c.start(providers...)
+	s.awaitReady(startLimit)
+	for _, writer := range []*server{s, old} {
+		writer.mustChange(n / 2)
+		s.readsAll(n)
+		old.readsAll(n)
+	}
+	old.stop()
 	return s
 }
 
@@ -164,17 +191,6 @@ func (s *server) stop() {
 	if err := s.process.Stop(); err != nil {
 		s.Errorf("the API server ended with: %v", err)
 	}
-}
-
-// freeAddress is a loopback address on which nobody listens just now.
-func freeAddress(t testing.TB) string {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	return listener.Addr().String()
 }
 
 var (

@@ -3,11 +3,14 @@ package harness
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -21,14 +24,16 @@ const Cluster = "test-1"
 
 const readyLimit = 20 * time.Second
 
-// Plugin is the real plugin, with a token, a keyring and a configuration of its own.
+// Plugin is the real plugin, with a configuration and a state of its own.
 type Plugin struct {
-	Token   *Token
+	Token   *Token // nil: it has none
 	Socket  string
+	Config  string
+	Dir     string
+	Env     []string // what the daemon and every verb need
 	t       testing.TB
-	dir     string
 	binary  string
-	config  string
+	client  kmsv2.KeyManagementServiceClient
 	process *Process
 }
 
@@ -42,6 +47,15 @@ type Key struct {
 // NewPlugin makes a token and a configuration. Nothing runs yet, and there is no KEK.
 func NewPlugin(t testing.TB) *Plugin {
 	t.Helper()
+	p := BarePlugin(t)
+	p.AddToken()
+	p.Configure(p.HSM())
+	return p
+}
+
+// BarePlugin has neither a token nor a configuration.
+func BarePlugin(t testing.TB) *Plugin {
+	t.Helper()
 	// Not t.TempDir: the test's name would make the socket's path longer than the 107 bytes that are allowed.
 	dir, err := os.MkdirTemp("", "trousseau-")
 	if err != nil {
@@ -52,41 +66,69 @@ func NewPlugin(t testing.TB) *Plugin {
 	if binary == "" {
 		binary = "../../../target/debug/trousseau"
 	}
-	p := &Plugin{
+	return &Plugin{
 		t:      t,
-		dir:    dir,
+		Dir:    dir,
 		binary: Program(t, binary, "build it with `cargo build`, or set TROUSSEAU_BIN"),
 		Socket: filepath.Join(dir, "kms.sock"),
-		config: filepath.Join(dir, "trousseau.toml"),
-		Token:  NewToken(t, dir),
+		Config: filepath.Join(dir, "trousseau.toml"),
 	}
-	p.writeConfig()
-	return p
 }
 
-func (p *Plugin) writeConfig() {
+// AddToken makes a token, in which there is no KEK.
+func (p *Plugin) AddToken() {
 	p.t.Helper()
+	p.Token = NewToken(p.t, p.Dir)
+	p.Env = append(p.Env, p.Token.Env...)
+}
+
+// Beside is another control plane's plugin, with the same token and configuration, and a state of its own.
+func (p *Plugin) Beside() *Plugin {
+	p.t.Helper()
+	other := BarePlugin(p.t)
+	other.Token, other.Env = p.Token, p.Env
+	other.Configure(p.HSM())
+	return other
+}
+
+// Configure writes the usual configuration, with these tables: `[[provider]]` and others.
+func (p *Plugin) Configure(tables ...string) {
+	p.t.Helper()
+	WriteFile(p.t, p.Config, fmt.Sprintf(`version = "v1"
+[listen]
+%smode = "0600"
+v1beta1 = true
+[keyring]
+cluster = %q
+%s%s`, p.Listen(), Cluster, p.State(), strings.Join(tables, "")))
+}
+
+// Listen is what of `[listen]` belongs to this test and machine.
+func (p *Plugin) Listen() string {
+	return fmt.Sprintf("socket = %q\nallow-uids = [%d]\n", p.Socket, os.Getuid())
+}
+
+// State is what of `[keyring]` belongs to this test.
+func (p *Plugin) State() string {
+	p.t.Helper()
+	return fmt.Sprintf("state = %q\n", MakeDir(p.t, filepath.Join(p.Dir, "state")))
+}
+
+// HSM is the `[[provider]]` of the token, with more lines of it.
+func (p *Plugin) HSM(more ...string) string {
 	module := ""
 	if p.Token.Module != "" {
 		module = fmt.Sprintf("module = %q\n", p.Token.Module)
 	}
-	WriteFile(p.t, p.config, fmt.Sprintf(`version = "v1"
-[listen]
-socket = %q
-mode = "0600"
-allow-uids = [%d]
-v1beta1 = true
-[keyring]
-cluster = %q
-state = %q
-[[provider]]
+	return fmt.Sprintf(`[[provider]]
 name = "hsm"
 type = "pkcs11"
 profile = %q
 %stokens = ["pkcs11:token=%s"]
 pin-file = %q
 sessions = 4
-`, p.Socket, os.Getuid(), Cluster, MakeDir(p.t, filepath.Join(p.dir, "state")), p.Token.Profile, module, tokenLabel, p.Token.PINFile))
+%s
+`, p.Token.Profile, module, tokenLabel, p.Token.PINFile, strings.Join(more, "\n"))
 }
 
 // StartPlugin is the usual beginning of a test: a plugin that serves with one KEK.
@@ -102,7 +144,7 @@ func StartPlugin(t testing.TB) (*Plugin, Key) {
 // Start runs the daemon and waits for its socket only: it may have no usable token yet.
 func (p *Plugin) Start() {
 	p.t.Helper()
-	process := StartProcess(p.t, p.dir, "plugin", p.Token.Env, p.binary, "serve", "--config", p.config)
+	process := StartProcess(p.t, p.Dir, "plugin", p.Env, p.binary, "serve", "--config", p.Config)
 	p.process = process
 	p.t.Cleanup(func() { p.stop(process) }) // before the process's own clean-up, which does not judge
 	Await(p.t, readyLimit, "the plugin's socket accepts", func() error {
@@ -121,20 +163,50 @@ func (p *Plugin) Start() {
 // AwaitReady waits until Status says ok.
 func (p *Plugin) AwaitReady() {
 	p.t.Helper()
-	client := kmsv2.NewKeyManagementServiceClient(p.Dial("localhost"))
 	Await(p.t, readyLimit, "the plugin is healthy", func() error {
 		p.t.Helper()
 		if err := p.process.Running(); err != nil {
 			p.t.Fatal(err)
 		}
-		ctx, cancel := context.WithTimeout(p.t.Context(), 3*time.Second)
-		defer cancel()
-		answer, err := client.Status(ctx, &kmsv2.StatusRequest{})
-		if err == nil && answer.Healthz != "ok" {
-			err = fmt.Errorf("healthz is %q", answer.Healthz)
+		_, err := p.status()
+		return err
+	})
+}
+
+// KeyID is the key_id that Status says.
+func (p *Plugin) KeyID() string {
+	p.t.Helper()
+	keyID, err := p.status()
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return keyID
+}
+
+// AwaitOtherKeyID waits until Status says another key_id than this one, and returns it.
+func (p *Plugin) AwaitOtherKeyID(old string) (keyID string) {
+	p.t.Helper()
+	Await(p.t, readyLimit, "the plugin has another key_id", func() (err error) {
+		if keyID, err = p.status(); err == nil && keyID == old {
+			err = errors.New("it is still " + old)
 		}
 		return err
 	})
+	return keyID
+}
+
+func (p *Plugin) status() (string, error) {
+	p.t.Helper()
+	if p.client == nil {
+		p.client = kmsv2.NewKeyManagementServiceClient(p.Dial("localhost"))
+	}
+	ctx, cancel := context.WithTimeout(p.t.Context(), 3*time.Second)
+	defer cancel()
+	answer, err := p.client.Status(ctx, &kmsv2.StatusRequest{}, grpc.WaitForReady(true))
+	if err == nil && answer.Healthz != "ok" {
+		err = fmt.Errorf("healthz is %q", answer.Healthz)
+	}
+	return answer.GetKeyId(), err
 }
 
 // Stop ends the daemon, which must drain and exit with 0.
@@ -150,11 +222,36 @@ func (p *Plugin) stop(process *Process) {
 	}
 }
 
+// Reload has the daemon read its configuration again, which it must take.
+func (p *Plugin) Reload() {
+	p.t.Helper()
+	const taken, refused = "configuration read again", "the new configuration is not used"
+	before := strings.Count(p.process.Log(), taken)
+	p.process.Signal(syscall.SIGHUP)
+	Await(p.t, readyLimit, "the plugin takes its new configuration", func() error {
+		p.t.Helper()
+		log := p.process.Log()
+		if strings.Contains(log, refused) {
+			p.t.Fatal(refused)
+		}
+		if strings.Count(log, taken) == before {
+			return errors.New("nothing in its log")
+		}
+		return nil
+	})
+}
+
 // Run runs one verb of the plugin with this configuration and returns what it prints.
 func (p *Plugin) Run(verb ...string) []byte {
 	p.t.Helper()
-	command := exec.Command(p.binary, append(verb, "--config", p.config)...)
-	command.Env = append(os.Environ(), p.Token.Env...)
+	return p.RunAlone(append(verb, "--config", p.Config)...)
+}
+
+// RunAlone runs one verb of the plugin and returns what it prints.
+func (p *Plugin) RunAlone(verb ...string) []byte {
+	p.t.Helper()
+	command := exec.Command(p.binary, verb...)
+	command.Env = append(os.Environ(), p.Env...)
 	output, err := command.Output()
 	if err != nil {
 		if exit, ok := err.(*exec.ExitError); ok {

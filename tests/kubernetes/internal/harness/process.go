@@ -53,7 +53,8 @@ func StartProcess(t testing.TB, dir, name string, env []string, program string, 
 	t.Cleanup(func() {
 		p.Stop()
 		if t.Failed() {
-			t.Logf("the end of %s's log:\n%s", name, tail(p.log))
+			log := p.Log()
+			t.Logf("the end of %s's log:\n%s", name, log[max(0, len(log)-logTail):])
 		}
 	})
 	return p
@@ -74,6 +75,23 @@ func (p *Process) Stop() error {
 	return p.failure
 }
 
+// Signal sends it a signal.
+func (p *Process) Signal(signal os.Signal) {
+	p.t.Helper()
+	if err := p.command.Process.Signal(signal); err != nil {
+		p.t.Fatalf("%s: %v", p.name, err)
+	}
+}
+
+// Log is all that processes of this name have written in the test.
+func (p *Process) Log() string {
+	content, err := os.ReadFile(p.log)
+	if err != nil {
+		return err.Error()
+	}
+	return string(content)
+}
+
 // Running returns an error if the process has ended.
 func (p *Process) Running() error {
 	select {
@@ -82,12 +100,4 @@ func (p *Process) Running() error {
 	default:
 		return nil
 	}
-}
-
-func tail(path string) string {
-	content, err := os.ReadFile(path)
-	if err != nil {
-		return err.Error()
-	}
-	return string(content[max(0, len(content)-logTail):])
 }
