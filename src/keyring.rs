@@ -214,8 +214,9 @@ impl Keyring {
         }
         let dek = Arc::new(Dek::generate().map_err(KeyringError::internal)?);
         // One that hangs must leave time to answer without it.
+        let usable = set.keks.iter().filter(|active| active.kek.as_ref().is_ok_and(|kek| kek.check().is_ok())).count();
         let deadline = match self.seal_under {
-            SealUnder::Any if set.keks.len() > 1 => share(deadline, 2),
+            SealUnder::Any if usable > 1 => share(deadline, 2),
             _ => deadline,
         };
         let wrapped = join_all(set.keks.iter().map(|active| self.wrap(active, &dek, deadline))).await;

@@ -86,7 +86,7 @@ fn answer(request: &Request<Incoming>, requests: &Requests) -> Result<Response<F
     let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
     let (status, kind, body) = match (is_read, request.uri().path()) {
         (false, _) => (StatusCode::METHOD_NOT_ALLOWED, "text/plain", "GET or HEAD\n".to_owned()),
-        (true, "/metrics") => (StatusCode::OK, OPEN_METRICS, metrics::text(&keyring, requests.counters(), now)),
+        (true, "/metrics") => (StatusCode::OK, OPEN_METRICS, metrics::text(&keyring, requests, now)),
         (true, "/livez") => (StatusCode::OK, "text/plain", "ok\n".to_owned()),
         (true, "/readyz") => readiness(&keyring, now),
         (true, _) => (StatusCode::NOT_FOUND, "text/plain", "/metrics, /livez, /readyz\n".to_owned()),

@@ -82,6 +82,7 @@ struct Remembered {
     references: HashMap<Identity, Reference>,
     /// `None`: not read yet, or damaged when last tried.
     marks: Option<Vec<Mark>>,
+    gaps: Vec<Gap>,
     unwritten_pins: HashMap<String, pins::Unwritten>,
 }
 
@@ -241,10 +242,16 @@ impl State {
         Ok(self.read(GAPS_FILE)?.unwrap_or_default())
     }
 
-    /// Replaces the gaps, soon, on the disk.
+    /// Replaces the gaps, soon, on the disk. Whichever thread comes last writes the newest.
     pub fn set_gaps(self: &Arc<Self>, gaps: Vec<Gap>) {
+        lock(&self.remembered).gaps = gaps;
         let state = Arc::clone(self);
-        let write = move || drop(state.locked(|| state.write(GAPS_FILE, &gaps)));
+        let write = move || {
+            let _logged = state.locked(|| {
+                let gaps = lock(&state.remembered).gaps.clone();
+                state.write(GAPS_FILE, &gaps)
+            });
+        };
         if let Err(error) = std::thread::Builder::new().name("state".into()).spawn(write) {
             tracing::error!(%error, "which envelopes lack a recipient cannot be kept on disk");
         }

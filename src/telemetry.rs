@@ -47,7 +47,7 @@ pub fn init(default: &str) {
 
 /// Logs so much from now on, unless `TROUSSEAU_LOG` says how much.
 pub fn set_level(level: &str) {
-    if let (Some(exchange), true, Ok(filter)) = (EXCHANGE.get(), wish().is_empty(), level.parse())
+    if let (Some(exchange), true, Ok(filter)) = (EXCHANGE.get(), !is_level(&wish()), level.parse())
         && !exchange(filter)
     {
         tracing::warn!(level, "how much is logged cannot be changed");

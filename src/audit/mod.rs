@@ -9,11 +9,12 @@
 mod chain;
 mod file;
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use tokio::sync::watch;
+use tokio::sync::oneshot;
 
 pub use self::chain::{Event, Flaw, Head, Peer, Verifier};
 use self::file::LogFile;
@@ -25,6 +26,10 @@ use crate::sync::lock;
 const GATHER: Duration = Duration::from_millis(100);
 /// How long the thread sleeps at most.
 const IDLE: Duration = Duration::from_secs(3600);
+/// How long whoever waits for a line waits: as long as the API server does.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// How often the same trouble is told.
+const COMPLAIN_AGAIN: Duration = Duration::from_secs(10);
 /// Events that may wait: past these, the disk is too slow, and they are lost and counted.
 const MOST_WAITING: usize = 100_000;
 
@@ -38,25 +43,17 @@ struct Shared {
     on_failure: OnFailure,
     waiting: Mutex<Waiting>,
     woken: Condvar,
-    progress: watch::Sender<Progress>,
+    /// Events that are not in the log.
+    lost: AtomicU64,
 }
 
 #[derive(Default)]
 struct Waiting {
     events: Vec<Event>,
-    /// How many were handed over, those that were lost among them.
-    count: u64,
+    /// Who waits until these are written.
+    callers: Vec<oneshot::Sender<Result<(), String>>>,
     lost: u64,
     ended: bool,
-}
-
-/// How far the writer has come.
-#[derive(Clone, Default)]
-struct Progress {
-    /// As [`Waiting::count`].
-    written: u64,
-    /// Why those before that, or some of them, are not there.
-    failure: Option<String>,
 }
 
 impl Audit {
@@ -77,10 +74,17 @@ impl Audit {
             on_failure: config.on_failure,
             waiting: Mutex::default(),
             woken: Condvar::new(),
-            progress: watch::Sender::new(Progress::default()),
+            lost: AtomicU64::default(),
         });
-        let of =
-            Writer { shared: Arc::clone(&shared), config: config.clone(), file, untold: None, unsynced: None, lost: 0 };
+        let of = Writer {
+            shared: Arc::clone(&shared),
+            config: config.clone(),
+            file,
+            untold: None,
+            unsynced: None,
+            lost: 0,
+            complained: None,
+        };
         let writer = thread::Builder::new().name("audit".into()).spawn(move || of.run());
         let writer = Some(writer.map_err(|error| format!("no thread: {error}"))?);
         Ok(Self { shared, writer })
@@ -89,48 +93,71 @@ impl Audit {
     /// Hands an event over. `Ok` at once, unless what cannot be logged is to be refused: then once it is written.
     ///
     /// # Errors
-    /// It could not be written, and is to be refused.
+    /// It could not be written, or not in time, and is to be refused.
     pub async fn record(&self, event: Event) -> Result<(), String> {
-        let number = self.shared.hand_over(event);
-        if self.shared.on_failure == OnFailure::Count {
-            return Ok(());
+        match self.shared.on_failure {
+            OnFailure::Count => {
+                self.shared.hand_over(event, None);
+                Ok(())
+            }
+            OnFailure::Refuse => self.written(event).await,
         }
-        let mut progress = self.shared.progress.subscribe();
-        match progress.wait_for(|progress| progress.written >= number).await {
-            Ok(progress) => progress.failure.clone().map_or(Ok(()), Err),
-            Err(_) => Err("its thread has ended".into()),
+    }
+
+    /// Hands an event over and waits until it, and all before it, are written.
+    ///
+    /// # Errors
+    /// It could not be written, or not in time.
+    pub async fn written(&self, event: Event) -> Result<(), String> {
+        let (caller, answer) = oneshot::channel();
+        self.shared.hand_over(event, Some(caller));
+        match tokio::time::timeout(PATIENCE, answer).await {
+            Ok(Ok(written)) => written,
+            Ok(Err(_)) => Err("too many events wait, or its thread has ended".into()),
+            Err(_) => Err("its disk does not answer".into()),
         }
+    }
+
+    /// How many events are not in the log because it could not be written.
+    #[must_use]
+    pub fn lost(&self) -> u64 {
+        self.shared.lost.load(Ordering::Relaxed)
     }
 }
 
+/// Events that are written together, who waits for them, and how many were lost before them.
+type Batch = (Vec<Event>, Vec<oneshot::Sender<Result<(), String>>>, u64);
+
 impl Shared {
-    fn hand_over(&self, event: Event) -> u64 {
+    fn hand_over(&self, event: Event, caller: Option<oneshot::Sender<Result<(), String>>>) {
         let mut waiting = lock(&self.waiting);
-        waiting.count += 1;
         if waiting.events.len() >= MOST_WAITING {
             waiting.lost += 1;
-            return waiting.count;
+            return;
         }
         waiting.events.push(event);
+        waiting.callers.extend(caller);
         if waiting.events.len() == 1 {
             self.woken.notify_one();
         }
-        waiting.count
     }
 
     /// Waits for events, for so long. `None`: there will be no more.
-    fn next(&self, patience: Duration) -> Option<(Vec<Event>, u64, u64)> {
+    fn next(&self, patience: Duration) -> Option<Batch> {
         let mut waiting = lock(&self.waiting);
         if waiting.events.is_empty() && !waiting.ended {
             waiting = self.woken.wait_timeout(waiting, patience).unwrap_or_else(PoisonError::into_inner).0;
         }
-        if self.on_failure == OnFailure::Count && !waiting.events.is_empty() && !waiting.ended {
+        if waiting.callers.is_empty() && !waiting.events.is_empty() && !waiting.ended {
             drop(waiting);
             thread::sleep(GATHER);
             waiting = lock(&self.waiting);
         }
-        let batch = (std::mem::take(&mut waiting.events), waiting.count, std::mem::take(&mut waiting.lost));
-        if batch.0.is_empty() && waiting.ended { None } else { Some(batch) }
+        if waiting.events.is_empty() && waiting.ended {
+            return None;
+        }
+        let Waiting { events, callers, lost, .. } = &mut *waiting;
+        Some((std::mem::take(events), std::mem::take(callers), std::mem::take(lost)))
     }
 }
 
@@ -153,6 +180,7 @@ struct Writer {
     untold: Option<Instant>,
     unsynced: Option<Instant>,
     lost: u64,
+    complained: Option<Instant>,
 }
 
 impl Writer {
@@ -160,11 +188,11 @@ impl Writer {
         self.tell_head();
         loop {
             let patience = self.patience();
-            let Some((events, count, dropped)) = self.shared.next(patience) else { break };
-            self.lost += dropped;
+            let Some((events, callers, dropped)) = self.shared.next(patience) else { break };
+            self.lose(dropped);
             if !events.is_empty() {
-                let failure = self.write(&events).err();
-                self.shared.progress.send_replace(Progress { written: count, failure });
+                let written = self.write(&events);
+                callers.into_iter().for_each(|caller| drop(caller.send(written.clone())));
             }
             if self.untold.is_some_and(|since| since.elapsed() >= self.config.head_every) {
                 self.tell_head();
@@ -177,12 +205,15 @@ impl Writer {
     }
 
     fn write(&mut self, events: &[Event]) -> Result<(), String> {
-        let written = self.append(events);
-        if let Err(error) = &written {
-            self.lost += events.len() as u64;
-            tracing::error!(error, lost = self.lost, "the audit log cannot be written");
+        if let Err(error) = self.append(events) {
+            self.lose(events.len() as u64);
+            self.complain(&format!("the audit log cannot be written: {error}"));
+            return Err(error);
         }
-        written
+        self.unsynced.get_or_insert_with(Instant::now);
+        self.untold.get_or_insert_with(Instant::now);
+        self.lost = 0;
+        self.sync_if_due()
     }
 
     fn append(&mut self, events: &[Event]) -> Result<(), String> {
@@ -190,29 +221,40 @@ impl Writer {
             Some(file) => file,
             none => none.insert(LogFile::open(&self.config)?),
         };
-        file.append(self.lost, events).map_err(|error| format!("{}: {error}", file.path().display()))?;
-        self.unsynced.get_or_insert_with(Instant::now);
-        self.untold.get_or_insert_with(Instant::now);
-        self.lost = 0;
-        self.sync_if_due()
+        file.append(self.lost, events).map_err(|error| format!("{}: {error}", file.path().display()))
+    }
+
+    fn lose(&mut self, events: u64) {
+        self.lost += events;
+        self.shared.lost.fetch_add(events, Ordering::Relaxed);
+    }
+
+    /// A disk that is full stays so for a while.
+    fn complain(&mut self, what: &str) {
+        if self.complained.is_none_or(|at| at.elapsed() >= COMPLAIN_AGAIN) {
+            self.complained = Some(Instant::now());
+            tracing::error!(lost = self.lost, "{what}");
+        }
     }
 
     fn sync_if_due(&mut self) -> Result<(), String> {
-        match (self.config.sync, self.unsynced, &self.file) {
-            (Sync::Every(interval), Some(since), Some(file)) if since.elapsed() >= interval => {
-                file.sync().map_err(|error| format!("{}: {error}", file.path().display()))?;
-                self.unsynced = None;
-                Ok(())
-            }
-            _ => Ok(()),
+        let (Sync::Every(interval), Some(since), Some(file)) = (self.config.sync, self.unsynced, &self.file) else {
+            return Ok(());
+        };
+        if since.elapsed() < interval {
+            return Ok(());
         }
+        let synced = file.sync().map_err(|error| format!("{}: {error}", file.path().display()));
+        self.unsynced = synced.is_err().then(Instant::now);
+        if let Err(error) = &synced {
+            self.complain(&format!("the audit log cannot be synced: {error}"));
+        }
+        synced
     }
 
     /// How long the next event may be waited for: by then something else is due.
     fn patience(&mut self) -> Duration {
-        if let Err(error) = self.sync_if_due() {
-            tracing::error!(error, "the audit log cannot be synced");
-        }
+        drop(self.sync_if_due()); // which complains itself
         let sync = match (self.config.sync, self.unsynced) {
             (Sync::Every(interval), Some(since)) => interval.saturating_sub(since.elapsed()),
             _ => IDLE,

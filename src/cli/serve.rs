@@ -1,5 +1,6 @@
 //! `trousseau serve`: the daemon.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
@@ -80,7 +81,8 @@ async fn serve_with(
     ready()?;
     let v1beta1 = config.listen.v1beta1;
     let requests = Arc::new(Requests::new(keyring, audit));
-    let daemon = Daemon { file, listen: config.listen, listener, requests, state, leader };
+    let (audit, observe) = (config.audit, config.observe);
+    let daemon = Daemon { file, listen: config.listen, audit, observe, listener, requests, state, leader };
     let terminated = terminated()?;
     let mut lost = None;
     let shutdown = async {
@@ -88,8 +90,8 @@ async fn serve_with(
         systemd::stopping();
     };
     let mut hangup = on(SignalKind::hangup())?;
-    daemon.note("start").await;
     systemd::ready();
+    daemon.note("start").await;
     let ended = tokio::select! {
         ended = service::serve(&daemon.listener, &daemon.requests, v1beta1, shutdown) => {
             ended.map_err(|error| Failure::failed(format!("the service ended: {error}"), ""))
@@ -98,7 +100,7 @@ async fn serve_with(
         () = daemon.reload_at(&mut hangup) => Ok(()),
         () = daemon.keep_systemd_informed() => Ok(()),
         () = daemon.feed_watchdog() => Ok(()),
-        () = observe::serve(config.observe, &daemon.requests) => Ok(()),
+        () = observe::serve(daemon.observe, &daemon.requests) => Ok(()),
     };
     daemon.note("stop").await;
     match lost {
@@ -118,6 +120,8 @@ fn open_audit(config: &AuditConfig) -> Result<Audit, Failure> {
 struct Daemon {
     file: PathBuf,
     listen: Listen,
+    audit: Option<AuditConfig>,
+    observe: Option<SocketAddr>,
     listener: Listener,
     requests: Arc<Requests>,
     state: Arc<State>,
@@ -129,7 +133,7 @@ impl Daemon {
     async fn note(&self, event: &'static str) {
         if let Some(audit) = self.requests.audit() {
             let detail = format!("version {VERSION}, pid {}", std::process::id());
-            drop(audit.record(Event { detail, ..Event::now(event) }).await);
+            drop(audit.written(Event { detail, ..Event::now(event) }).await);
         }
     }
 
@@ -167,6 +171,9 @@ impl Daemon {
         self.listener.admit_only(&config.listen);
         telemetry::set_level(&config.log_level);
         drop_elsewhere(self.requests.exchange(keyring));
+        if (&config.audit, config.observe) != (&self.audit, self.observe) {
+            tracing::warn!("audit, observe: nothing of them changes without a restart");
+        }
         let now_and_then = |listen: &Listen| (listen.socket.clone(), listen.mode, listen.group.clone(), listen.v1beta1);
         if now_and_then(&config.listen) != now_and_then(&self.listen) {
             tracing::warn!("listen: only allow-uids changes without a restart");

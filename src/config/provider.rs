@@ -4,7 +4,12 @@ use std::collections::BTreeSet;
 
 use super::file::{self, ProviderType};
 use super::{Check, ConfigError, Exportable, Pkcs11Config, TransitConfig};
-use crate::envelope::{MAX_RECIPIENTS, WrapAlgorithm};
+use crate::envelope::{self, MAX_RECIPIENTS, WrapAlgorithm};
+
+/// Bytes in a seed of the API server's.
+const SEED: usize = 32;
+/// An answer of KMS v2 takes 1,024 bytes; some are left for what may come.
+const MOST: usize = 1000;
 
 /// One `[[provider]]`.
 #[derive(Debug)]
@@ -92,6 +97,13 @@ impl Check<'_> {
         if sealing > MAX_RECIPIENTS {
             let what = format!("{sealing} providers seal, and an envelope has at most {}", MAX_RECIPIENTS);
             return Err(self.error(what, "set `seal = false` for some"));
+        }
+        let longest: Vec<_> =
+            providers.iter().filter(|config| config.seals()).map(ProviderConfig::longest_algorithm).collect();
+        let size = envelope::sealed_len(&longest, SEED);
+        if size > MOST {
+            let what = format!("the ciphertext of a seed would have up to {size} bytes, and KMS v2 takes {MOST}");
+            return Err(self.error(what, "set `seal = false` for some providers, or take modes out of their profiles"));
         }
         let mut names = BTreeSet::new();
         match providers.iter().find(|provider| !names.insert(provider.name())) {

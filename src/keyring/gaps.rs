@@ -22,10 +22,12 @@ impl Keyring {
         let mut gaps = lock(gaps);
         let gaps = gaps.get_or_insert_with(|| self.gaps_of_before());
         let key_id = key_set.to_string();
-        gaps.retain(|gap| gap.key_id == key_id); // a rotation has replaced the others
+        let active = self.foresee(Timestamp::now(), None).ok().map(|set| set.to_string());
+        // A rotation has replaced the others; just after one, a set that was announced before it is still used.
+        gaps.retain(|gap| gap.key_id == key_id || Some(&gap.key_id) == active.as_ref());
         let mut is_news = false;
         for ActiveKek { identity, provider, .. } in missed {
-            let known = gaps.iter().position(|gap| gap.identity == *identity);
+            let known = gaps.iter().position(|gap| gap.identity == *identity && gap.key_id == key_id);
             let at = known.unwrap_or_else(|| {
                 let (provider, since) = (provider.clone(), Timestamp::now());
                 gaps.push(Gap { key_id: key_id.clone(), provider, identity: *identity, since, envelopes: 0 });

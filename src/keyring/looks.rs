@@ -149,7 +149,10 @@ impl Keyring {
             Err(KekError::Busy(_)) => (), // it proves nothing, and the next look is near
             Err(error) => {
                 member.is_out_of_reach(&error);
-                member.seen().keks.iter().for_each(|kek| self.health.fault(kek.identity(), &error));
+                // Of the active one alone: what is said against another is never taken back.
+                if let Ok((active, _)) = self.active_of(member, Timestamp::now()) {
+                    self.health.fault(active.identity, &error);
+                }
             }
         }
     }

@@ -60,10 +60,10 @@ impl Keyring {
         }
         let mut failure = KeyringError::BadCiphertext;
         let keks = self.keks_of(&envelope).await?;
-        let mut left = keks.len();
+        let mut left = keks.iter().filter(|(kek, _)| kek.check().is_ok()).count();
         for (kek, recipient) in keks {
             let deadline = share(deadline, left);
-            left -= 1;
+            left = left.saturating_sub(1);
             if kek.algorithm() != recipient.algorithm {
                 tracing::debug!(kek = %recipient.identity, "recipient refused: not the algorithm of its KEK");
                 continue;

@@ -10,9 +10,10 @@ use crate::keyring::{KekDescription, Keyring};
 use crate::provider::{Times, Vitals};
 use crate::service::counters::{Call, Counters};
 use crate::service::ended::name_of;
+use crate::service::requests::Requests;
 
 /// What can be told without asking a token.
-pub(super) fn text(keyring: &Keyring, counters: &Counters, now: Timestamp) -> String {
+pub(super) fn text(keyring: &Keyring, requests: &Requests, now: Timestamp) -> String {
     let mut text = Text::default();
     text.gauge("trousseau_build_info", "The version that runs");
     text.sample("trousseau_build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1);
@@ -39,7 +40,11 @@ pub(super) fn text(keyring: &Keyring, counters: &Counters, now: Timestamp) -> St
     text.gauge("trousseau_keys_refused", "Keys under the KEKs' label that are not used");
     text.sample("trousseau_keys_refused", &[], count(refused.len()));
     text.keks(&keks);
-    text.requests(counters);
+    text.requests(requests.counters());
+    if let Some(audit) = requests.audit() {
+        text.counter("trousseau_audit_lost", "Events that could not be written into the audit log");
+        text.sample("trousseau_audit_lost_total", &[], audit.lost());
+    }
     text.vitals(&keyring.vitals());
     text.0 + "# EOF\n"
 }
@@ -49,9 +54,11 @@ fn hash(key_id: &str) -> String {
     format!("sha256:{}", base16ct::lower::encode_string(&Sha256::digest(key_id)))
 }
 
-/// As OpenMetrics writes a number: with a point.
+/// As OpenMetrics writes a number: with a point, and nothing behind it that could be left out.
 fn seconds(micros: u64) -> String {
-    format!("{}.{:06}", micros / 1_000_000, micros % 1_000_000)
+    let text = format!("{}.{:06}", micros / 1_000_000, micros % 1_000_000);
+    let short = text.trim_end_matches('0');
+    if short.ends_with('.') { format!("{short}0") } else { short.to_owned() }
 }
 
 fn count(of: usize) -> i64 {
@@ -157,11 +164,13 @@ impl Text {
 
     fn times(&mut self, name: &str, labels: &[(&str, &str)], times: &Histogram) {
         let bucket = format!("{name}_bucket");
+        let mut all = times.count(); // read once: others go on counting
         for (micros, count) in times.at_most() {
+            all = all.max(count);
             self.sample(&bucket, &[labels, &[("le", &seconds(micros))]].concat(), count);
         }
-        self.sample(&bucket, &[labels, &[("le", "+Inf")]].concat(), times.count());
-        self.sample(&format!("{name}_count"), labels, times.count());
+        self.sample(&bucket, &[labels, &[("le", "+Inf")]].concat(), all);
+        self.sample(&format!("{name}_count"), labels, all);
         self.sample(&format!("{name}_sum"), labels, seconds(times.micros()));
     }
 

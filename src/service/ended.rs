@@ -35,30 +35,36 @@ impl Requests {
     /// # Errors
     /// What the client is answered instead: that the request has failed, or that it cannot be logged.
     pub(super) async fn tell(&self, ended: Ended<'_>) -> Result<(), Status> {
-        let answer = ended.outcome.map(drop).map_err(status_of);
-        let code = answer.as_ref().err().map_or(Code::Ok, Status::code);
-        ended.log(self.repeats());
-        self.counters().count(ended.call, code, ended.began.elapsed());
-        let Some(audit) = self.audit().filter(|_| ended.call != Call::Status) else { return answer };
-        match audit.record(ended.event(code)).await {
-            Ok(()) => answer,
-            Err(why) => {
-                Err(Status::unavailable(format!("the audit log cannot be written, the object is intact: {why}")))
-            }
+        let _under_way = self.under_way(); // an end waits for it
+        let mut answer = ended.outcome.map(drop).map_err(status_of);
+        if let Some(audit) = self.audit().filter(|_| ended.call != Call::Status)
+            && let Err(why) = audit.record(ended.event(code_of(&answer))).await
+        {
+            answer = Err(Status::unavailable(format!("the audit log cannot be written, the object is intact: {why}")));
         }
+        ended.log(&answer, self.repeats());
+        self.counters().count(ended.call, code_of(&answer), ended.began.elapsed());
+        answer
     }
+}
+
+fn code_of(answer: &Result<(), Status>) -> Code {
+    answer.as_ref().err().map_or(Code::Ok, Status::code)
 }
 
 impl Ended<'_> {
     /// One line: its uid, sizes, time and outcome, and nothing else of it. That many fail alike is told once.
-    fn log(&self, repeats: &Repeats) {
+    fn log(&self, answer: &Result<(), Status>, repeats: &Repeats) {
         let Self { call, uid, received, began, outcome, .. } = self;
         let (version, call, uid) = (call.version(), call.method(), Plain(uid));
         let micros = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
-        match outcome {
-            Ok(sent) => tracing::debug!(version, call, %uid, received, sent, micros, "done"),
-            Err(error) => {
-                let error = error.to_string();
+        match answer {
+            Ok(()) => {
+                let sent = outcome.as_ref().ok();
+                tracing::debug!(version, call, %uid, received, sent, micros, "done");
+            }
+            Err(status) => {
+                let error = status.message();
                 if repeats.is_news(&format!("{version} {call}: {error}"), Instant::now()) {
                     tracing::warn!(version, call, %uid, received, micros, error, "failed");
                 } else {

@@ -17,6 +17,9 @@ use crate::telemetry::Repeats;
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(3);
 /// No request is worked on for longer.
 const LONGEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// So much before its deadline at most, or a twentieth of its time, a request is given up: a client that gives up first
+/// hears no reason, and nobody counts it.
+const EARLY: Duration = Duration::from_millis(50);
 /// What the handlers of both versions have in common.
 pub struct Requests {
     keyring: watch::Sender<Arc<Keyring>>,
@@ -91,9 +94,10 @@ impl Requests {
     where
         W: Future<Output = Result<T, KeyringError>>,
     {
-        let _under_way = UnderWay::begin(self);
+        let _under_way = self.under_way();
         let sent = request.metadata().get("grpc-timeout").and_then(|value| value.to_str().ok()).and_then(parse_timeout);
-        let deadline = Instant::now() + sent.unwrap_or(DEFAULT_TIMEOUT).min(LONGEST_TIMEOUT);
+        let allowed = sent.unwrap_or(DEFAULT_TIMEOUT).min(LONGEST_TIMEOUT);
+        let deadline = Instant::now() + (allowed - (allowed / 20).min(EARLY));
         let late = KeyringError::Deadline("the request's own deadline has passed".into());
         let keyring = self.keyring();
         let answer = async {
@@ -101,6 +105,11 @@ impl Requests {
             work(Arc::clone(&keyring), deadline).await
         };
         tokio::time::timeout_at(deadline.into(), answer).await.unwrap_or(Err(late))
+    }
+
+    /// Counts a request for as long as this is held.
+    pub(super) fn under_way(&self) -> UnderWay<'_> {
+        UnderWay::begin(self)
     }
 
     /// Returns once no request has been under way for as long as `quiet`.
@@ -120,7 +129,7 @@ impl Requests {
 }
 
 /// Counts a request until it is answered, or its client has gone.
-struct UnderWay<'a>(&'a Requests);
+pub(super) struct UnderWay<'a>(&'a Requests);
 
 impl<'a> UnderWay<'a> {
     fn begin(requests: &'a Requests) -> Self {

@@ -9,7 +9,7 @@ use cryptoki::slot::{Slot, TokenInfo};
 
 use super::Complaint;
 use super::connection::Connected;
-use super::error::CallError;
+use super::error::{CallError, Class};
 use super::login::{Latch, Retry};
 use super::module::{InUse, Module};
 use crate::config::{Credential, Pkcs11Config, Profile, TokenUri};
@@ -32,7 +32,11 @@ pub(super) enum NotConnected {
     /// It may be there, in a slot that does not answer.
     Hangs(String),
     /// The token is there and was not logged in to.
-    LoginFailed(String),
+    LoginFailed {
+        reason: String,
+        /// The PIN is to blame, and is not tried again.
+        is_latched: bool,
+    },
 }
 
 impl From<String> for NotConnected {
@@ -44,7 +48,7 @@ impl From<String> for NotConnected {
 impl NotConnected {
     pub(super) fn reason(&self) -> &str {
         match self {
-            Self::NotThere(reason) | Self::Hangs(reason) | Self::LoginFailed(reason) => reason,
+            Self::NotThere(reason) | Self::Hangs(reason) | Self::LoginFailed { reason, .. } => reason,
         }
     }
 }
@@ -72,7 +76,10 @@ impl Address {
         let session = opened.map_err(|error| format!("no session can be opened: {error}"))?;
         let latch = self.latch(&info);
         let logged_in = latch.log_in(&in_use, slot, &session, &pin);
-        logged_in.map_err(|error| NotConnected::LoginFailed(format!("login failed: {error}")))?;
+        logged_in.map_err(|error| NotConnected::LoginFailed {
+            is_latched: error.class(&self.profile.errors) == Class::Pin,
+            reason: format!("login failed: {error}"),
+        })?;
         Ok(Connected::new(in_use, slot, session, pin, latch, Arc::clone(&self.profile), released))
     }
 

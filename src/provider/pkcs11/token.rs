@@ -48,7 +48,7 @@ pub(super) struct Token {
     waiting_since: Mutex<Option<Instant>>,
     /// Its module was lost, and must not be initialized again.
     is_spent: AtomicBool,
-    /// The last login failed.
+    /// The last PIN was refused, and is not tried again.
     is_latched: AtomicBool,
 }
 
@@ -249,8 +249,10 @@ impl Token {
                 }
                 Err(error) => {
                     self.link.is_down(&format!("is not usable: {}", error.reason()));
-                    let is_logins = matches!(error, NotConnected::LoginFailed(_));
-                    self.is_latched.store(is_logins, Ordering::Relaxed);
+                    let is_logins = matches!(error, NotConnected::LoginFailed { .. });
+                    if let NotConnected::LoginFailed { is_latched, .. } = error {
+                        self.is_latched.store(is_latched, Ordering::Relaxed);
+                    }
                     failed_logins += u32::from(is_logins);
                     Instant::now() + if is_logins { pause_after(failed_logins) } else { LOOK_EVERY }
                 }
