@@ -15,6 +15,8 @@ import (
 	"trousseau/tests/kubernetes/internal/harness"
 )
 
+var firstSeed = []byte("first")
+
 // caller calls a plugin with the API server's patience.
 type caller struct {
 	*testing.T
@@ -38,6 +40,16 @@ func (c caller) encrypt(seed []byte) (*kmsv2.EncryptResponse, error) {
 		err = fmt.Errorf("encrypt: %w", err)
 	}
 	return envelope, err
+}
+
+// first encrypts what a load reads.
+func (c caller) first() *kmsv2.EncryptResponse {
+	c.Helper()
+	envelope, err := c.encrypt(firstSeed)
+	if err != nil {
+		c.Fatal(err)
+	}
+	return envelope
 }
 
 func (c caller) opens(envelope *kmsv2.EncryptResponse, want []byte) error {
@@ -66,14 +78,11 @@ type load struct {
 	failures []error
 }
 
-func startLoad(s *server, p *harness.Plugin) *load {
+// startLoad starts it; what is read of the plugin again and again is first.
+func startLoad(s *server, p *harness.Plugin, first *kmsv2.EncryptResponse) *load {
 	s.Helper()
 	ctx, end := context.WithCancel(s.Context())
-	l := &load{server: s, plugin: newCaller(s.T, p), end: end}
-	var err error
-	if l.first, err = l.plugin.encrypt([]byte("first")); err != nil {
-		s.Fatal(err)
-	}
+	l := &load{server: s, plugin: newCaller(s.T, p), first: first, end: end}
 	for _, work := range []func() error{l.thereAndBack, l.thereAndBack, l.back, func() error { return s.change(0) }, l.list} {
 		l.waiting.Go(func() {
 			for ctx.Err() == nil {
@@ -143,7 +152,7 @@ func (l *load) thereAndBack() error {
 	return l.plugin.opens(envelope, seed)
 }
 
-func (l *load) back() error { return l.plugin.opens(l.first, []byte("first")) }
+func (l *load) back() error { return l.plugin.opens(l.first, firstSeed) }
 
 func (l *load) list() error {
 	_, err := l.CoreV1().Secrets(namespace).List(l.Context(), list)

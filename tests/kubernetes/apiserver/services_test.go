@@ -44,7 +44,7 @@ func TestEitherServiceAway(t *testing.T) {
 	} {
 		t.Log(outage.what)
 		keyID := p.KeyID()
-		load := startLoad(server, p)
+		load := startLoad(server, p, newCaller(t, p).first())
 		load.more(rounds)
 		outage.begin()
 		load.awaitRecipients(1)
@@ -57,7 +57,7 @@ func TestEitherServiceAway(t *testing.T) {
 		c.sealedFor(map[int]int{1: written, 2: secrets - written})
 
 		t.Log("it is back")
-		load = startLoad(server, p)
+		load = startLoad(server, p, newCaller(t, p).first())
 		outage.end()
 		load.awaitRecipients(2)
 		load.more(rounds)
@@ -90,10 +90,14 @@ func TestMoveToAnotherService(t *testing.T) {
 	server.awaitReady(startLimit)
 	server.create(secrets)
 
+	oldest := newCaller(t, p).first() // under the KEK in the token alone
 	step := func(what string, providers ...string) {
 		t.Log(what)
+		load := startLoad(server, p, oldest)
 		p.Configure(providers...)
 		p.Reload()
+		load.more(100)
+		load.stop()
 		eachOpensTheOthers(t, p, other)
 		other.Configure(providers...)
 		other.Reload()
@@ -118,6 +122,7 @@ func TestMoveToAnotherService(t *testing.T) {
 	if before == both || both == after || after == before {
 		t.Errorf("a key_id has come back: %s, %s, %s", before, both, after)
 	}
+	oldest = newCaller(t, p).first() // which takes the place of the other one, as the rewritings did
 	step("remove", vault())
 	p.Token.Hide(t)
 	server.mustChange(0)
