@@ -219,7 +219,9 @@ impl Keyring {
             SealUnder::Any if usable > 1 => share(deadline, 2),
             _ => deadline,
         };
-        let wrapped = join_all(set.keks.iter().map(|active| self.wrap(active, &dek, deadline))).await;
+        // Nor is one asked that is known to be out of reach, while another is not.
+        let only_usable = self.seal_under == SealUnder::Any && usable > 0;
+        let wrapped = join_all(set.keks.iter().map(|active| self.wrap(active, &dek, deadline, only_usable))).await;
         let missed = Self::missed(&set.keks, &wrapped);
         let mut recipients = Vec::with_capacity(wrapped.len());
         let mut fault = None;
@@ -246,8 +248,12 @@ impl Keyring {
         active: &ActiveKek,
         dek: &Arc<Dek>,
         deadline: Instant,
+        only_usable: bool,
     ) -> Result<Recipient<Vec<u8>>, KekError> {
         let kek = active.kek.as_ref().map_err(KekError::clone)?;
+        if only_usable {
+            kek.check()?;
+        }
         let wrapped = kek.wrap_dek(Arc::clone(dek), deadline).await;
         self.health.note(active.identity, Work::Wrap, &wrapped);
         Ok(Recipient { identity: active.identity, algorithm: kek.algorithm(), wrapped: wrapped? })

@@ -1,10 +1,11 @@
 //! `trousseau audit …`: the audit log's own verbs.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
+use rustix::fs::{FlockOperation, flock};
 use serde::Serialize;
 
 use super::OutputArgs;
@@ -90,11 +91,13 @@ pub(super) fn run(verb: AuditVerb) -> Result<(), Failure> {
 }
 
 fn verify(args: &VerifyArgs) -> Result<Report, Failure> {
-    let files = parts(&args.file).map_err(|error| unreadable(&args.file, &error))?;
+    let (files, written) = files(&args.file).map_err(|error| unreadable(&args.file, &error))?;
     let (mut verifier, mut lines, mut flaws) = (Verifier::default(), 0, Vec::new());
     let mut head_is_found = args.head.is_none();
     for file in &files {
-        let mut reader = BufReader::with_capacity(1 << 20, File::open(file).map_err(|error| unreadable(file, &error))?);
+        let length = if *file == args.file { written } else { u64::MAX };
+        let opened = File::open(file).map_err(|error| unreadable(file, &error))?;
+        let mut reader = BufReader::with_capacity(1 << 20, opened.take(length));
         let mut line = Vec::new();
         for number in 1.. {
             line.clear();
@@ -114,6 +117,13 @@ fn verify(args: &VerifyArgs) -> Result<Report, Failure> {
         flaws.push(FlawAt { file: args.file.clone(), line: lines, flaw });
     }
     Ok(Report { files, lines, flaws, head: verifier.head().cloned() })
+}
+
+/// The parts, and how much of the newest is written by now: nobody is in the middle of a line, or of a rotation.
+fn files(path: &Path) -> std::io::Result<(Vec<PathBuf>, u64)> {
+    let written = File::open(path)?;
+    flock(&written, FlockOperation::LockShared)?;
+    Ok((parts(path)?, written.metadata()?.len()))
 }
 
 fn unreadable(file: &Path, error: &std::io::Error) -> Failure {

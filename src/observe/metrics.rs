@@ -122,7 +122,10 @@ impl Text {
             self.gauge(name, help);
             self.of_parts(name, parts, |part| vec![(None, value(part))]);
         }
-        self.counter("trousseau_connections", "How often it was connected to: once more each time that it healed");
+        self.counter(
+            "trousseau_connections",
+            "How often it was connected to: at the start, when it healed, and to renew its module",
+        );
         self.of_parts("trousseau_connections_total", parts, |part| vec![(None, part.connections)]);
         self.counter("trousseau_losses", "How often it was lost, by the class of what was wrong");
         let losses =

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -38,9 +39,14 @@ impl State {
         self.read(&key_file(name))
     }
 
-    /// Remembers the versions that were seen; a disk that does not take it is logged.
-    pub fn keep_seen_key(&self, name: &str, seen: &SeenKey) {
-        let _logged = self.locked(|| self.write(&key_file(name), seen));
+    /// Remembers the versions that were seen, soon: the disk must not hold up who serves. One that does not take it is
+    /// logged.
+    pub fn keep_seen_key(self: &Arc<Self>, name: &str, seen: SeenKey) {
+        let (state, file) = (Arc::clone(self), key_file(name));
+        let write = move || drop(state.locked(|| state.write(&file, &seen)));
+        if let Err(error) = std::thread::Builder::new().name("state".into()).spawn(write) {
+            tracing::error!(%error, "the versions of a key cannot be kept on disk");
+        }
     }
 
     /// Where [`State::seen_key`] has it.

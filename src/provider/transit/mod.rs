@@ -176,7 +176,7 @@ impl Core {
         }
         let now = key.seen(&self.key, seen.as_ref());
         if seen.as_ref() != Some(&now) {
-            self.state.keep_seen_key(&self.file, &now);
+            self.state.keep_seen_key(&self.file, now.clone());
         }
         sighting.keks = key.versions().into_iter().map(|version| self.kek(&key, version)).collect();
         sighting.refused = key.disallowed(&now).map(|version| self.disallowed(version)).collect();
