@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard};
 
+use jiff::Timestamp;
 use tokio::sync::Notify;
 
 use crate::identity::Identity;
@@ -16,6 +17,7 @@ use crate::sync::lock;
 #[derive(Default)]
 pub struct Health {
     faults: Mutex<BTreeMap<Identity, Fault>>,
+    proofs: Mutex<BTreeMap<Identity, Timestamp>>,
     worse: Notify,
 }
 
@@ -62,6 +64,16 @@ impl Health {
         if self.faults().insert(kek, fault).is_none() {
             self.worse.notify_one();
         }
+    }
+
+    /// A KEK has wrapped and unwrapped a value of the keyring's own.
+    pub fn proves(&self, kek: Identity) {
+        lock(&self.proofs).insert(kek, Timestamp::now());
+    }
+
+    /// When each KEK has last done so.
+    pub fn proofs(&self) -> BTreeMap<Identity, Timestamp> {
+        lock(&self.proofs).clone()
     }
 
     /// Returns when something goes wrong with a KEK that was well. For one who waits.

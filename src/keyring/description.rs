@@ -76,6 +76,12 @@ impl Keyring {
             .collect()
     }
 
+    /// When each KEK has last wrapped and unwrapped a value of this keyring's own.
+    #[must_use]
+    pub fn proofs(&self) -> BTreeMap<Identity, Timestamp> {
+        self.health.proofs()
+    }
+
     /// The KEKs that are active now; no mark is moved.
     #[must_use]
     pub fn active_keks(&self) -> Vec<Identity> {

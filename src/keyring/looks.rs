@@ -162,7 +162,11 @@ impl Keyring {
         let wrapped = kek.wrap_dek(Arc::new(dek), deadline).await;
         self.note(kek, Work::Wrap, &wrapped);
         let Ok(wrapped) = wrapped else { return };
-        self.note(kek, Work::Unwrap, &kek.unwrap_dek(&wrapped, deadline).await);
+        let unwrapped = kek.unwrap_dek(&wrapped, deadline).await;
+        self.note(kek, Work::Unwrap, &unwrapped);
+        if unwrapped.is_ok() {
+            self.health.proves(kek.identity());
+        }
     }
 
     fn note<T>(&self, kek: &Arc<dyn Kek>, work: Work, outcome: &Result<T, KekError>) {

@@ -40,6 +40,11 @@ pub(super) fn text(keyring: &Keyring, requests: &Requests, now: Timestamp) -> St
     text.gauge("trousseau_keys_refused", "Keys under the KEKs' label that are not used");
     text.sample("trousseau_keys_refused", &[], count(refused.len()));
     text.keks(&keks);
+    let name = "trousseau_kek_proved_timestamp_seconds";
+    text.gauge(name, "When an active KEK has last wrapped and unwrapped a value of the plugin's own");
+    for (kek, at) in keyring.proofs() {
+        text.sample(name, &[("kek", &kek.to_string())], at.as_second());
+    }
     text.requests(requests.counters());
     if let Some(audit) = requests.audit() {
         text.counter("trousseau_audit_lost", "Events that could not be written into the audit log");

@@ -41,6 +41,7 @@ mod providers_transit;
 mod renewal;
 mod replicas;
 mod rotation;
+mod secrets;
 mod socket;
 mod supervisor;
 mod token;

@@ -23,6 +23,7 @@ fn ask(plugin: &mut Plugin, request: &str) -> String {
     stream.write_all(format!("{request} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes()).unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
+    crate::secrets::assert_shows_none(&answer);
     answer
 }
 

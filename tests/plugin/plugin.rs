@@ -16,6 +16,7 @@ use tempfile::TempDir;
 use tonic::Code;
 use trousseau::service::client::{Client, ClientError, PluginStatus};
 
+use crate::secrets;
 use crate::token::{PIN, Token};
 
 /// No wait for a condition lasts longer.
@@ -84,6 +85,9 @@ impl Host {
     }
 
     pub fn write_secret(&self, name: &str, text: &str) {
+        if ["pin", "secret", "secret-id", "token"].contains(&name) {
+            secrets::used(text.trim_end().as_bytes());
+        }
         let mut options = fs::OpenOptions::new();
         let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(self.path(name)).unwrap();
         file.write_all(text.as_bytes()).unwrap();
@@ -162,7 +166,9 @@ sessions = {sessions}"#,
 
     pub fn run(&self, arguments: &[&str]) -> Output {
         let configuration = self.write_configuration();
-        self.command(arguments).arg("--config").arg(configuration).output().unwrap()
+        let done = self.command(arguments).arg("--config").arg(configuration).output().unwrap();
+        secrets::assert_shows_none(&String::from_utf8_lossy(&[&done.stdout[..], &done.stderr].concat()));
+        done
     }
 
     /// `key generate`, and what it printed.
@@ -269,6 +275,7 @@ impl Plugin {
     }
 
     pub fn encrypt(&self, plaintext: &[u8]) -> Result<(Vec<u8>, String), Answer> {
+        secrets::used(plaintext);
         self.call(async |client| client.encrypt(plaintext.to_vec()).await)
     }
 
@@ -422,8 +429,9 @@ impl Drop for Plugin {
             self.terminate();
             self.child.wait().unwrap();
         }
-        if thread::panicking() {
-            eprintln!("the plugin's log:\n{}", self.log());
+        match thread::panicking() {
+            true => eprintln!("the plugin's log:\n{}", self.log()),
+            false => secrets::assert_shows_none(&self.log()),
         }
     }
 }

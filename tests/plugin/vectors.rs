@@ -39,7 +39,7 @@ fn envelope(id: &[u8], algorithm: WrapAlgorithm, wrapped: &[u8], dek: &Dek) -> (
     let identity = Identity::of_pkcs11(id);
     let key_set = KeySet::of(CLUSTER, &[identity]);
     let recipients = vec![Recipient { identity, algorithm, wrapped: wrapped.to_vec() }];
-    (envelope::seal(key_set, recipients, dek, b"plaintext").unwrap(), key_set.to_string())
+    (envelope::seal(key_set, recipients, dek, b"a seed of a test").unwrap(), key_set.to_string())
 }
 
 fn assert_refused(plugin: &Plugin, (ciphertext, key_id): &(Vec<u8>, String), case: &str) {
@@ -60,7 +60,7 @@ fn aes_kw_of_the_token_is_that_of_rfc_3394() {
     let host = host_with(&[(vec![1], kek, WrapAlgorithm::AesKw)]);
     let plugin = host.serve_healthy();
     let (ciphertext, key_id) = envelope(&[1], WrapAlgorithm::AesKw, &wrapped, &Dek::from_bytes(&data).unwrap());
-    assert_eq!(plugin.decrypt(&ciphertext, &key_id).unwrap(), b"plaintext");
+    assert_eq!(plugin.decrypt(&ciphertext, &key_id).unwrap(), b"a seed of a test");
 }
 
 #[test]
@@ -82,9 +82,9 @@ fn key_wrap_of_the_token_is_that_of_a_software_implementation_both_ways() {
                 _ => kwp.wrap_key(dek.expose(), &mut wrapped).unwrap(),
             };
             let (ciphertext, key_id) = envelope(&[1], algorithm, &wrapped, &dek);
-            assert_eq!(plugin.decrypt(&ciphertext, &key_id).unwrap(), b"plaintext");
+            assert_eq!(plugin.decrypt(&ciphertext, &key_id).unwrap(), b"a seed of a test");
 
-            let (ciphertext, _) = plugin.encrypt(b"plaintext").unwrap();
+            let (ciphertext, _) = plugin.encrypt(b"a seed of a test").unwrap();
             let sealed = Envelope::parse(&ciphertext).unwrap();
             assert_eq!(sealed.recipients[0].algorithm, algorithm);
             let mut dek = [0; 32];
@@ -92,7 +92,7 @@ fn key_wrap_of_the_token_is_that_of_a_software_implementation_both_ways() {
                 WrapAlgorithm::AesKw => kw.unwrap_key(sealed.recipients[0].wrapped, &mut dek).unwrap(),
                 _ => kwp.unwrap_key(sealed.recipients[0].wrapped, &mut dek).unwrap(),
             };
-            assert_eq!(*sealed.open(&Dek::from_bytes(&dek).unwrap()).unwrap(), b"plaintext");
+            assert_eq!(*sealed.open(&Dek::from_bytes(&dek).unwrap()).unwrap(), b"a seed of a test");
         }
     }
 }
@@ -198,6 +198,6 @@ fn an_algorithm_other_than_the_keks_own_is_refused() {
     let key_set = KeySet::of("prod-1", &[recipient]);
     let algorithm = WrapAlgorithm::AesGcm;
     let recipients = vec![Recipient { identity: recipient, algorithm, wrapped: vec![0; algorithm.wrapped_len()] }];
-    let sealed = envelope::seal(key_set, recipients, &Dek::generate().unwrap(), b"plaintext").unwrap();
+    let sealed = envelope::seal(key_set, recipients, &Dek::generate().unwrap(), b"a seed of a test").unwrap();
     assert_refused(&plugin, &(sealed, key_set.to_string()), "AES-GCM under a KEK of AES-KW");
 }

@@ -24,6 +24,8 @@ use crate::runtime::Leader;
 use crate::state::State;
 use crate::sync::lock;
 
+/// When a token that is not there is looked for again, the first time.
+const SECOND_GLANCE: Duration = Duration::from_millis(100);
 /// How often a token that is not there is looked for, and the workers of one that is are counted.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// The longest pause after a failed login.
@@ -217,14 +219,23 @@ impl Token {
 
     /// Keeps the token connected until the pool is closed.
     fn supervise(self: &Arc<Self>, woken: &Receiver<()>, running: &Sender<()>) {
-        let mut failed_logins = 0;
+        let (mut failed_logins, mut first) = (0, true);
         // The last connection, while a call holds it open that does not return.
         let mut before: Option<Receiver<()>> = None;
         while !self.pool.is_closed() {
-            let (release, released) = mpsc::channel();
+            let connect = || {
+                let (release, released) = mpsc::channel();
+                (self.address.connect(release), released)
+            };
             let began = Instant::now();
             lock(&self.waiting_since).get_or_insert(began);
-            let connected = self.address.connect(release);
+            let (mut connected, mut released) = connect();
+            if first && matches!(connected, Err(NotConnected::NotThere(_))) {
+                // Another process may be writing the token's file at this moment, and a verb has no second chance.
+                let _closed = woken.recv_timeout(SECOND_GLANCE);
+                (connected, released) = connect();
+            }
+            first = false;
             let unreleased = before.as_ref().is_some_and(|before| before.try_recv() == Err(TryRecvError::Empty));
             let waits = unreleased || matches!(connected, Err(NotConnected::Hangs(_)));
             if connected.is_ok() || !waits {
