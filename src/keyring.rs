@@ -213,14 +213,16 @@ impl Keyring {
             return Err(KeyringError::PlaintextLength { length: plaintext.len(), limit });
         }
         let dek = Arc::new(Dek::generate().map_err(KeyringError::internal)?);
-        // One that hangs must leave time to answer without it.
-        let usable = set.keks.iter().filter(|active| active.kek.as_ref().is_ok_and(|kek| kek.check().is_ok())).count();
-        let deadline = match self.seal_under {
-            SealUnder::Any if usable > 1 => share(deadline, 2),
-            _ => deadline,
+        // How many of several are well, if one is enough.
+        let is_usable = |active: &&ActiveKek| active.kek.as_ref().is_ok_and(|kek| kek.check().is_ok());
+        let usable = match self.seal_under {
+            SealUnder::Any if set.keks.len() > 1 => set.keks.iter().filter(is_usable).count(),
+            _ => 0,
         };
+        // One that hangs must leave time to answer without it.
+        let deadline = if usable > 1 { share(deadline, 2) } else { deadline };
         // Nor is one asked that is known to be out of reach, while another is not.
-        let only_usable = self.seal_under == SealUnder::Any && usable > 0;
+        let only_usable = usable > 0;
         let wrapped = join_all(set.keks.iter().map(|active| self.wrap(active, &dek, deadline, only_usable))).await;
         let missed = Self::missed(&set.keks, &wrapped);
         let mut recipients = Vec::with_capacity(wrapped.len());

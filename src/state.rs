@@ -219,10 +219,14 @@ impl State {
     /// Replaces the marks: at once in memory, soon on the disk, which must not hold up who serves.
     pub fn set_marks(self: &Arc<Self>, marks: Vec<Mark>) {
         lock(&self.remembered).marks = Some(marks);
+        self.soon(Self::write_marks);
+    }
+
+    /// Has a thread of its own write. What the disk does not take is kept in memory.
+    fn soon(self: &Arc<Self>, write: impl FnOnce(&Self) + Send + 'static) {
         let state = Arc::clone(self);
-        let written = std::thread::Builder::new().name("state".into()).spawn(move || state.write_marks());
-        if let Err(error) = written {
-            tracing::error!(%error, "the activation mark cannot be kept on disk; it is kept in memory");
+        if let Err(error) = std::thread::Builder::new().name("state".into()).spawn(move || write(&state)) {
+            tracing::error!(directory = %self.directory.display(), %error, "state cannot be kept on disk; it is kept in memory");
         }
     }
 
@@ -245,16 +249,12 @@ impl State {
     /// Replaces the gaps, soon, on the disk. Whichever thread comes last writes the newest.
     pub fn set_gaps(self: &Arc<Self>, gaps: Vec<Gap>) {
         lock(&self.remembered).gaps = gaps;
-        let state = Arc::clone(self);
-        let write = move || {
+        self.soon(|state| {
             let _logged = state.locked(|| {
                 let gaps = lock(&state.remembered).gaps.clone();
                 state.write(GAPS_FILE, &gaps)
             });
-        };
-        if let Err(error) = std::thread::Builder::new().name("state".into()).spawn(write) {
-            tracing::error!(%error, "which envelopes lack a recipient cannot be kept on disk");
-        }
+        });
     }
 
     /// Sets the next `count` wraps of a KEK aside for this process and returns how many this host had set aside

@@ -109,7 +109,8 @@ impl Requests {
 
     /// Counts a request for as long as this is held.
     pub(super) fn under_way(&self) -> UnderWay<'_> {
-        UnderWay::begin(self)
+        self.under_way.fetch_add(1, Ordering::AcqRel);
+        UnderWay(self)
     }
 
     /// Returns once no request has been under way for as long as `quiet`.
@@ -130,13 +131,6 @@ impl Requests {
 
 /// Counts a request until it is answered, or its client has gone.
 pub(super) struct UnderWay<'a>(&'a Requests);
-
-impl<'a> UnderWay<'a> {
-    fn begin(requests: &'a Requests) -> Self {
-        requests.under_way.fetch_add(1, Ordering::AcqRel);
-        Self(requests)
-    }
-}
 
 impl Drop for UnderWay<'_> {
     fn drop(&mut self) {

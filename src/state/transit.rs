@@ -42,11 +42,8 @@ impl State {
     /// Remembers the versions that were seen, soon: the disk must not hold up who serves. One that does not take it is
     /// logged.
     pub fn keep_seen_key(self: &Arc<Self>, name: &str, seen: SeenKey) {
-        let (state, file) = (Arc::clone(self), key_file(name));
-        let write = move || drop(state.locked(|| state.write(&file, &seen)));
-        if let Err(error) = std::thread::Builder::new().name("state".into()).spawn(write) {
-            tracing::error!(%error, "the versions of a key cannot be kept on disk");
-        }
+        let file = key_file(name);
+        self.soon(move |state| drop(state.locked(|| state.write(&file, &seen))));
     }
 
     /// Where [`State::seen_key`] has it.

@@ -39,6 +39,12 @@ pub(super) enum Fault {
     Other(String),
 }
 
+/// How a successful answer is wrapped up.
+#[derive(Deserialize)]
+pub(super) struct Data<T> {
+    pub(super) data: T,
+}
+
 #[derive(Deserialize)]
 struct Errors {
     #[serde(default)]

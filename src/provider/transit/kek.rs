@@ -7,6 +7,7 @@ use base64ct::{Base64, Encoding};
 use serde::Deserialize;
 use zeroize::Zeroizing;
 
+use super::fault::Data;
 use super::key::Version;
 use super::link::{Ask, Link};
 use crate::envelope::WrapAlgorithm;
@@ -22,11 +23,6 @@ pub(super) struct TransitKek {
     pub(super) version: Version,
     pub(super) attributes: Attributes,
     pub(super) link: Arc<Link>,
-}
-
-#[derive(Deserialize)]
-struct Data<T> {
-    data: T,
 }
 
 #[derive(Deserialize)]

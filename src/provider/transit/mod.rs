@@ -19,7 +19,6 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
-use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -27,6 +26,7 @@ use zeroize::Zeroizing;
 
 use self::auth::Login;
 use self::client::Client;
+use self::fault::Data;
 use self::kek::TransitKek;
 use self::key::{Key, Version};
 use self::link::{Ask, Link};
@@ -71,11 +71,6 @@ struct Core {
     /// What the key's server said last.
     last: Mutex<Option<Key>>,
     tried: watch::Sender<bool>,
-}
-
-#[derive(Deserialize)]
-struct Data<T> {
-    data: T,
 }
 
 impl Transit {

@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
 use super::super::client::{Answer, Call};
-use super::super::fault::Fault;
+use super::super::fault::{Data, Fault};
 use super::{Current, Login, NoToken, Token, Unwrapped};
 use crate::config::{Credential, CredentialError, Method};
 use crate::state::RefusedLogin;
@@ -66,11 +66,6 @@ pub(super) struct Lease {
 /// A token within an answer; wiped after it was copied.
 #[derive(Default, Deserialize)]
 struct SecretText(Zeroizing<String>);
-
-#[derive(Deserialize)]
-struct Data<T> {
-    data: T,
-}
 
 #[derive(Deserialize)]
 struct Lookup {
