@@ -33,6 +33,7 @@ fn list_profiles() -> Result<(), Box<dyn Error>> {
 }
 
 /// What `--version` says after the number: a release build's commit, with `-dirty` if what was built differs from it.
+/// `TROUSSEAU_COMMIT` tells it where the sources lie in no repository, else git does.
 /// A debug build is nobody's release, and would be built anew at each commit.
 fn name_the_build() {
     let commit = || {
@@ -51,8 +52,10 @@ fn name_the_build() {
         }
         git(&["describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"])
     };
+    println!("cargo:rerun-if-env-changed=TROUSSEAU_COMMIT");
+    let told = env::var("TROUSSEAU_COMMIT").ok().filter(|told| !told.is_empty());
     let build = match env::var("PROFILE").as_deref() {
-        Ok("release") => commit().unwrap_or_else(|| "from sources without git".to_owned()),
+        Ok("release") => told.or_else(commit).unwrap_or_else(|| "from sources without git".to_owned()),
         _ => "debug build".to_owned(),
     };
     println!("cargo:rustc-env=TROUSSEAU_BUILD={build}");

@@ -13,7 +13,8 @@ machine, and for arm64 (or amd64, on arm64) where that Rust target and its linke
   --revision N  of the packages, for another build of the same version (default: 1)
 
 What it needs and is not there is installed from Debian, as root or with sudo; cargo-auditable goes into the cache.
-The same commit and tools give the same packages, byte for byte.
+The same commit and tools give the same packages, byte for byte. Where the sources are not a clone, as in an archive,
+TROUSSEAU_COMMIT tells the commit.
 USAGE
 }
 
@@ -47,7 +48,8 @@ own_git() {
     [[ $(git -c 'safe.directory=*' rev-parse --show-toplevel 2>/dev/null) == "$(realpath -- "$repository")" ]] &&
         git -c 'safe.directory=*' "$@"
 }
-commit=$(own_git describe --always --dirty --exclude='*' --abbrev=40 || echo "none: built without git")
+commit=${TROUSSEAU_COMMIT:-$(own_git describe --always --dirty --exclude='*' --abbrev=12 || true)}
+export TROUSSEAU_COMMIT=$commit
 # What bears a date bears that of the sources.
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(own_git log -1 --format=%ct || stat -c %Y Cargo.toml)}
 export SOURCE_DATE_EPOCH
@@ -94,7 +96,7 @@ build_binary() {
 make_rest() {
     cargo run --locked --example pages -- "$made"
     cargo metadata --locked --format-version 1 --filter-platform "$target" |
-        packaging/bill.py "$made/trousseau" "$commit" "$made/sbom.cdx.json" "$made/licences.txt"
+        packaging/bill.py "$made/trousseau" "${commit:-none: built without git}" "$made/sbom.cdx.json" "$made/licences.txt"
     checkmodule -M -m -o "$work/trousseau.mod" packaging/selinux/trousseau.te
     semodule_package -o "$made/trousseau.pp" -m "$work/trousseau.mod" -f packaging/selinux/trousseau.fc
 }

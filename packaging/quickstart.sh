@@ -87,7 +87,7 @@ serve() {
 
 step "installing SoftHSM and certificates, where missing" install_packages softhsm2 ca-certificates
 step "finding Rust $(rust_wanted) or newer, else installing Debian's" ensure_rust
-step "building (a first build takes two minutes)" build
+step "building (a first build takes two to five minutes)" build
 step "stopping an older plugin, if one serves here" stop_old
 step "making the token and KEK, where missing, and serving" serve
 

@@ -32,32 +32,37 @@ pub enum Work {
 
 struct Fault {
     what: String,
-    /// The work for which we have no right: success with the other one proves nothing of it.
-    denied: Option<Work>,
+    /// The work that fails, where success with the other one proves nothing of it: it is refused, or too slow.
+    work: Option<Work>,
 }
 
 impl Health {
     /// Remembers how a KEK fared in a request.
     ///
     /// A damaged ciphertext proves that the KEK works. A full queue proves nothing, nor does a deadline: the client
-    /// chose it.
+    /// chose it. Nor what is said of one value alone: whoever stored that value could have it said again and again.
     pub fn note<T>(&self, kek: Identity, work: Work, outcome: &Result<T, KekError>) {
         match outcome {
             Ok(_) | Err(KekError::BadInput) => {
                 let mut faults = self.faults();
-                if faults.get(&kek).is_some_and(|fault| fault.denied.is_none_or(|denied| denied == work)) {
+                if faults.get(&kek).is_some_and(|fault| fault.work.is_none_or(|failed| failed == work)) {
                     faults.remove(&kek);
                 }
             }
-            Err(KekError::Busy(_) | KekError::Deadline(_)) => (),
-            Err(error @ KekError::Denied(_)) => self.insert(kek, Fault { what: error.to_string(), denied: Some(work) }),
+            Err(KekError::Busy(_) | KekError::Deadline(_) | KekError::OfOneValue(_)) => (),
+            Err(error @ (KekError::Denied(_) | KekError::Refused(_))) => self.fails_at(kek, work, error),
             Err(error) => self.fault(kek, error),
         }
     }
 
     /// Remembers that a KEK cannot be used.
     pub fn fault(&self, kek: Identity, error: &KekError) {
-        self.insert(kek, Fault { what: error.to_string(), denied: None });
+        self.insert(kek, Fault { what: error.to_string(), work: None });
+    }
+
+    /// Remembers that a KEK cannot be used for this, whatever else works.
+    pub fn fails_at(&self, kek: Identity, work: Work, error: &KekError) {
+        self.insert(kek, Fault { what: error.to_string(), work: Some(work) });
     }
 
     fn insert(&self, kek: Identity, fault: Fault) {

@@ -16,6 +16,7 @@ mod old;
 mod opening;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use futures_util::future::join_all;
@@ -47,12 +48,14 @@ pub struct Keyring {
     members: Vec<Member>,
     legacy: Option<Legacy>,
     state: Arc<State>,
+    /// Whether it moves this host's marks. One that is only tried must not: it may never serve.
+    serves: AtomicBool,
     health: Health,
     gaps: Gaps,
     decrypts: Flights<Sealed, Result<Plaintext, KeyringError>>,
     /// Held while a look is under way, so that there is one at a time.
     looks: tokio::sync::Mutex<Looks>,
-    /// Whether the first look has ended.
+    /// Whether the first look has ended. Told anew when it has ended at one of the providers.
     has_looked: watch::Sender<bool>,
 }
 
@@ -80,6 +83,7 @@ impl Keyring {
             members: providers.into_iter().map(|(provider, seals)| Member::new(provider, seals)).collect(),
             legacy,
             state,
+            serves: AtomicBool::new(false),
             health: Health::default(),
             gaps: Gaps::default(),
             decrypts: Flights::new(),
@@ -88,11 +92,28 @@ impl Keyring {
         }
     }
 
-    /// The set that is active now. Advances this host's mark when a KEK becomes active.
+    /// From now on it serves, and remembers for this host which KEKs became active.
+    pub fn begin_to_serve(&self) {
+        self.serves.store(true, Ordering::Relaxed);
+    }
+
+    /// The set that is active now. Once this keyring serves, this advances the host's mark when a KEK becomes active.
     ///
     /// # Errors
     /// A provider has no KEK, or has lost the one that this host made active.
     pub fn active(&self, now: Timestamp) -> Result<ActiveSet, KeyringError> {
+        self.choose(now, |member, mark| match self.serves.load(Ordering::Relaxed) {
+            true => self.advance(member, mark),
+            false => Ok(()),
+        })
+    }
+
+    /// The set that is active now; `note` hears of each KEK that this host has not made active yet.
+    fn choose(
+        &self,
+        now: Timestamp,
+        note: impl Fn(&Member, Mark) -> Result<(), KeyringError>,
+    ) -> Result<ActiveSet, KeyringError> {
         let mut keks: Vec<ActiveKek> = Vec::new();
         for member in self.members.iter().filter(|member| member.seals) {
             let (kek, new_mark) = self.active_of(member, now)?;
@@ -104,12 +125,22 @@ impl Keyring {
                 )));
             }
             if let Some(mark) = new_mark {
-                self.advance(member, mark)?;
+                note(member, mark)?;
             }
             keks.push(kek);
         }
         let identities: Vec<Identity> = keks.iter().map(|active| active.identity).collect();
         Ok(ActiveSet { key_set: KeySet::of(&self.cluster, &identities), keks })
+    }
+
+    /// Why nothing could be encrypted although the providers are within reach, and what to do, as of the last look; no
+    /// mark is moved.
+    #[must_use]
+    pub fn nothing_active(&self, now: Timestamp) -> Option<String> {
+        match self.choose(now, |_, _| Ok(())) {
+            Err(KeyringError::NoKek(why)) => Some(why),
+            _ => None,
+        }
     }
 
     /// What will be active at this instant, as far as can be told now: with this KEK in its provider's place, if one is

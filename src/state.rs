@@ -9,6 +9,7 @@
 
 mod pins;
 mod transit;
+mod unwritten;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -83,7 +84,7 @@ struct Remembered {
     /// `None`: not read yet, or damaged when last tried.
     marks: Option<Vec<Mark>>,
     gaps: Vec<Gap>,
-    unwritten_pins: HashMap<String, pins::Unwritten>,
+    unwritten: HashMap<String, unwritten::Unwritten>,
 }
 
 /// The state directory, or a file in it, cannot be used.
@@ -95,7 +96,7 @@ pub struct StateError {
     remedy: String,
     /// The operating system refused this user.
     pub is_forbidden: bool,
-    /// The disk is full, or read-only.
+    /// The disk is full, or read-only, or another process holds the lock.
     is_disk: bool,
 }
 
@@ -280,17 +281,28 @@ impl State {
     /// Holds the lock until the file is dropped.
     fn lock_directory(&self) -> io::Result<File> {
         let file = self.open_file("lock", OpenOptions::new().write(true).create(true).truncate(false))?;
-        rustix::fs::flock(&file, FlockOperation::LockExclusive)?;
+        disk::lock(&file, FlockOperation::NonBlockingLockExclusive, disk::PATIENCE)?;
         Ok(file)
     }
 
     fn read<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StateError> {
-        let path = self.directory.join(name);
+        self.parse(name, self.text(name)?)
+    }
+
+    fn parse<T: DeserializeOwned>(&self, name: &str, text: Option<Vec<u8>>) -> Result<Option<T>, StateError> {
+        text.map(|text| serde_json::from_slice(&text).map_err(|cause| self.damaged(name, cause))).transpose()
+    }
+
+    fn damaged(&self, name: &str, cause: impl fmt::Display) -> StateError {
+        StateError::damaged(&self.directory.join(name), cause)
+    }
+
+    fn text(&self, name: &str) -> Result<Option<Vec<u8>>, StateError> {
         let mut text = Vec::new();
         match self.open_file(name, OpenOptions::new().read(true)).and_then(|mut file| file.read_to_end(&mut text)) {
-            Ok(_) => serde_json::from_slice(&text).map(Some).map_err(|cause| StateError::damaged(&path, cause)),
+            Ok(_) => Ok(Some(text)),
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(cause) => Err(StateError::io(&path, "cannot be read", &cause)),
+            Err(cause) => Err(StateError::io(&self.directory.join(name), "cannot be read", &cause)),
         }
     }
 
@@ -323,6 +335,14 @@ impl State {
         }
         Ok(file)
     }
+}
+
+/// An instant later than now was told by a clock that was ahead: it would hold something back until that comes. Whether
+/// one was changed.
+fn not_later_than_now<'t>(instants: impl Iterator<Item = &'t mut Timestamp>) -> bool {
+    let now = Timestamp::now();
+    let later = instants.filter(|at| **at > now).map(|at| *at = now);
+    later.count() > 0
 }
 
 const MARKS_FILE: &str = "active.json";

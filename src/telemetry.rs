@@ -7,6 +7,7 @@ use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
 use crate::sync::lock;
 
@@ -22,11 +23,11 @@ static EXCHANGE: OnceLock<Exchange> = OnceLock::new();
 /// Starts logging. `default` holds where the variable `TROUSSEAU_LOG` says nothing.
 pub fn init(default: &str) {
     let wish = wish();
-    let (filter, misspelt) = match wish.parse() {
-        Ok(filter) if !wish.is_empty() => (filter, false),
-        parsed => (EnvFilter::new(default), parsed.is_err()),
-    };
+    let is_heeded = is_level(&wish);
+    let filter = EnvFilter::new(if is_heeded { &wish } else { default });
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    // Of a log that cannot be written it would tell the same log, and end the process when that fails too.
+    let builder = builder.log_internal_errors(false);
     let exchange: Exchange = if std::io::stderr().is_terminal() {
         let builder = builder.compact().with_filter_reloading();
         let handle = builder.reload_handle();
@@ -40,7 +41,7 @@ pub fn init(default: &str) {
         Box::new(move |filter| handle.reload(filter).is_ok())
     };
     drop(EXCHANGE.set(exchange)); // it was set before only if logging was
-    if misspelt {
+    if !wish.is_empty() && !is_heeded {
         tracing::warn!(TROUSSEAU_LOG = wish, "this is no log filter and is ignored: write for example debug");
     }
 }
@@ -54,10 +55,12 @@ pub fn set_level(level: &str) {
     }
 }
 
-/// Whether this is a filter, such as `debug` or `trousseau=debug,h2=warn`.
+/// Whether this is a filter, such as `debug` or `trousseau=debug,h2=warn`. A word that is no level would be taken for the
+/// name of a part of the program, and everything else would be silent.
 #[must_use]
 pub fn is_level(level: &str) -> bool {
-    !level.is_empty() && level.parse::<EnvFilter>().is_ok()
+    let is_word = |part: &str| !part.is_empty() && (part.contains('=') || part.parse::<LevelFilter>().is_ok());
+    level.split(',').all(|part| is_word(part.trim())) && level.parse::<EnvFilter>().is_ok()
 }
 
 fn wish() -> String {
@@ -125,9 +128,17 @@ mod tests {
 
     #[test]
     fn a_filter_is_told_from_a_misspelt_one() {
-        for (level, good) in
-            [("debug", true), ("trousseau=debug,h2=warn", true), ("", false), ("trousseau=loud", false)]
-        {
+        for (level, good) in [
+            ("debug", true),
+            ("trousseau=debug,h2=warn", true),
+            ("info,h2=warn", true),
+            ("off", true),
+            ("", false),
+            ("trousseau=loud", false),
+            ("warning", false),
+            ("info;debug", false),
+            ("warn,trousseau", false),
+        ] {
             assert_eq!(is_level(level), good, "{level}");
         }
     }

@@ -41,10 +41,11 @@ finish() {
 }
 trap finish EXIT
 
-# Nothing may skip for want of something: this script has installed it.
-export TROUSSEAU_TEST_REQUIRE=1
-# The daemon's tests wait more than they compute: eight at a time halve their time on two cores.
-export RUST_TEST_THREADS=${RUST_TEST_THREADS:-8}
+# Nothing may skip for want of something: this script has installed it. But containers are started in a part of their own.
+export TROUSSEAU_TEST_REQUIRE=1 TROUSSEAU_CONTAINERS_LACK="what another part of tests/run.sh has"
+# The daemon's tests wait more than they compute: four at a time keep two cores busy, and more would keep each other from
+# answering in time.
+export RUST_TEST_THREADS=${RUST_TEST_THREADS:-4}
 # Toolchains are installed here, once; go must not fetch another by itself.
 export GOTOOLCHAIN=local
 
@@ -133,11 +134,16 @@ if $long; then
     chaos=(TROUSSEAU_CHAOS_SECONDS=600)
 fi
 
-# rust_tests [ARGUMENT…]: what all test programs are given besides.
-rust_tests() {
+# What the plugin's tests use beside a token.
+export_tools() {
     TROUSSEAU_FAULT_LIB=$(tests/tokens/build.sh fault)
     TROUSSEAU_BAO=$(tests/transit/openbao.sh)
     export TROUSSEAU_FAULT_LIB TROUSSEAU_BAO
+}
+
+# rust_tests [ARGUMENT…]: what all test programs are given besides.
+rust_tests() {
+    export_tools
     cargo test --locked --no-fail-fast -- --skip chaos "$@"
     # By itself, since others measure times.
     env "${chaos[@]}" cargo test --locked --test plugin -- --nocapture chaos
@@ -145,48 +151,47 @@ rust_tests() {
     if $long; then cargo test --locked --no-fail-fast -- --ignored soak; fi
 }
 
+# In these no token takes part.
+without_token=(--skip transit_ --skip bao_smoke)
+
 kryoptic_tests() {
     TROUSSEAU_KRYOPTIC_MODULE=$(tests/tokens/build.sh kryoptic)
     export TROUSSEAU_KRYOPTIC_MODULE TROUSSEAU_TEST_TOKEN=kryoptic
-    # In these no token takes part.
-    rust_tests --skip transit_ --skip bao_smoke
+    rust_tests "${without_token[@]}"
 }
 
-# Their KEKs are RSA pairs. What is left out waits for many wrong PINs, which lock these tokens sooner than the tests
-# know, or counts on a token that is quick.
-opencryptoki_tests() {
-    if ((EUID)); then
+# oaep_tests TOKEN: the whole suite on a token whose KEKs are RSA pairs, but for what needs AES keys, and says so, and for
+# faults at random, which take the token away again and again: one of these is not to be initialized again in a process,
+# and the other takes seconds for it.
+oaep_tests() {
+    if [[ $1 == opencryptoki ]] && ((EUID)); then
         say "skipped: only root can give openCryptoki's daemon a mount namespace"
         return
     fi
-    TROUSSEAU_FAULT_LIB=$(tests/tokens/build.sh fault)
-    export TROUSSEAU_FAULT_LIB TROUSSEAU_TEST_TOKEN=opencryptoki
-    oaep_tests
-}
-# What does not ask more of a token than these two stand, see the notes of their profiles.
-oaep_tests() {
-    cargo test --locked --no-fail-fast --test plugin -- --test-threads 2 keys:: oaep:: foreign_input:: attest:: doctor:: command_line::
-}
-tpm2_tests() {
-    TROUSSEAU_FAULT_LIB=$(tests/tokens/build.sh fault)
-    export TROUSSEAU_FAULT_LIB TROUSSEAU_TEST_TOKEN=tpm2
-    oaep_tests
+    export_tools
+    export TROUSSEAU_TEST_TOKEN=$1
+    # RSA computes more than it waits.
+    cargo test --locked --no-fail-fast --test plugin -- --test-threads 4 --skip chaos "${without_token[@]}"
 }
 
-# mode_tests TOKEN MODE: what depends on how a KEK wraps, in another mode than the token's first.
+# mode_tests TOKEN MODE [FILTER…]: the plugin's tests in another mode than the token's first.
 mode_tests() {
-    TROUSSEAU_FAULT_LIB=$(tests/tokens/build.sh fault)
+    export_tools
     TROUSSEAU_KRYOPTIC_MODULE=$(tests/tokens/build.sh kryoptic)
-    export TROUSSEAU_FAULT_LIB TROUSSEAU_KRYOPTIC_MODULE TROUSSEAU_TEST_TOKEN=$1 TROUSSEAU_TEST_MODE=$2
-    cargo test --locked --test plugin -- keys:: vectors:: faults:: foreign_input::
+    export TROUSSEAU_KRYOPTIC_MODULE TROUSSEAU_TEST_TOKEN=$1 TROUSSEAU_TEST_MODE=$2
+    cargo test --locked --no-fail-fast --test plugin -- --skip chaos "${without_token[@]}" "${@:3}"
 }
 
 fault_module_tests() { cargo test --locked --manifest-path tests/tokens/fault/Cargo.toml; }
 
-# Both packages, twice, for an upgrade; the second time nothing is compiled.
+# Both packages, for an upgrade twice, and once more elsewhere, where they must become the same; only the first time
+# something is compiled.
 packages=$work/packages
 package_tests() {
+    local package
     packaging/build.sh "$packages"
+    packaging/build.sh "$work/repacked"
+    for package in "$packages"/*; do cmp -- "$package" "$work/repacked/${package##*/}"; done
     packaging/build.sh --revision 2 "$packages"
     lintian --allow-root --fail-on error,warning "$packages"/*-1_*.deb
     rpmlint --config packaging/rpm/rpmlint.toml "$packages"/*-1.*.rpm
@@ -209,9 +214,10 @@ fuzz() {
 kubernetes_tests() {
     cargo test --locked --no-run # leaves the daemon itself at the same place as `cargo build`
     local unformatted
-    export TROUSSEAU_BIN=$CARGO_TARGET_DIR/debug/trousseau KUBERNETES_BIN TROUSSEAU_BAO
+    export TROUSSEAU_BIN=$CARGO_TARGET_DIR/debug/trousseau KUBERNETES_BIN TROUSSEAU_BAO TROUSSEAU_KRYOPTIC_MODULE
     KUBERNETES_BIN=$(tests/kubernetes/build.sh)
     TROUSSEAU_BAO=$(tests/transit/openbao.sh)
+    TROUSSEAU_KRYOPTIC_MODULE=$(tests/tokens/build.sh kryoptic)
     cd tests/kubernetes
     unformatted=$(gofmt -l .)
     [[ -z $unformatted ]] || die "gofmt -w these: $unformatted"
@@ -234,10 +240,10 @@ step "building" warm_up
 part "the module that makes faults" fault_module_tests
 part "Rust, SoftHSM token" rust_tests
 part "Rust, kryoptic token" kryoptic_tests
-part "Rust, openCryptoki token" opencryptoki_tests
-part "Rust, TPM 2.0 token" tpm2_tests
+part "the plugin, openCryptoki token" oaep_tests opencryptoki
+part "the plugin, TPM 2.0 token" oaep_tests tpm2
 part "Rust, SoftHSM in gcm mode" mode_tests softhsm gcm
-part "Rust, kryoptic in encrypt-kwp mode" mode_tests kryoptic encrypt-kwp
+part "Rust, kryoptic in encrypt-kwp mode" mode_tests kryoptic encrypt-kwp keys:: vectors:: faults:: foreign_input::
 part "packages" package_tests
 part "units and packages, in containers" container_tests
 for target in fuzz/fuzz_targets/*.rs; do

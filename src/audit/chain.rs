@@ -98,11 +98,13 @@ struct Line<'a> {
     event: &'a Event,
 }
 
-/// What every line has.
+/// What every line has, and what happened: a word, which needs no escape.
 #[derive(Deserialize)]
 struct Links<'a> {
     seq: u64,
     prev: &'a str,
+    #[serde(default)]
+    event: &'a str,
 }
 
 impl Head {
@@ -127,6 +129,12 @@ impl Head {
         let Links { seq, .. } = serde_json::from_slice(line).map_err(|_| Flaw::Unreadable)?;
         Ok(Self { seq, hash: hash(line) })
     }
+
+    /// Whether this line follows it.
+    pub(super) fn precedes(&self, line: &[u8]) -> bool {
+        let links: Result<Links<'_>, _> = serde_json::from_slice(line);
+        links.is_ok_and(|Links { seq, prev, .. }| seq.checked_sub(1) == Some(self.seq) && prev == self.hash)
+    }
 }
 
 fn hash(line: &[u8]) -> String {
@@ -148,12 +156,21 @@ pub enum Flaw {
     /// Its number is not higher than the one before.
     #[error("it is out of order, or a copy")]
     OutOfOrder,
+    /// The line says so itself.
+    #[error("the plugin found its log cut off or written anew: the detail of this line says how far it had come")]
+    Rewritten,
 }
+
+/// The event of a log that no longer ended as the plugin had left it.
+pub(super) const REWRITTEN: &str = "rewritten";
 
 /// Follows a chain, line by line.
 #[derive(Debug, Default)]
 pub struct Verifier {
     head: Option<Head>,
+    /// There was a `start`, and no `stop` since.
+    is_running: bool,
+    is_unclean: bool,
 }
 
 impl Verifier {
@@ -163,15 +180,25 @@ impl Verifier {
     /// What is wrong.
     pub fn next(&mut self, line: &[u8]) -> Result<(), Flaw> {
         let links: Result<Links<'_>, _> = serde_json::from_slice(line);
-        let Ok(Links { seq, prev }) = links else { return Err(Flaw::Unreadable) };
+        self.is_unclean = false;
+        let Ok(Links { seq, prev, event }) = links else { return Err(Flaw::Unreadable) };
+        self.is_unclean = self.is_running && event == "start";
+        self.is_running = event == "start" || self.is_running && event != "stop";
         let before = self.head.replace(Head { seq, hash: hash(line) });
-        let Some(before) = before else { return Ok(()) }; // an older file may have been put aside
+        let said = if event == REWRITTEN { Err(Flaw::Rewritten) } else { Ok(()) };
+        let Some(before) = before else { return said }; // an older file may have been put aside
         match seq.checked_sub(before.seq) {
             None | Some(0) => Err(Flaw::OutOfOrder),
-            Some(1) if prev == before.hash => Ok(()),
+            Some(1) if prev == before.hash => said,
             Some(1) => Err(Flaw::Changed),
             Some(more) => Err(Flaw::Missing(more - 1)),
         }
+    }
+
+    /// Whether the last line is a `start` after a process that wrote no `stop`: it was killed, or its disk took nothing.
+    #[must_use]
+    pub const fn follows_unclean_end(&self) -> bool {
+        self.is_unclean
     }
 
     /// Where it is.
@@ -233,6 +260,21 @@ mod tests {
         for (case, lines, expected) in cases {
             assert_eq!(flaws(lines), *expected, "{case}");
         }
+    }
+
+    #[test]
+    fn a_start_after_a_process_that_did_not_stop_is_told() {
+        // Between two processes a command may write a line.
+        let events =
+            ["key-generated", "start", "encrypt", "stop", "key-generated", "start", "active", "start", "start"];
+        let (mut head, mut verifier) = (Head::default(), Verifier::default());
+        let unclean = events.iter().enumerate().filter(|(_, event)| {
+            let mut line = Vec::new();
+            head.append(&Event::now(event), &mut line);
+            verifier.next(line.strip_suffix(b"\n").unwrap()).unwrap();
+            verifier.follows_unclean_end()
+        });
+        assert_eq!(unclean.map(|(at, _)| at).collect::<Vec<_>>(), [7, 8]);
     }
 
     #[test]

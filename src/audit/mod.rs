@@ -8,7 +8,10 @@
 
 mod chain;
 mod file;
+mod foresee;
+mod parts;
 
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -18,7 +21,8 @@ use tokio::sync::oneshot;
 
 pub use self::chain::{Event, Flaw, Head, Peer, Verifier};
 use self::file::LogFile;
-pub use self::file::parts;
+pub use self::foresee::foresee;
+pub use self::parts::{LONGEST_LINE, Snapshot, open_part};
 use crate::config::{AuditConfig, OnFailure, Sync};
 use crate::sync::lock;
 
@@ -45,6 +49,8 @@ struct Shared {
     woken: Condvar,
     /// Events that are not in the log.
     lost: AtomicU64,
+    /// How often its head was gone from it.
+    rewritten: AtomicU64,
 }
 
 #[derive(Default)]
@@ -62,10 +68,10 @@ impl Audit {
     ///
     /// # Errors
     /// The file cannot be opened, or its last line is none of an audit log's; there is no thread.
-    pub fn open(config: &AuditConfig) -> Result<Self, String> {
+    pub fn open(config: &AuditConfig) -> io::Result<Self> {
         let file = match LogFile::open(config) {
             Err(error) if config.on_failure == OnFailure::Count => {
-                tracing::error!(error, "the audit log cannot be opened: events are counted until it can");
+                tracing::error!(%error, "the audit log cannot be opened: events are counted until it can");
                 None
             }
             file => Some(file?),
@@ -75,6 +81,7 @@ impl Audit {
             waiting: Mutex::default(),
             woken: Condvar::new(),
             lost: AtomicU64::default(),
+            rewritten: AtomicU64::default(),
         });
         let of = Writer {
             shared: Arc::clone(&shared),
@@ -86,7 +93,7 @@ impl Audit {
             complained: None,
         };
         let writer = thread::Builder::new().name("audit".into()).spawn(move || of.run());
-        let writer = Some(writer.map_err(|error| format!("no thread: {error}"))?);
+        let writer = Some(writer.map_err(|error| io::Error::new(error.kind(), format!("no thread: {error}")))?);
         Ok(Self { shared, writer })
     }
 
@@ -123,6 +130,12 @@ impl Audit {
     pub fn lost(&self) -> u64 {
         self.shared.lost.load(Ordering::Relaxed)
     }
+
+    /// How often the log was found cut off or written anew by somebody else.
+    #[must_use]
+    pub fn rewritten(&self) -> u64 {
+        self.shared.rewritten.load(Ordering::Relaxed)
+    }
 }
 
 /// Events that are written together, who waits for them, and how many were lost before them.
@@ -133,6 +146,7 @@ impl Shared {
         let mut waiting = lock(&self.waiting);
         if waiting.events.len() >= MOST_WAITING {
             waiting.lost += 1;
+            self.lost.fetch_add(1, Ordering::Relaxed); // the thread may hang with its disk
             return;
         }
         waiting.events.push(event);
@@ -189,8 +203,8 @@ impl Writer {
         loop {
             let patience = self.patience();
             let Some((events, callers, dropped)) = self.shared.next(patience) else { break };
-            self.lose(dropped);
-            if !events.is_empty() {
+            self.lost += dropped;
+            if !events.is_empty() || self.lost > 0 {
                 let written = self.write(&events);
                 callers.into_iter().for_each(|caller| drop(caller.send(written.clone())));
             }
@@ -198,12 +212,16 @@ impl Writer {
                 self.tell_head();
             }
         }
+        if self.lost > 0 {
+            drop(self.write(&[])); // the last moment for their line
+        }
         if let (Some(file), true) = (&self.file, self.config.sync != Sync::Never) {
             self.unsynced = self.unsynced.filter(|_| file.sync().is_err());
         }
         self.tell_head();
     }
 
+    /// Also the line for those that were lost before.
     fn write(&mut self, events: &[Event]) -> Result<(), String> {
         if let Err(error) = self.append(events) {
             self.lose(events.len() as u64);
@@ -219,9 +237,11 @@ impl Writer {
     fn append(&mut self, events: &[Event]) -> Result<(), String> {
         let file = match &mut self.file {
             Some(file) => file,
-            none => none.insert(LogFile::open(&self.config)?),
+            none => none.insert(LogFile::open(&self.config).map_err(|error| error.to_string())?),
         };
-        file.append(self.lost, events).map_err(|error| format!("{}: {error}", file.path().display()))
+        let rewritten = file.append(self.lost, events).map_err(|error| error.to_string())?;
+        self.shared.rewritten.fetch_add(rewritten.into(), Ordering::Relaxed);
+        Ok(())
     }
 
     fn lose(&mut self, events: u64) {
@@ -244,7 +264,7 @@ impl Writer {
         if since.elapsed() < interval {
             return Ok(());
         }
-        let synced = file.sync().map_err(|error| format!("{}: {error}", file.path().display()));
+        let synced = file.sync().map_err(|error| error.to_string());
         self.unsynced = synced.is_err().then(Instant::now);
         if let Err(error) = &synced {
             self.complain(&format!("the audit log cannot be synced: {error}"));
@@ -260,7 +280,8 @@ impl Writer {
             _ => IDLE,
         };
         let head = self.untold.map_or(IDLE, |since| self.config.head_every.saturating_sub(since.elapsed()));
-        sync.min(head).clamp(GATHER, IDLE)
+        let gap = if self.lost > 0 { COMPLAIN_AGAIN } else { IDLE };
+        sync.min(head).min(gap).clamp(GATHER, IDLE)
     }
 
     /// Whoever cuts the log's end off cannot change what the journal was told.
@@ -277,7 +298,60 @@ impl Writer {
 ///
 /// # Errors
 /// The log cannot be written.
-pub fn append_one(config: &AuditConfig, event: Event) -> Result<(), String> {
+pub fn append_one(config: &AuditConfig, event: Event) -> io::Result<()> {
     let mut file = LogFile::open(config)?;
-    file.append(0, &[event]).and_then(|()| file.sync()).map_err(|error| format!("{}: {error}", config.file.display()))
+    file.append(0, &[event])?;
+    file.sync()
+}
+
+/// Opens the log as for an event, and leaves it.
+///
+/// # Errors
+/// It cannot be opened.
+pub fn try_open(config: &AuditConfig) -> io::Result<()> {
+    LogFile::open(config).map(drop)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// The thread hangs from the first event on: nothing takes them away.
+    #[test]
+    fn what_no_longer_fits_is_counted_at_once() {
+        let shared = Shared {
+            on_failure: OnFailure::Count,
+            waiting: Mutex::default(),
+            woken: Condvar::new(),
+            lost: AtomicU64::default(),
+            rewritten: AtomicU64::default(),
+        };
+        for _ in 0..MOST_WAITING + 3 {
+            shared.hand_over(Event::now("encrypt"), None);
+        }
+        assert_eq!(shared.lost.load(Ordering::Relaxed), 3);
+        assert_eq!(shared.next(Duration::ZERO).unwrap().2, 3, "and a gap for them");
+    }
+
+    #[tokio::test]
+    async fn what_was_lost_has_its_line_as_soon_as_the_disk_takes_one_or_at_the_end() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("audit.log");
+        let (sync, head_every) = (Sync::Never, Duration::ZERO);
+        let config =
+            AuditConfig { file: file.clone(), sync, on_failure: OnFailure::Count, rotate_at: 1 << 20, head_every };
+        let audit = Audit::open(&config).unwrap();
+        audit.written(Event::now("start")).await.unwrap();
+        let aside = directory.path().join("aside");
+        std::fs::rename(&file, &aside).unwrap();
+        std::fs::create_dir(&file).unwrap(); // what cannot be opened for writing, by root either
+        audit.written(Event::now("stop")).await.unwrap_err();
+        std::fs::remove_dir(&file).unwrap();
+        std::fs::rename(&aside, &file).unwrap();
+        drop(audit);
+        let text = std::fs::read_to_string(&file).unwrap();
+        let last = text.lines().last().unwrap();
+        assert!(last.contains("\"gap\"") && last.contains("1 events could not be written"), "{text}");
+    }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::output::Failure;
-use crate::config::{Config, Pkcs11Config, ProviderConfig};
+use crate::config::{Config, Pkcs11Config, ProviderConfig, TransitConfig};
 use crate::keyring::Keyring;
 use crate::provider::Provider;
 use crate::provider::pkcs11::Pkcs11;
@@ -16,27 +16,27 @@ pub(super) fn state(config: &Config) -> Result<Arc<State>, Failure> {
     Ok(Arc::new(State::open(&config.keyring.state)?))
 }
 
-/// The provider of this name, or the only one, if it has tokens.
-pub(super) fn choose_provider<'c>(config: &'c Config, name: Option<&str>) -> Result<&'c Pkcs11Config, Failure> {
+/// The provider of this name, or the only one, if it has tokens; else what `without_tokens` says of it.
+pub(super) fn choose_provider<'c>(
+    config: &'c Config,
+    name: Option<&str>,
+    without_tokens: impl FnOnce(&TransitConfig) -> Failure,
+) -> Result<&'c Pkcs11Config, Failure> {
     let names: Vec<&str> = config.providers.iter().map(ProviderConfig::name).collect();
     let there = format!("the configuration has: {}", names.join(", "));
     let chosen = match (name, config.providers.as_slice()) {
         (None, [only]) => only,
         (None, _) => {
-            return Err(Failure::failed("several providers: which one is meant?", format!("--provider NAME; {there}")));
+            return Err(Failure::usage("several providers: which one is meant?", format!("--provider NAME; {there}")));
         }
         (Some(name), providers) => providers
             .iter()
             .find(|provider| provider.name() == name)
-            .ok_or_else(|| Failure::failed(format!("no provider is named {name}"), there))?,
+            .ok_or_else(|| Failure::usage(format!("no provider is named {name}"), there))?,
     };
     match chosen {
         ProviderConfig::Pkcs11(config) => Ok(config),
-        ProviderConfig::Transit(config) => {
-            let what = format!("provider {} has its keys made by Vault or OpenBao", config.name);
-            let rotate = format!("vault write -f {}/keys/{}/rotate", config.mount, config.key);
-            Err(Failure::failed(what, format!("rotate the key there, as who may do so: {rotate}")))
-        }
+        ProviderConfig::Transit(config) => Err(without_tokens(config)),
     }
 }
 

@@ -11,14 +11,16 @@ use serde::Serialize;
 
 use super::output::{Failure, Format, patiently, print, print_json};
 use super::{ConfigArgs, OutputArgs, VERSION, assemble};
-use crate::config::{Config, Exportable, Pkcs11Config, Status};
+use crate::config::{Config, Exportable, Pkcs11Config, Status, TransitConfig};
 use crate::disk;
 use crate::provider::pkcs11::{KeyFacts, Outcome, Survey, Trials};
 use crate::runtime::Leader;
 
 pub(super) const EXAMPLES: &str = "It changes nothing about a KEK: of these it reads attributes only. What it tries, it \
 tries on throw-away keys that it makes like a KEK and destroys: in a session where the token makes such keys, else in the \
-token. Exit code 1: key bytes came out, or a token could not be tried; 69: one is out of reach. Redirect the report into a file and keep it.
+token. A provider of type transit is named and not examined: whoever reads its key there can open every DEK as well, and the \
+verdict is keys-stay-with-warnings at best. Exit code 1: key bytes came out, or a token could not be tried; 69: one is out of \
+reach; 2: no provider has tokens. Redirect the report into a file and keep it.
 
 Examples:
   trousseau key attest
@@ -45,6 +47,7 @@ struct Attestation {
     cluster: String,
     verdict: Verdict,
     providers: Vec<Provider>,
+    not_examined: Vec<NotExamined>,
 }
 
 #[derive(Serialize)]
@@ -67,6 +70,22 @@ struct Provider {
     policy: Policy,
     tokens: Vec<Survey>,
     out_of_reach: Vec<String>,
+    /// Tokens that are no replicas, for they are one.
+    named_twice: Vec<String>,
+}
+
+/// A provider without tokens, whose KEKs open every DEK that they wrapped as well.
+#[derive(Serialize)]
+struct NotExamined {
+    provider: String,
+    #[serde(rename = "type")]
+    of_type: &'static str,
+}
+
+impl NotExamined {
+    fn of(config: &TransitConfig) -> Self {
+        Self { provider: config.name.clone(), of_type: "transit" }
+    }
 }
 
 #[derive(Serialize)]
@@ -106,6 +125,10 @@ impl Verdict {
 
 pub(super) async fn attest(args: &AttestArgs) -> Result<(), Failure> {
     let config = Config::load(&args.config.config)?;
+    if config.pkcs11().next().is_none() {
+        let remedy = "`trousseau key list --attributes` shows what Vault or OpenBao says of its key";
+        return Err(Failure::usage("no provider has tokens: there is nothing to attest", remedy));
+    }
     let state = assemble::state(&config)?;
     let mut providers = Vec::new();
     for provider in config.pkcs11() {
@@ -118,15 +141,18 @@ pub(super) async fn attest(args: &AttestArgs) -> Result<(), Failure> {
             Ok(surveys) => {
                 let (tokens, lost): (Vec<_>, Vec<_>) = surveys.into_iter().partition(Result::is_ok);
                 let lost = lost.into_iter().filter_map(Result::err).map(|error| error.to_string()).collect();
-                described(provider, tokens.into_iter().flatten().collect(), lost)
+                let twice = pkcs11.named_twice(deadline).await;
+                described(provider, tokens.into_iter().flatten().collect(), lost, twice)
             }
-            Err(_) => described(provider, Vec::new(), vec![format!("provider {}: {late}", provider.name)]),
+            Err(_) => described(provider, Vec::new(), vec![format!("provider {}: {late}", provider.name)], Vec::new()),
         });
     }
+    let not_examined: Vec<NotExamined> = config.transit().map(NotExamined::of).collect();
     let verdicts = providers.iter().flat_map(|provider| {
         let tried = provider.tokens.iter().map(|token| Verdict::of(&token.exportability));
         tried.chain(provider.out_of_reach.iter().map(|_| Verdict::Unproven))
     });
+    let verdicts = verdicts.chain(not_examined.iter().map(|_| Verdict::KeysStayWithWarnings));
     let attestation = Attestation {
         time: Timestamp::now(),
         host: std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned(),
@@ -135,6 +161,7 @@ pub(super) async fn attest(args: &AttestArgs) -> Result<(), Failure> {
         cluster: config.keyring.cluster,
         verdict: verdicts.max().unwrap_or(Verdict::Unproven),
         providers,
+        not_examined,
     };
     match args.output.output {
         Format::Json => print_json(&attestation)?,
@@ -143,7 +170,12 @@ pub(super) async fn attest(args: &AttestArgs) -> Result<(), Failure> {
     conclude(&attestation)
 }
 
-fn described(provider: &Pkcs11Config, tokens: Vec<Survey>, out_of_reach: Vec<String>) -> Provider {
+fn described(
+    provider: &Pkcs11Config,
+    tokens: Vec<Survey>,
+    out_of_reach: Vec<String>,
+    named_twice: Vec<String>,
+) -> Provider {
     Provider {
         name: provider.name.clone(),
         profile: provider.profile.name.clone(),
@@ -152,6 +184,7 @@ fn described(provider: &Pkcs11Config, tokens: Vec<Survey>, out_of_reach: Vec<Str
         policy: Policy { exportable: provider.exportable },
         tokens,
         out_of_reach,
+        named_twice,
     }
 }
 
@@ -186,7 +219,7 @@ fn software() -> Software {
 }
 
 fn text(attestation: &Attestation) -> String {
-    let Attestation { time, host, software, configuration, cluster, verdict, providers } = attestation;
+    let Attestation { time, host, software, configuration, cluster, verdict, providers, not_examined } = attestation;
     let mut text = format!(
         "Attestation of the key-encryption keys of cluster {cluster}\n\nverdict        {}\ntime           {time}\n\
          host           {host}\nsoftware       trousseau {}\n  binary       {}\n  SHA-256      {}\nconfiguration  {}\n",
@@ -207,7 +240,17 @@ fn text(attestation: &Attestation) -> String {
         for lost in &provider.out_of_reach {
             let _infallible = writeln!(text, "  OUT OF REACH: {lost}");
         }
+        for twice in &provider.named_twice {
+            let _infallible = writeln!(text, "  NAMED TWICE: {twice}");
+        }
         provider.tokens.iter().for_each(|token| tell_token(&mut text, token));
+    }
+    for NotExamined { provider, of_type } in not_examined {
+        let _infallible = writeln!(
+            text,
+            "\nprovider {provider}\n  NOT EXAMINED: of type {of_type}: whoever reads its key there can open every data key as \
+             well; `trousseau key list --attributes` shows what its server says of it"
+        );
     }
     text.truncate(text.trim_end().len());
     text

@@ -6,12 +6,17 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::Serialize;
 
+use super::audit::unusable;
 use super::output::{Failure, Format, print, print_json};
 use super::{ConfigArgs, OutputArgs};
-use crate::config::{Config, ProviderConfig, Status};
+use crate::audit::foresee;
+use crate::config::{Config, ConfigError, ProviderConfig, Status};
 use crate::envelope;
+use crate::service::listener;
 
-pub(super) const EXAMPLES: &str = "Examples:
+pub(super) const EXAMPLES: &str = "A secret that systemd hands to the unit alone is named, and not looked at.
+
+Examples:
   trousseau check
   trousseau check --config ./trousseau.toml --output json";
 
@@ -33,6 +38,8 @@ struct Summary {
     /// Bytes in the envelope of a 32-byte seed, at most.
     envelope_size: usize,
     providers: Vec<ProviderSummary>,
+    /// What `serve` would not work with, as the host is now.
+    warnings: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -92,15 +99,17 @@ impl Service {
 }
 
 pub(super) fn run(args: &CheckArgs) -> Result<(), Failure> {
-    let config = Config::load(&args.config.config)?;
-    let summary = summary(&config);
+    let file = &args.config.config;
+    let config = Config::read(file)?;
+    let of_the_unit = config.see_secrets(file)?;
+    let summary = summary(&config, of_the_unit);
     match args.output.output {
         Format::Json => print_json(&summary),
-        Format::Text => print(&text(&args.config.config, &summary)),
+        Format::Text => print(&text(file, &summary)),
     }
 }
 
-fn summary(config: &Config) -> Summary {
+fn summary(config: &Config, of_the_unit: Vec<ConfigError>) -> Summary {
     let sealing = config.providers.iter().filter(|provider| provider.seals());
     let longest: Vec<_> = sealing.map(ProviderConfig::longest_algorithm).collect();
     Summary {
@@ -118,7 +127,19 @@ fn summary(config: &Config) -> Summary {
                 service: Service::of(provider),
             })
             .collect(),
+        warnings: warnings(config, of_the_unit),
     }
+}
+
+fn warnings(config: &Config, of_the_unit: Vec<ConfigError>) -> Vec<String> {
+    let socket = listener::foresee(&config.listen).err().map(|error| Failure::from(error).to_string());
+    let modules = config.pkcs11().filter(|provider| !provider.module.is_file()).map(|provider| {
+        format!("provider {}: module {} is no file: install it", provider.name, provider.module.display())
+    });
+    let unseen = of_the_unit.into_iter().map(|error| Failure::from(error).to_string());
+    let audit = config.audit.as_ref().and_then(|log| foresee(log, None).err());
+    let audit = audit.map(|error| unusable(&error).to_string());
+    socket.into_iter().chain(audit).chain(modules).chain(unseen).collect()
 }
 
 fn text(file: &Path, summary: &Summary) -> String {
@@ -134,6 +155,9 @@ fn text(file: &Path, summary: &Summary) -> String {
     for ProviderSummary { name, seal, service } in &summary.providers {
         let role = if *seal { "seals" } else { "only unwraps" };
         let _infallible = write!(text, "\n  provider  {name} ({role}): {}", service.text());
+    }
+    for warning in &summary.warnings {
+        let _infallible = write!(text, "\n  warning   {warning}");
     }
     text
 }

@@ -4,6 +4,7 @@
 //! environment set; the PIN is made here and goes into a file, never onto a command line.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -18,9 +19,9 @@ use super::{key, serve};
 use crate::config::Config;
 use crate::provider::pkcs11::setup;
 
-pub(super) const EXAMPLES: &str = "All files lie in one directory; run it again and it goes on with what is there. \
-SoftHSM keeps its \
-keys in files: this is for development, not for secrets that matter.
+pub(super) const EXAMPLES: &str = "All files lie in one directory; run it again and it goes on with what is there, your \
+changes to the configuration among it. It leaves a directory alone that has a configuration of another's. SoftHSM keeps \
+its keys in files: this is for development, not for secrets that matter.
 
 Examples:
   trousseau dev
@@ -36,40 +37,71 @@ pub(super) struct DevArgs {
 
 const SOFTHSM_VARIABLE: &str = "SOFTHSM2_CONF";
 const TOKEN: &str = "trousseau-dev";
+/// How a configuration begins that may be gone on with.
+const MARK: &str = "# Made by `trousseau dev`";
+const CONFIGURATION: &str = "trousseau.toml";
+const PIN: &str = "pin";
+const PROFILE: &str = "softhsm";
 
 pub(super) fn run(args: &DevArgs) -> Result<(), Failure> {
+    let is_made = is_made(&args.dir)?;
     make_directory(&args.dir)?;
     let dir = args.dir.canonicalize().map_err(|error| failed(&args.dir, &error))?;
-    let softhsm = dir.join("softhsm2.conf");
+    let (config, softhsm) = (dir.join(CONFIGURATION), dir.join("softhsm2.conf"));
+    // The first file: from then on the directory is known as ours.
+    if !is_made {
+        write(&config, &configuration(&dir))?;
+    }
     make_directory(&dir.join("tokens"))?;
     write(&softhsm, &format!("directories.tokendir = {}\nobjectstore.backend = file\n", dir.join("tokens").display()))?;
     if std::env::var_os(SOFTHSM_VARIABLE).is_none_or(|set| Path::new(&set) != softhsm) {
         return Err(start_over(&dir, &softhsm));
     }
-    let config = dir.join("trousseau.toml");
-    let pin = secret_file(&dir.join("pin"))?;
+    let pin = secret_file(&dir.join(PIN))?;
     let so_pin = secret_file(&dir.join("so-pin"))?;
-    write(&config, &configuration(&dir))?;
     let loaded = Config::load(&config)?;
-    let Some(provider) = loaded.pkcs11().next() else { return Ok(()) };
-    setup::initialize_token(&provider.module, TOKEN, &so_pin, &pin)
-        .map_err(|what| Failure::failed(what, format!("remove {} and try again", dir.display())))?;
-    key::ensure_first(&loaded, provider)?;
+    // Another token that somebody has written into it is not ours to initialize.
+    if let Some(provider) = loaded.pkcs11().find(|provider| provider.profile.name == PROFILE) {
+        setup::initialize_token(&provider.module, TOKEN, &so_pin, &pin)
+            .map_err(|what| Failure::failed(what, format!("remove {} and try again", dir.display())))?;
+        key::ensure_first(&loaded, provider)?;
+    }
     let welcome = welcome(&dir, &loaded);
     serve::serve(&config, loaded, move || super::output::print(&welcome))
+}
+
+/// Whether this verb has been in the directory.
+///
+/// # Errors
+/// What is there was made by somebody else, and stays as it is.
+fn is_made(dir: &Path) -> Result<bool, Failure> {
+    let config = dir.join(CONFIGURATION);
+    let of_others = |file: &Path| {
+        let what = format!("{} was not made by `trousseau dev`", file.display());
+        Err(Failure::configuration(what, "name a directory of its own with --dir"))
+    };
+    match fs::read_to_string(&config) {
+        Ok(text) if text.starts_with(MARK) => Ok(true),
+        Ok(_) => of_others(&config),
+        Err(error) if error.kind() == ErrorKind::NotFound => match dir.join(PIN) {
+            pin if pin.exists() => of_others(&pin),
+            _ => Ok(false),
+        },
+        Err(error) => Err(failed(&config, &error)),
+    }
 }
 
 fn welcome(dir: &Path, config: &Config) -> String {
     let (dir, socket) = (dir.display(), config.listen.socket.display());
     format!(
         "token, KEK and configuration are in {dir}\nserving on {socket}\n\n  trousseau probe --socket {socket}\n  \
-         {SOFTHSM_VARIABLE}={dir}/softhsm2.conf trousseau key list --config {dir}/trousseau.toml\n\nend it with Ctrl-C"
+         {SOFTHSM_VARIABLE}={dir}/softhsm2.conf trousseau key list --config {dir}/{CONFIGURATION}\n\nend it with Ctrl-C"
     )
 }
 
 fn configuration(dir: &Path) -> String {
     format!(
-        r#"# Made by `trousseau dev`.
+        r#"{MARK}.
 version = "v1"
 
 [listen]
@@ -83,9 +115,9 @@ state = "{dir}/state"
 [[provider]]
 name = "softhsm"
 type = "pkcs11"
-profile = "softhsm"
+profile = "{PROFILE}"
 tokens = ["pkcs11:token={TOKEN}"]
-pin-file = "{dir}/pin"
+pin-file = "{dir}/{PIN}"
 "#,
         dir = dir.display()
     )

@@ -11,7 +11,7 @@ pub(super) const EXAMPLES: &str = "The output is a valid EncryptionConfiguration
 comments in it.
 
 Examples:
-  trousseau encryption-config --for kubeadm > encryption-config.yaml
+  (umask 077; trousseau encryption-config --for kubeadm > encryption-config.yaml)
   trousseau encryption-config --for k3s --resource secrets --resource configmaps";
 
 #[derive(Args)]

@@ -16,14 +16,14 @@ mod probe;
 mod serve;
 mod status;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use jiff::SignedDuration;
 
 use self::output::{Failure, Format};
-use crate::config::{DEFAULT_PATH, DEFAULT_SOCKET};
+use crate::config::{Config, DEFAULT_PATH, DEFAULT_SOCKET, period};
 
 /// The number, and from what this binary was built.
 const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("TROUSSEAU_BUILD"), ")");
@@ -101,9 +101,17 @@ struct ConfigArgs {
 
 #[derive(Args)]
 struct SocketArgs {
-    /// The socket of the serving plugin.
-    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
-    socket: PathBuf,
+    /// The socket of the serving plugin [default: that of --config, else /run/trousseau/kms.sock].
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+}
+
+impl SocketArgs {
+    /// The one that is named, else the configuration's, where one is.
+    fn of<'a>(&'a self, config: Option<&'a Config>) -> &'a Path {
+        let named = self.socket.as_deref().or(config.map(|config| config.listen.socket.as_path()));
+        named.unwrap_or(Path::new(DEFAULT_SOCKET))
+    }
 }
 
 #[derive(Args)]
@@ -113,9 +121,15 @@ struct OutputArgs {
     output: Format,
 }
 
-/// Reads a duration such as `10m`, `1h30m` or `0s`.
+/// Reads a duration such as `10m`, `1h30m`, `2d` or `0s`.
 fn duration(text: &str) -> Result<SignedDuration, String> {
-    text.parse().map_err(|_| "a duration is written as 90s, 10m, 1h30m or 0s".to_owned())
+    period(text).ok_or_else(|| "a duration is written as 90s, 10m, 1h30m, 2d, 1w or 0s".to_owned())
+}
+
+/// The same for one in which something is to be done.
+fn some_duration(text: &str) -> Result<SignedDuration, String> {
+    let some = duration(text)?;
+    if some.is_zero() { Err("nothing can be done in no time: 3s, for example".to_owned()) } else { Ok(some) }
 }
 
 /// The command line as data, for its man pages and completions.

@@ -5,7 +5,7 @@ use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use comfy_table::{ContentArrangement, Table, presets};
+use comfy_table::{ColumnConstraint, ContentArrangement, Table, presets};
 use serde::Serialize;
 
 use crate::config::{ConfigError, CredentialError};
@@ -16,6 +16,9 @@ use crate::state::StateError;
 
 /// Longer than that nobody waits without wondering.
 const MOMENT: Duration = Duration::from_secs(1);
+
+/// A column of so many letters can be read.
+const SENTENCE: usize = 40;
 
 /// How a result is printed: for people, or for programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -38,6 +41,11 @@ impl Failure {
         Self { code: 1, what: what.into(), remedy: remedy.into() }
     }
 
+    /// Wrong arguments, which only the configuration shows to be wrong.
+    pub(super) fn usage(what: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { code: 2, what: what.into(), remedy: remedy.into() }
+    }
+
     /// The plugin or its token is out of reach.
     pub(super) fn unavailable(what: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { code: 69, what: what.into(), remedy: remedy.into() }
@@ -53,7 +61,8 @@ impl Failure {
         &self.remedy
     }
 
-    fn not_permitted(what: String, remedy: String) -> Self {
+    /// The operating system, or the plugin, refuses this user.
+    pub(super) fn not_permitted(what: String, remedy: String) -> Self {
         Self { code: 77, what, remedy }
     }
 
@@ -82,13 +91,15 @@ impl fmt::Display for Failure {
 
 impl From<ConfigError> for Failure {
     fn from(error: ConfigError) -> Self {
-        Self::configuration(error.to_string(), error.remedy().to_owned())
+        let make = if error.is_forbidden { Self::not_permitted } else { Self::configuration };
+        make(error.to_string(), error.remedy().to_owned())
     }
 }
 
 impl From<CredentialError> for Failure {
     fn from(error: CredentialError) -> Self {
-        Self::configuration(error.to_string(), error.remedy().to_owned())
+        let make = if error.is_forbidden { Self::not_permitted } else { Self::configuration };
+        make(error.to_string(), error.remedy().to_owned())
     }
 }
 
@@ -110,7 +121,7 @@ impl From<BindError> for Failure {
 impl From<KekError> for Failure {
     fn from(error: KekError) -> Self {
         match error {
-            KekError::Refused(what) => Self::failed(what, ""),
+            KekError::Refused(what) | KekError::OfOneValue(what) => Self::failed(what, ""),
             outage => Self::unavailable(outage.to_string(), ""),
         }
     }
@@ -129,6 +140,10 @@ impl From<ClientError> for Failure {
             ClientError::Unreachable(..) => {
                 Self::unavailable(what, "is the plugin running? `systemctl status trousseau`, or name it with --socket")
             }
+            ClientError::Late { .. } => Self::unavailable(
+                what,
+                "it hangs, or its token does: see `journalctl -u trousseau`, and `trousseau doctor`",
+            ),
             ClientError::Answer { .. } if error.is_outage() => {
                 Self::unavailable(what, "the plugin's own log says more: `journalctl -u trousseau`")
             }
@@ -167,13 +182,35 @@ pub(super) fn print_json(value: &impl Serialize) -> Result<(), Failure> {
     print(&text)
 }
 
-/// A table: with lines on a terminal, plain columns elsewhere.
+/// Whether a table's last column has room for sentences, with all others whole: nobody can copy an id of two lines.
+fn has_room(rows: &[Vec<String>], width: usize) -> bool {
+    let mut widths: Vec<usize> = Vec::new();
+    for row in rows {
+        widths.resize(widths.len().max(row.len()), 0);
+        for (widest, cell) in widths.iter_mut().zip(row) {
+            *widest = cell.lines().map(|line| line.chars().count()).fold(*widest, usize::max);
+        }
+    }
+    let others: usize = widths.iter().rev().skip(1).map(|width| width + 3).sum();
+    others + SENTENCE <= width
+}
+
+/// A table: with lines on a terminal, plain columns elsewhere. What is too wide for a terminal is broken in the last
+/// column.
 pub(super) fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
     let mut table = Table::new();
+    let terminal = rustix::termios::tcgetwinsize(io::stdout()).ok().map(|size| size.ws_col);
     table.load_style(if io::stdout().is_terminal() { presets::UTF8_FULL_CONDENSED } else { presets::NOTHING });
-    table.set_content_arrangement(ContentArrangement::Disabled);
+    match terminal.filter(|width| has_room(&rows, usize::from(*width))) {
+        Some(width) => table.set_content_arrangement(ContentArrangement::Dynamic).set_width(width),
+        None => table.set_content_arrangement(ContentArrangement::Disabled),
+    };
     table.set_header(header.to_vec());
     table.add_rows(rows);
+    let last = table.column_count().saturating_sub(1);
+    for column in table.column_iter_mut().take(last) {
+        column.set_constraint(ColumnConstraint::ContentWidth);
+    }
     let lines: Vec<String> = table.lines().map(|line| line.trim().to_owned()).collect();
     lines.join("\n")
 }

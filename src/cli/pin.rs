@@ -40,7 +40,10 @@ pub(super) struct RetryArgs {
 pub(super) fn run(verb: &PinVerb) -> Result<(), Failure> {
     let PinVerb::Retry(args) = verb;
     let config = Config::load(&args.config.config)?;
-    let provider = assemble::choose_provider(&config, args.provider.as_deref())?;
+    let provider = assemble::choose_provider(&config, args.provider.as_deref(), |transit| {
+        let what = format!("provider {} has no PIN: it logs in to Vault or OpenBao", transit.name);
+        Failure::usage(what, "`trousseau doctor` says how its login fares")
+    })?;
     let state = assemble::state(&config)?;
     let mut failures = Vec::new();
     for (token, done) in allow_pin_retry(provider, &state, args.final_try_ok) {

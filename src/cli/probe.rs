@@ -1,5 +1,6 @@
 //! `trousseau probe`: a value goes out and comes back.
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
@@ -8,21 +9,26 @@ use serde::Serialize;
 use zeroize::Zeroizing;
 
 use super::output::{Failure, Format, print, print_json};
-use super::{OutputArgs, SocketArgs, duration};
+use super::{OutputArgs, SocketArgs, some_duration};
+use crate::config::Config;
 use crate::service::client::{Client, ClientError};
 
 pub(super) const EXAMPLES: &str = "It calls Status, then encrypts 32 random bytes, decrypts them and compares.
 
 Examples:
   trousseau probe
+  trousseau probe --config /etc/trousseau/trousseau.toml
   trousseau probe --socket /run/trousseau/kms.sock --output json";
 
 #[derive(Args)]
 pub(super) struct ProbeArgs {
     #[command(flatten)]
     socket: SocketArgs,
+    /// The plugin's configuration, which names the socket.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// How long each call may take.
-    #[arg(long, value_name = "DURATION", default_value = "3s", value_parser = duration)]
+    #[arg(long, value_name = "DURATION", default_value = "3s", value_parser = some_duration)]
     timeout: SignedDuration,
     #[command(flatten)]
     output: OutputArgs,
@@ -48,7 +54,8 @@ pub(super) fn run(args: &ProbeArgs) -> Result<(), Failure> {
 }
 
 async fn probe(args: &ProbeArgs) -> Result<Probed, Failure> {
-    let mut client = Client::connect(&args.socket.socket, args.timeout.unsigned_abs()).await?;
+    let config = args.config.as_deref().map(Config::read).transpose()?;
+    let mut client = Client::connect(args.socket.of(config.as_ref()), args.timeout.unsigned_abs()).await?;
     let mut seed = Zeroizing::new(vec![0; 32]);
     getrandom::fill(&mut seed).map_err(|error| Failure::failed(format!("getrandom(2): {error}"), ""))?;
 

@@ -11,7 +11,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::output::Failure;
-use super::{VERSION, assemble};
+use super::{VERSION, assemble, audit};
 use crate::audit::{Audit, Event};
 use crate::config::{AuditConfig, Config, Listen};
 use crate::keyring::{Keyring, Reminder};
@@ -73,7 +73,9 @@ async fn serve_with(
     warn_of_profiles(&config);
     let state = assemble::state(&config)?;
     let keyring = Arc::new(assemble::keyring(&config, Arc::clone(&state), &leader)?);
-    let audit = config.audit.as_ref().map(open_audit).transpose()?;
+    let audit = config.audit.as_ref().map(Audit::open).transpose().map_err(|error| audit::unusable(&error))?;
+    // Whoever sees the socket may signal us.
+    let (terminated, mut hangup) = (terminated()?, on(SignalKind::hangup())?);
     let listener = Listener::open(&config.listen)?;
     let socket = config.listen.socket.display();
     let cluster = &config.keyring.cluster;
@@ -83,13 +85,11 @@ async fn serve_with(
     let requests = Arc::new(Requests::new(keyring, audit));
     let (audit, observe) = (config.audit, config.observe);
     let daemon = Daemon { file, listen: config.listen, audit, observe, listener, requests, state, leader };
-    let terminated = terminated()?;
     let mut lost = None;
     let shutdown = async {
         tokio::select! { () = terminated => (), reason = daemon.is_hopeless() => lost = Some(reason) }
         systemd::stopping();
     };
-    let mut hangup = on(SignalKind::hangup())?;
     systemd::ready();
     daemon.note("start").await;
     let ended = tokio::select! {
@@ -110,11 +110,6 @@ async fn serve_with(
         }
         None => ended,
     }
-}
-
-fn open_audit(config: &AuditConfig) -> Result<Audit, Failure> {
-    let remedy = "make its directory, and give it to the plugin's user";
-    Audit::open(config).map_err(|why| Failure::failed(format!("audit log {why}"), remedy))
 }
 
 struct Daemon {
@@ -256,6 +251,7 @@ fn health(keyring: &Keyring) -> Result<String, String> {
 }
 
 async fn is_well(keyring: &Keyring) {
+    keyring.has_looked().await;
     while health(keyring).is_err() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }

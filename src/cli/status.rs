@@ -59,11 +59,13 @@ struct Opener {
 }
 
 pub(super) fn run(args: &StatusArgs) -> Result<(), Failure> {
+    let config = args.config.as_deref().map(Config::read).transpose()?;
     let status = super::runtime()?.block_on(async {
-        let mut client = Client::connect(&args.socket.socket, Duration::from_secs(3)).await?;
+        let mut client = Client::connect(args.socket.of(config.as_ref()), Duration::from_secs(3)).await?;
         client.status().await
     })?;
-    let openers = args.config.as_ref().map(|file| openers(file, &status.key_id)).transpose()?;
+    let known = args.config.as_deref().zip(config.as_ref());
+    let openers = known.map(|(file, config)| openers(file, config, &status.key_id)).transpose()?;
     let report = Report { status, openers };
     match args.output.output {
         Format::Json => print_json(&report),
@@ -72,9 +74,8 @@ pub(super) fn run(args: &StatusArgs) -> Result<(), Failure> {
 }
 
 /// What this host remembers of a key_id.
-fn openers(file: &Path, key_id: &str) -> Result<Openers, Failure> {
-    let config = Config::load(file)?;
-    let state = assemble::state(&config)?;
+fn openers(file: &Path, config: &Config, key_id: &str) -> Result<Openers, Failure> {
+    let state = assemble::state(config)?;
     let seals = |mark: &Mark| {
         let of = config.providers.iter().find(|provider| provider.name() == mark.provider);
         of.is_some_and(ProviderConfig::seals)

@@ -6,7 +6,7 @@ use std::ffi::c_ulong;
 use std::fmt;
 use std::str::FromStr;
 
-use serde::de::{Error, MapAccess, Visitor};
+use serde::de::{DeserializeSeed, Error, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// How a failed call is treated. Each class has one treatment.
@@ -145,7 +145,8 @@ impl<'de> Deserialize<'de> for Codes {
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Codes, A::Error> {
                 let mut codes = BTreeMap::new();
-                while let Some((code, class)) = map.next_entry::<Code, Class>()? {
+                while let Some(code) = map.next_key::<Code>()? {
+                    let class = map.next_value_seed(ClassOf(code))?;
                     if codes.insert(code, class).is_some() {
                         return Err(A::Error::custom(format!("{code} is there twice, by its name and by its number")));
                     }
@@ -158,12 +159,34 @@ impl<'de> Deserialize<'de> for Codes {
     }
 }
 
+/// The class that a profile gives a code, which it may have. An error here is told with its line.
+struct ClassOf(Code);
+
+impl<'de> DeserializeSeed<'de> for ClassOf {
+    type Value = Class;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Class, D::Error> {
+        let class = Class::deserialize(deserializer)?;
+        // Any other class has the PIN tried again and again, until the token locks it.
+        if self.0.class() == Class::Pin && class != Class::Pin {
+            let (code, class) = (self.0, class.as_str());
+            let what = format!("{code} blames the PIN, which must not be tried again: it cannot be of class `{class}`");
+            return Err(D::Error::custom(what));
+        }
+        Ok(class)
+    }
+}
+
 type Entry = (c_ulong, &'static str, Class);
 
 /// Every return code of PKCS#11 2.40, 3.0, 3.1 and 3.2 (section 5.1 of each, and `pkcs11t.h`), with its class.
 ///
 /// What can only be the answer to a function that is never called, such as C_SetOperationState, makes no sense as an
 /// answer to ours, and is doubtful. So are all codes that are not here, the vendors' (0x80000000 and up) among them.
+///
+/// No profile changes those of the class `pin`. Two answers are settled where they are met, before any class is asked for:
+/// CKR_CRYPTOKI_ALREADY_INITIALIZED to C_Initialize (`provider::pkcs11::module`), and CKR_USER_ALREADY_LOGGED_IN to C_Login
+/// (`provider::pkcs11::login`).
 #[rustfmt::skip]
 const STANDARD: [Entry; 103] = [
     (0x001, "CKR_CANCEL", Class::Doubtful), // only from callbacks, of which there are none

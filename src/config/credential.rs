@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::fs::{Metadata, OpenOptions};
-use std::io::Read;
+use std::io::{self, ErrorKind, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 
@@ -15,21 +15,32 @@ const LONGEST_LINE: usize = 1024;
 /// A file of more bytes than this holds no secret. A JWT or a private key has some thousand.
 const LONGEST_FILE: u64 = 16 * 1024;
 
+/// How a plain command gets what the unit gets. A key that root makes in a token of files, the service could not read.
+const AS_THE_UNIT: &str = "run it with each LoadCredential= of the unit, for a PIN: `systemd-run --pipe --wait \
+    -p LoadCredential=pin:/etc/trousseau/pin trousseau …`; for `key generate` add `-p User=trousseau \
+    -p StateDirectory=trousseau`, and what the token's drop-in says of groups and environment";
+
 /// A file that holds one secret, which is read anew each time it is needed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Credential {
-    path: PathBuf,
-    /// systemd made the file: it is readable by the unit alone, whoever owns it.
-    from_systemd: bool,
+pub struct Credential(Place);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Place {
+    /// An absolute path.
+    File(PathBuf),
+    /// The name of a file that systemd makes, readable by the unit alone, whoever owns it (systemd.exec(5)).
+    Systemd(String),
 }
 
 /// Why a secret could not be read. It never shows what was read.
 #[derive(Debug, thiserror::Error)]
-#[error("{path}: {what}", path = .path.display())]
+#[error("{place}: {what}")]
 pub struct CredentialError {
-    path: PathBuf,
+    place: String,
     what: String,
     remedy: String,
+    /// It may not be read by this user.
+    pub(crate) is_forbidden: bool,
 }
 
 impl CredentialError {
@@ -42,21 +53,38 @@ impl CredentialError {
 
 impl Credential {
     /// `credential:NAME` is a file in `$CREDENTIALS_DIRECTORY` (systemd.exec(5)); all else is an absolute path.
-    pub(super) fn parse(text: &str) -> Result<Self, String> {
+    ///
+    /// # Errors
+    /// It is neither; with what to do.
+    pub(super) fn parse(text: &str) -> Result<Self, (String, &'static str)> {
+        const NAME_THE_FILE: &str = "name the file that holds the secret, or `credential:NAME`";
         if let Some(name) = text.strip_prefix("credential:") {
             if name.is_empty() || name.contains('/') {
-                return Err(format!("`{name}` is not the name of a credential"));
+                return Err((format!("`{name}` is not the name of a credential"), NAME_THE_FILE));
             }
-            let directory = std::env::var_os("CREDENTIALS_DIRECTORY").ok_or(
-                "`credential:` needs $CREDENTIALS_DIRECTORY, which systemd sets for a unit with LoadCredential=",
-            )?;
-            return Ok(Self { path: PathBuf::from(directory).join(name), from_systemd: true });
+            return Ok(Self(Place::Systemd(name.to_owned())));
         }
         let path = PathBuf::from(text);
         if !path.is_absolute() {
-            return Err(format!("`{text}` is not an absolute path"));
+            return Err((format!("`{text}` is not an absolute path"), NAME_THE_FILE));
         }
-        Ok(Self { path, from_systemd: false })
+        Ok(Self(Place::File(path)))
+    }
+
+    /// Where it is here. A credential of systemd's is nowhere but in its unit.
+    ///
+    /// # Errors
+    /// This process is not of the unit.
+    pub(super) fn path(&self) -> Result<PathBuf, CredentialError> {
+        match &self.0 {
+            Place::File(path) => Ok(path.clone()),
+            Place::Systemd(name) => match std::env::var_os("CREDENTIALS_DIRECTORY") {
+                Some(directory) => Ok(PathBuf::from(directory).join(name)),
+                None => {
+                    Err(self.error("systemd hands it to the unit alone: no $CREDENTIALS_DIRECTORY here", AS_THE_UNIT))
+                }
+            },
+        }
     }
 
     /// Reads the secret, without the line end that editors leave behind.
@@ -85,10 +113,7 @@ impl Credential {
         // O_NONBLOCK: a FIFO in the file's place must not hold us up.
         let mut options = OpenOptions::new();
         options.read(true).custom_flags(OFlags::NONBLOCK.bits() as i32);
-        let mut file = options.open(&self.path).map_err(|error| {
-            let user = rustix::process::geteuid().as_raw();
-            self.error(format!("cannot be read: {error}"), format!("create it, readable by uid {user} alone"))
-        })?;
+        let mut file = options.open(self.path()?).map_err(|error| self.unopened(&error))?;
         let metadata = file.metadata().map_err(|error| self.error(error.to_string(), "check the file system"))?;
         self.check_access(&metadata)?;
         let mut text = Zeroizing::new(String::with_capacity(metadata.len().min(LONGEST_FILE) as usize + 1));
@@ -106,23 +131,41 @@ impl Credential {
         if !metadata.is_file() {
             return Err(self.error("is not a file", "name a file that holds the secret"));
         }
-        if self.from_systemd {
-            return Ok(());
+        match &self.0 {
+            Place::File(path) if metadata.mode() & 0o077 != 0 => {
+                let what = format!("can be read or changed by others: its mode is {:04o}", metadata.mode() & 0o7777);
+                Err(self.error(what, format!("chmod 0600 {}", path.display())))
+            }
+            _ => Ok(()),
         }
-        if metadata.mode() & 0o077 != 0 {
-            let what = format!("can be read or changed by others: its mode is {:04o}", metadata.mode() & 0o7777);
-            return Err(self.error(what, format!("chmod 0600 {}", self.path.display())));
-        }
-        Ok(())
+    }
+
+    fn unopened(&self, error: &io::Error) -> CredentialError {
+        let user = rustix::process::geteuid().as_raw();
+        let remedy = match (&self.0, error.kind()) {
+            (_, ErrorKind::PermissionDenied) => {
+                format!("run it as root, or as the user that it belongs to, or give it to uid {user}")
+            }
+            (Place::Systemd(name), ErrorKind::NotFound) => {
+                format!("add LoadCredential={name}:FILE to the unit, or -p LoadCredential={name}:FILE to systemd-run")
+            }
+            (Place::File(_), ErrorKind::NotFound) => format!("create it, readable by uid {user} alone"),
+            _ => "check its path and its file system".to_owned(),
+        };
+        let is_forbidden = error.kind() == ErrorKind::PermissionDenied;
+        CredentialError { is_forbidden, ..self.error(format!("cannot be read: {error}"), remedy) }
     }
 
     fn error(&self, what: impl Into<String>, remedy: impl Into<String>) -> CredentialError {
-        CredentialError { path: self.path.clone(), what: what.into(), remedy: remedy.into() }
+        CredentialError { place: self.to_string(), what: what.into(), remedy: remedy.into(), is_forbidden: false }
     }
 }
 
 impl fmt::Display for Credential {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.path.display().fmt(f)
+        match &self.0 {
+            Place::File(path) => path.display().fmt(f),
+            Place::Systemd(name) => write!(f, "credential:{name}"),
+        }
     }
 }

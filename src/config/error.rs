@@ -1,20 +1,36 @@
 //! What is wrong with a configuration, where, and what to do.
 
-use std::fmt;
 use std::path::{Path, PathBuf};
+use std::{fmt, io};
 
-/// A configuration that cannot be used. Exit code 78.
+use super::CredentialError;
+
+/// A configuration that cannot be used. Exit code 78, or 77 where it may not be read.
 #[derive(Debug)]
 pub struct ConfigError {
     file: PathBuf,
     line: Option<usize>,
     what: String,
     remedy: String,
+    /// It may not be read.
+    pub(crate) is_forbidden: bool,
 }
 
 impl ConfigError {
     pub(super) fn new(file: &Path, what: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { file: file.to_owned(), line: None, what: what.into(), remedy: remedy.into() }
+        Self { file: file.to_owned(), line: None, what: what.into(), remedy: remedy.into(), is_forbidden: false }
+    }
+
+    /// The file cannot be read.
+    pub(super) fn from_io(file: &Path, error: &io::Error) -> Self {
+        let is_forbidden = error.kind() == io::ErrorKind::PermissionDenied;
+        let remedy = if is_forbidden { "run it as root" } else { "name another file with --config FILE" };
+        Self { is_forbidden, ..Self::new(file, format!("cannot be read: {error}"), remedy) }
+    }
+
+    /// A secret that the file points to cannot be read.
+    pub(super) fn from_credential(file: &Path, what: String, error: &CredentialError) -> Self {
+        Self { is_forbidden: error.is_forbidden, ..Self::new(file, what, error.remedy()) }
     }
 
     /// From what the TOML reader found: its line, its message, and the nearest known key where one is unknown, else the
@@ -26,7 +42,7 @@ impl ConfigError {
             Some(known) => format!("did you mean `{known}`?"),
             None => reference.to_owned(),
         };
-        Self { file: file.to_owned(), line, what: message.to_owned(), remedy }
+        Self { file: file.to_owned(), line, what: message.to_owned(), remedy, is_forbidden: false }
     }
 
     /// What to do about it.

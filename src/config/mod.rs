@@ -17,7 +17,6 @@ mod uri;
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use jiff::{SignedDuration, Span, SpanRelativeTo};
@@ -33,7 +32,7 @@ pub use self::profile::{Excusable, GcmIv, Mode, Omissible, Profile, Status};
 pub use self::provider::ProviderConfig;
 pub use self::transit::{Auth, Method, TransitConfig};
 pub use self::uri::TokenUri;
-use crate::telemetry;
+use crate::{disk, telemetry};
 
 /// Where the configuration lies when nothing else is said.
 pub const DEFAULT_PATH: &str = "/etc/trousseau/trousseau.toml";
@@ -49,7 +48,7 @@ const DEFAULT_STATE: &str = "/var/lib/trousseau";
 
 /// Where the keys of the configuration are explained.
 const REFERENCE: &str =
-    "the reference configuration, packaging/trousseau.toml in the source, has every key with its meaning";
+    "`man trousseau.toml`, or packaging/trousseau.toml in the source, has every key with its meaning";
 
 /// A whole, valid configuration.
 #[derive(Debug)]
@@ -137,10 +136,20 @@ impl Config {
     /// # Errors
     /// [`ConfigError`] with the line or the field, and what to do.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|error| {
-            ConfigError::new(path, format!("cannot be read: {error}"), "name another file with --config FILE")
-        })?;
-        refuse_if_writable_by_others(path)?;
+        let config = Self::read(path)?;
+        match config.see_secrets(path)?.into_iter().next() {
+            Some(of_the_unit) => Err(of_the_unit),
+            None => Ok(config),
+        }
+    }
+
+    /// Reads and checks the file and the profiles that it names: for who logs in nowhere.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|error| ConfigError::from_io(path, &error))?;
+        refuse_if_changeable_by_others(path)?;
         let file: file::File =
             toml::from_str(&text).map_err(|error| ConfigError::from_toml(path, &text, &error, REFERENCE))?;
         let profiles = path.parent().unwrap_or(Path::new("/")).join("hsm-profiles");
@@ -161,6 +170,30 @@ impl Config {
         Ok(Self { listen, keyring, observe, log_level, audit, providers, legacy })
     }
 
+    /// Sees that the secrets can be read that the file, at `path`, points to. Returns why some cannot by this process:
+    /// systemd hands them to the unit alone.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn see_secrets(&self, path: &Path) -> Result<Vec<ConfigError>, ConfigError> {
+        let mut of_the_unit = Vec::new();
+        for provider in &self.providers {
+            for (field, secret) in provider.secrets() {
+                let wrong = |error: CredentialError| {
+                    let what = format!("provider {}: {field}: {error}", provider.name());
+                    ConfigError::from_credential(path, what, &error)
+                };
+                match (secret.path(), provider) {
+                    (Err(error), _) => of_the_unit.push(wrong(error)),
+                    (Ok(_), ProviderConfig::Pkcs11(_)) => drop(secret.read().map_err(wrong)?),
+                    // Somebody else puts it there, and may be late.
+                    (Ok(_), ProviderConfig::Transit(_)) => (),
+                }
+            }
+        }
+        Ok(of_the_unit)
+    }
+
     /// The providers of type `pkcs11`.
     pub fn pkcs11(&self) -> impl Iterator<Item = &Pkcs11Config> {
         self.providers.iter().filter_map(|provider| match provider {
@@ -178,19 +211,9 @@ impl Config {
     }
 }
 
-/// Whoever can change what we read decides what we load and whom we serve.
-fn refuse_if_writable_by_others(path: &Path) -> Result<(), ConfigError> {
+fn refuse_if_changeable_by_others(path: &Path) -> Result<(), ConfigError> {
     let metadata = std::fs::metadata(path).map_err(|error| ConfigError::new(path, error.to_string(), "try again"))?;
-    let (owner, mode) = (metadata.uid(), metadata.mode());
-    if owner != 0 && owner != rustix::process::geteuid().as_raw() {
-        let what = format!("belongs to uid {owner}, who could change it");
-        return Err(ConfigError::new(path, what, format!("chown root {}", path.display())));
-    }
-    if mode & 0o022 != 0 {
-        let what = format!("can be changed by others: its mode is {:04o}", mode & 0o7777);
-        return Err(ConfigError::new(path, what, format!("chmod go-w {}", path.display())));
-    }
-    Ok(())
+    disk::refuse_if_changeable_by_others(path, &metadata).map_err(|(what, remedy)| ConfigError::new(path, what, remedy))
 }
 
 /// What [`is_cluster_name`] takes.
@@ -201,8 +224,8 @@ pub(crate) fn is_cluster_name(text: &str) -> bool {
     (1..=63).contains(&text.len()) && text.chars().all(named)
 }
 
-/// A length of time such as `90d` or `12h`: days have 24 hours here, and months have no length.
-fn period(text: &str) -> Option<SignedDuration> {
+/// A length of time such as `90d`, `1w` or `12h`: days have 24 hours here, and months have no length.
+pub(crate) fn period(text: &str) -> Option<SignedDuration> {
     let span: Span = text.parse().ok()?;
     span.to_duration(SpanRelativeTo::days_are_24_hours()).ok().filter(|period| !period.is_negative())
 }
@@ -270,7 +293,7 @@ impl Check<'_> {
             return Ok(file.level);
         }
         let what = format!("log.level `{}` is not a log filter", file.level);
-        Err(self.error(what, "write for example \"info\", or \"trousseau=debug\""))
+        Err(self.error(what, "write \"error\", \"warn\", \"info\" or \"debug\", or for example \"info,h2=debug\""))
     }
 
     fn observe(&self, file: file::Observe) -> Result<Option<SocketAddr>, ConfigError> {

@@ -94,6 +94,12 @@ impl Check<'_> {
         if tokens.is_empty() {
             return Err(wrong("tokens", "no token is named", "write for example [\"pkcs11:token=trousseau\"]"));
         }
+        if let Some((_, twice)) =
+            tokens.iter().enumerate().find(|(at, uri)| tokens.iter().take(*at).any(|first| first == *uri))
+        {
+            let what = format!("{twice} stands there twice, and is no replica of itself");
+            return Err(wrong("tokens", &what, "name each token once"));
+        }
         let sessions = file.sessions.unwrap_or(4);
         if !(1..=256).contains(&sessions) {
             return Err(wrong("sessions", "not a number from 1 to 256", "4 is a good start"));
@@ -105,8 +111,7 @@ impl Check<'_> {
         }
         let pin_file =
             file.pin_file.ok_or_else(|| wrong("pin-file", "not there", "name the file that holds the user PIN"))?;
-        let pin = Credential::parse(&pin_file).map_err(|what| wrong("pin-file", &what, "name the PIN's file"))?;
-        pin.read().map_err(|error| wrong("pin-file", &error.to_string(), error.remedy()))?;
+        let pin = Credential::parse(&pin_file).map_err(|(what, remedy)| wrong("pin-file", &what, remedy))?;
         let admitted = file.kek.into_iter().map(|kek| self.admitted(&name, &kek)).collect::<Result<_, _>>()?;
         let label = file.label.unwrap_or_else(|| format!("trousseau-{cluster}"));
         Ok(Pkcs11Config {

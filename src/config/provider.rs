@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::file::{self, ProviderType};
-use super::{Check, ConfigError, Exportable, Pkcs11Config, TransitConfig};
+use super::{Check, ConfigError, Credential, Exportable, Pkcs11Config, TransitConfig};
 use crate::envelope::{self, MAX_RECIPIENTS, WrapAlgorithm};
 
 /// Bytes in a seed of the API server's.
@@ -36,6 +36,15 @@ impl ProviderConfig {
         match self {
             Self::Pkcs11(config) => config.seal,
             Self::Transit(config) => config.seal,
+        }
+    }
+
+    /// The secrets that it points to, by their keys in the configuration.
+    #[must_use]
+    pub fn secrets(&self) -> Vec<(&'static str, &Credential)> {
+        match self {
+            Self::Pkcs11(config) => vec![("pin-file", &config.pin)],
+            Self::Transit(config) => config.auth.method.secrets(),
         }
     }
 

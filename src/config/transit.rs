@@ -1,12 +1,13 @@
 //! `[[provider]]` of type `transit`: a key of Vault's or OpenBao's Transit secrets engine, and how to log in there.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use http::Uri;
 use jiff::SignedDuration;
 
 use super::file::AuthMethod;
 use super::{Check, ConfigError, Credential, Exportable, file, period};
+use crate::disk;
 
 /// Until every host has seen a new version of the key.
 const DEFAULT_DELAY: &str = "10m";
@@ -34,6 +35,15 @@ pub struct TransitConfig {
     pub auth: Auth,
     /// `[policy]`: what becomes of a key that can be exported.
     pub exportable: Exportable,
+}
+
+impl TransitConfig {
+    /// The command that makes a new version of the key, for whom Vault lets do that.
+    #[must_use]
+    pub fn rotation(&self) -> String {
+        let namespace = self.namespace.as_ref().map(|name| format!("-namespace={name} ")).unwrap_or_default();
+        format!("vault write {namespace}-f {}/keys/{}/rotate", self.mount.trim_end_matches('/'), self.key)
+    }
 }
 
 /// How a token is got.
@@ -93,6 +103,19 @@ impl Method {
             Self::Jwt { .. } => "jwt",
         }
     }
+
+    /// The secrets among it, by their keys in the configuration.
+    #[must_use]
+    pub fn secrets(&self) -> Vec<(&'static str, &Credential)> {
+        match self {
+            Self::Token { token } => vec![("auth.token-file", token)],
+            Self::AppRole { role_id, secret_id, .. } => {
+                vec![("auth.role-id-file", role_id), ("auth.secret-id-file", secret_id)]
+            }
+            Self::Cert { key, .. } => vec![("auth.key-file", key)], // a new certificate comes with a new key
+            Self::Jwt { jwt, .. } => vec![("auth.jwt-file", jwt)],
+        }
+    }
 }
 
 impl Check<'_> {
@@ -121,25 +144,30 @@ impl Check<'_> {
             )
         })?;
         if let Some(ca) = &file.ca_file {
-            let pem = std::fs::read_to_string(ca).map_err(|error| {
-                wrong(
-                    "ca-file",
-                    &format!("{}: cannot be read: {error}", ca.display()),
-                    "name the CA's certificate in PEM",
-                )
-            })?;
-            if !pem.contains("-----BEGIN CERTIFICATE-----") {
-                return Err(wrong(
-                    "ca-file",
-                    &format!("{}: has no certificate in PEM", ca.display()),
-                    "name the CA's certificate",
-                ));
-            }
+            see_ca(ca).map_err(|(what, remedy)| wrong("ca-file", &format!("{}: {what}", ca.display()), &remedy))?;
         }
         let auth = file.auth.ok_or_else(|| absent("auth", "write for example { method = \"approle\", … }"))?;
         let auth = auth_of(auth).map_err(|(field, what, remedy)| wrong(&format!("auth.{field}"), &what, remedy))?;
+        if let Method::Cert { cert, .. } = &auth.method
+            && let Ok(metadata) = std::fs::metadata(cert)
+        {
+            disk::refuse_if_changeable_by_others(cert, &metadata)
+                .map_err(|(what, remedy)| wrong("auth.cert-file", &format!("{}: {what}", cert.display()), &remedy))?;
+        }
         let (seal, namespace, ca_file) = (file.seal, file.namespace, file.ca_file);
         Ok(TransitConfig { name, seal, address, namespace, mount, key, activation_delay, ca_file, auth, exportable })
+    }
+}
+
+/// Who vouches for the server is there, and nobody else can put another in its place.
+fn see_ca(ca: &Path) -> Result<(), (String, String)> {
+    let wrong = |what: String| (what, "name the CA's certificate in PEM".to_owned());
+    let metadata = std::fs::metadata(ca).map_err(|error| wrong(format!("cannot be read: {error}")))?;
+    disk::refuse_if_changeable_by_others(ca, &metadata)?;
+    let pem = std::fs::read_to_string(ca).map_err(|error| wrong(format!("cannot be read: {error}")))?;
+    match pem.contains("-----BEGIN CERTIFICATE-----") {
+        true => Ok(()),
+        false => Err(wrong("has no certificate in PEM".into())),
     }
 }
 
@@ -226,5 +254,5 @@ fn auth_of(file: file::Auth) -> Result<Auth, Wrong> {
 
 fn credential(field: &'static str, text: Option<&str>) -> Result<Credential, Wrong> {
     let text = text.ok_or_else(|| (field, "not there".into(), "name the file"))?;
-    Credential::parse(text).map_err(|what| (field, what, "name the file"))
+    Credential::parse(text).map_err(|(what, remedy)| (field, what, remedy))
 }

@@ -38,7 +38,8 @@ impl Keyring {
                 let verb = if ends <= now { "ended" } else { "ends" };
                 concerns.push(format!(
                     "the period of KEK {identity} of provider {provider} {verb} at {ends} (keyring.max-age): make a \
-                     new one with `trousseau key generate`"
+                     new one with `{}`",
+                    member.provider.how_to_rotate()
                 ));
             }
             let by_time = activation::choose(&seen.keks, |kek| kek.rank(), None, now);

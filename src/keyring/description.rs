@@ -54,7 +54,7 @@ impl KekState {
         match self {
             Self::Active => "active",
             Self::Waiting => "waiting",
-            Self::UnwrapOnly => "unwrap only",
+            Self::UnwrapOnly => "unwrap-only",
         }
     }
 }

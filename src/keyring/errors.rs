@@ -4,7 +4,7 @@ use crate::legacy::Unreadable;
 use crate::provider::KekError;
 
 /// Each variant is one row of the contract: the service gives it its gRPC code. The text says first whether the data
-/// or the token is at fault.
+/// or a service is at fault, and names it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum KeyringError {
     /// Nothing to encrypt, or more than the answer has room for.
@@ -22,16 +22,16 @@ pub enum KeyringError {
     #[error("the ciphertext cannot be read: {0}")]
     Old(Unreadable),
     /// No KEK of this keyring.
-    #[error("{0} is unknown here: check that every control plane uses the same tokens and the same keyring.cluster")]
+    #[error("{0} is unknown here: check that every control plane has the same providers and the same keyring.cluster")]
     UnknownKey(String),
-    /// More requests than the tokens serve.
+    /// More requests than the providers serve.
     #[error("overloaded, the object is intact: {0}")]
     Busy(String),
     /// No answer in time.
     #[error("too slow, the object is intact: {0}")]
     Deadline(String),
-    /// A token, or what leads to it.
-    #[error("the token is at fault, the object is intact: {0}")]
+    /// A token or Vault, or what leads to it.
+    #[error("the provider is at fault, the object is intact: {0}")]
     Unavailable(String),
     /// A provider does not take our word for who we are.
     #[error("the plugin's login is at fault, the object is intact: {0}")]
@@ -39,7 +39,7 @@ pub enum KeyringError {
     /// A provider does not let us.
     #[error("the plugin's rights are at fault, the object is intact: {0}")]
     Denied(String),
-    /// The tokens can be reached, and have no KEK to wrap with.
+    /// The providers can be reached, and one has no KEK to wrap with.
     #[error("{0}")]
     NoKek(String),
     /// Something of ours.
@@ -75,7 +75,7 @@ impl From<KekError> for KeyringError {
             KekError::BadInput => Self::BadCiphertext,
             KekError::Busy(_) => Self::Busy(text),
             KekError::Deadline(_) => Self::Deadline(text),
-            KekError::Unavailable(_) | KekError::Refused(_) => Self::Unavailable(text),
+            KekError::Unavailable(_) | KekError::Refused(_) | KekError::OfOneValue(_) => Self::Unavailable(text),
             KekError::Unauthenticated(_) => Self::Unauthenticated(text),
             KekError::Denied(_) => Self::Denied(text),
         }

@@ -143,18 +143,28 @@ impl Member {
         let name = self.provider.name();
         let refused: String =
             refused.iter().map(|refused| format!("; {} is not used: {}", refused.key, refused.reason)).collect();
+        let make = |before: &str| match self.provider.how_to_begin() {
+            Some(command) => format!("{before} with `{command}`"),
+            None => String::new(),
+        };
         match mark {
-            None => format!("provider {name} has no KEK{refused}: make one with `trousseau key generate`"),
+            None => format!("provider {name} has no KEK{refused}{}", make(": make one")),
             Some(Mark { identity, id, .. }) => format!(
                 "KEK {identity} (id {id}), which was active on this host, is not on provider {name}{refused}: bring it \
-                 back, or make a new KEK with `trousseau key generate`"
+                 back{}",
+                make(", or make a new KEK")
             ),
         }
     }
 
     /// Whether it shows the KEK of this mark.
     pub(super) fn shows_kek_of(&self, mark: &Mark) -> bool {
-        self.seen().keks.iter().any(|kek| kek.identity() == mark.identity)
+        self.shows_kek(mark.identity)
+    }
+
+    /// Whether it shows this KEK.
+    pub(super) fn shows_kek(&self, identity: Identity) -> bool {
+        self.seen().keks.iter().any(|kek| kek.identity() == identity)
     }
 }
 

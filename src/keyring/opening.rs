@@ -55,6 +55,7 @@ impl Keyring {
             return answer;
         }
         let envelope = Envelope::parse(ciphertext).map_err(|error| KeyringError::bad_ciphertext(&error))?;
+        self.has_looked_unless(|| !self.known_keks_of(&envelope).is_empty()).await;
         if let Some(key_id) = key_id {
             self.check_key_id(key_id, &envelope)?;
         }
@@ -74,7 +75,11 @@ impl Keyring {
                 self.health.note(recipient.identity, Work::Unwrap, &unwrapped);
                 match unwrapped.map(|dek| envelope.open(&dek)) {
                     Ok(Err(_)) if attempt == 0 => continue,
-                    Ok(opened) => return opened.map_err(|error| KeyringError::bad_ciphertext(&error)),
+                    Ok(Ok(plaintext)) => return Ok(plaintext),
+                    // This provider may be wrong, or this recipient damaged: another one may open it all the same.
+                    Ok(Err(reason)) => {
+                        tracing::debug!(%reason, kek = %recipient.identity, "its data key opens nothing")
+                    }
                     Err(KekError::BadInput) => (),
                     // The others may be damaged and this one whole, when its KEK is back.
                     Err(error) => failure = error.into(),

@@ -15,8 +15,9 @@ use crate::service::requests::Requests;
 /// What can be told without asking a token.
 pub(super) fn text(keyring: &Keyring, requests: &Requests, now: Timestamp) -> String {
     let mut text = Text::default();
-    text.gauge("trousseau_build_info", "The version that runs");
-    text.sample("trousseau_build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1);
+    text.gauge("trousseau_build_info", "The version that runs, and its commit as `trousseau --version` says it");
+    let build = [("version", env!("CARGO_PKG_VERSION")), ("commit", env!("TROUSSEAU_BUILD"))];
+    text.sample("trousseau_build_info", &build, 1);
     let well = keyring.well(now);
     text.gauge("trousseau_ready", "Whether Encrypt and Decrypt would work, as Status says it");
     text.sample("trousseau_ready", &[], u8::from(well.is_ok()));
@@ -49,6 +50,11 @@ pub(super) fn text(keyring: &Keyring, requests: &Requests, now: Timestamp) -> St
     if let Some(audit) = requests.audit() {
         text.counter("trousseau_audit_lost", "Events that could not be written into the audit log");
         text.sample("trousseau_audit_lost_total", &[], audit.lost());
+        text.counter(
+            "trousseau_audit_rewritten",
+            "How often the audit log was found cut off or written anew by others",
+        );
+        text.sample("trousseau_audit_rewritten_total", &[], audit.rewritten());
     }
     text.vitals(&keyring.vitals());
     text.0 + "# EOF\n"

@@ -4,10 +4,11 @@
 pub mod pkcs11;
 pub mod transit;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -17,6 +18,7 @@ use crate::histogram::Histogram;
 use crate::identity::Identity;
 use crate::legacy::Ciphertext;
 use crate::secret::{Dek, Plaintext};
+use crate::sync::lock;
 
 /// A boxed future, as the traits here need.
 pub type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T, KekError>> + Send + 'a>>;
@@ -106,6 +108,15 @@ pub trait Provider: Send + Sync {
     /// The algorithm of its KEKs, whichever it has or may get, that makes the longest recipient.
     fn longest_algorithm(&self) -> WrapAlgorithm;
 
+    /// The command that makes its next KEK, for people.
+    fn how_to_rotate(&self) -> String;
+
+    /// The one that makes a KEK where none can be used. `None`: it would not help, and why the others are refused says
+    /// what does.
+    fn how_to_begin(&self) -> Option<String> {
+        Some(self.how_to_rotate())
+    }
+
     /// How often it is asked when nobody else asks.
     fn pace(&self) -> Pace {
         Pace::default()
@@ -151,6 +162,22 @@ pub struct Vitals {
     pub waiting: usize,
     /// How long requests waited, and how long calls took.
     pub times: Arc<Times>,
+}
+
+/// How often something was lost, by the class of what was wrong. Shared by reference between threads.
+#[derive(Debug, Default)]
+pub(crate) struct Losses(Mutex<BTreeMap<&'static str, u64>>);
+
+impl Losses {
+    /// One more.
+    pub(crate) fn count(&self, class: &'static str) {
+        *lock(&self.0).entry(class).or_default() += 1;
+    }
+
+    /// Of each class that there was, how many.
+    pub(crate) fn counted(&self) -> Vec<(&'static str, u64)> {
+        lock(&self.0).iter().map(|(class, count)| (*class, *count)).collect()
+    }
 }
 
 /// How long requests waited for a session, and how long their calls took.
@@ -225,10 +252,20 @@ pub enum KekError {
     /// The provider is there, and will not do this however often it is asked.
     #[error("{0}")]
     Refused(String),
+    /// The provider says of this one value that it cannot, while it can with others: that tells nothing of the KEK.
+    #[error("{0}")]
+    OfOneValue(String),
     /// The provider is there, and does not take our word for who we are.
     #[error("{0}")]
     Unauthenticated(String),
     /// The provider is there, knows who we are, and does not let us.
     #[error("{0}")]
     Denied(String),
+}
+
+impl KekError {
+    /// Whether a replica may do what this one did not.
+    fn may_be_its_tokens_alone(&self) -> bool {
+        matches!(self, Self::Unavailable(_) | Self::Refused(_) | Self::OfOneValue(_) | Self::Busy(_))
+    }
 }

@@ -18,6 +18,7 @@ use super::proto::v2::{DecryptRequest, EncryptRequest, StatusRequest};
 pub struct Client {
     path: PathBuf,
     server_pid: Option<u32>,
+    timeout: Duration,
     grpc: KeyManagementServiceClient<Channel>,
 }
 
@@ -42,6 +43,14 @@ pub enum ClientError {
     /// The plugin closed the connection before it answered anything.
     #[error("socket {path}: the plugin closed the connection", path = .0.display())]
     Closed(PathBuf),
+    /// The plugin did not answer in time.
+    #[error("{call}: no answer in {} s", .timeout.as_secs_f64())]
+    Late {
+        /// Which call.
+        call: &'static str,
+        /// How long was waited.
+        timeout: Duration,
+    },
     /// The plugin answered with an error.
     #[error("{call}: {code:?}: {message}", code = .status.code(), message = .status.message())]
     Answer {
@@ -58,7 +67,7 @@ impl ClientError {
     pub fn code(&self) -> Option<Code> {
         match self {
             Self::Answer { status, .. } => Some(status.code()),
-            Self::Unreachable(..) | Self::Closed(_) => None,
+            Self::Unreachable(..) | Self::Closed(_) | Self::Late { .. } => None,
         }
     }
 
@@ -66,7 +75,7 @@ impl ClientError {
     #[must_use]
     pub fn is_outage(&self) -> bool {
         match self {
-            Self::Unreachable(..) => true,
+            Self::Unreachable(..) | Self::Late { .. } => true,
             Self::Closed(_) => false,
             Self::Answer { status, .. } => {
                 matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded | Code::ResourceExhausted)
@@ -91,7 +100,7 @@ impl Client {
             async move { stream }
         });
         let channel = Endpoint::from_static("http://localhost").timeout(timeout).connect_with_connector_lazy(connector);
-        Ok(Self { path: path.to_owned(), server_pid, grpc: KeyManagementServiceClient::new(channel) })
+        Ok(Self { path: path.to_owned(), server_pid, timeout, grpc: KeyManagementServiceClient::new(channel) })
     }
 
     /// The process that made the socket (SO_PEERCRED): the plugin, unless systemd handed the socket over.
@@ -110,9 +119,10 @@ impl Client {
             timed_out |= error.is::<TimeoutExpired>();
             cause = error.source();
         }
-        match has_cause && !timed_out {
-            true => ClientError::Closed(self.path.clone()),
-            false => ClientError::Answer { call, status: Box::new(status) },
+        match (has_cause, timed_out) {
+            (_, true) => ClientError::Late { call, timeout: self.timeout },
+            (true, false) => ClientError::Closed(self.path.clone()),
+            (false, false) => ClientError::Answer { call, status: Box::new(status) },
         }
     }
 
@@ -143,6 +153,7 @@ impl Client {
     pub async fn decrypt(&mut self, ciphertext: Vec<u8>, key_id: String) -> Result<Vec<u8>, ClientError> {
         let uid = "trousseau-probe".into();
         let request = DecryptRequest { ciphertext, uid, key_id, annotations: Default::default() };
-        Ok(self.grpc.decrypt(request).await.map_err(|status| self.failed("Decrypt", status))?.into_inner().plaintext)
+        let answer = self.grpc.decrypt(request).await.map_err(|status| self.failed("Decrypt", status))?;
+        Ok(std::mem::take(&mut answer.into_inner().plaintext))
     }
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Sleep, sleep};
 use tonic::Request;
 use tonic::transport::server::Connected;
@@ -26,10 +27,26 @@ const ANNOUNCEMENT_HOLDS: Duration = Duration::from_secs(5);
 const PREFACE_TIMEOUT: Duration = Duration::from_secs(5);
 const PREFACE_LEN: usize = 24;
 
+/// Connections at a time that speak HTTP/2. An API server has one or two; a silent peer takes nobody's place.
+const PLACES: usize = 256;
+
+/// What connections share.
+#[derive(Clone)]
+pub(super) struct Places(Arc<Semaphore>);
+
+impl Default for Places {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(PLACES)))
+    }
+}
+
 /// What tonic serves.
 pub(super) struct Connection {
     stream: MendAuthority<UnixStream>,
     preface: Option<Preface>,
+    places: Places,
+    /// Taken once the preface has come, for as long as the connection lasts.
+    place: Option<OwnedSemaphorePermit>,
     announced: Announced,
 }
 
@@ -55,11 +72,28 @@ struct Announcement {
 }
 
 impl Connection {
-    pub(super) fn new(stream: UnixStream) -> Self {
+    pub(super) fn new(stream: UnixStream, places: Places) -> Self {
         let peer = stream.peer_cred().ok().map(|peer| Peer { pid: peer.pid().unwrap_or_default(), uid: peer.uid() });
         let announced = Announced { peer, announcement: Arc::default() };
         let preface = Preface { missing: PREFACE_LEN, too_late: Box::pin(sleep(PREFACE_TIMEOUT)) };
-        Self { stream: MendAuthority::new(stream), preface: Some(preface), announced }
+        Self { stream: MendAuthority::new(stream), preface: Some(preface), places, place: None, announced }
+    }
+
+    /// The preface has come: takes a place, or ends the newest connection, so that those that serve go on.
+    fn begin(&mut self) -> io::Result<()> {
+        self.preface = None;
+        self.place = Arc::clone(&self.places.0).try_acquire_owned().ok();
+        if self.place.is_none() {
+            let peer = self.announced.peer;
+            let (uid, pid) = peer.map(|peer| (peer.uid, peer.pid)).unzip();
+            tracing::warn!(
+                uid,
+                pid,
+                "{PLACES} connections are open: the newest is closed; see which process keeps them"
+            );
+            return Err(io::ErrorKind::QuotaExceeded.into());
+        }
+        Ok(())
     }
 }
 
@@ -87,13 +121,17 @@ impl Announced {
     /// The set to encrypt under: the one that was just announced, else the one that is active.
     pub(super) fn or_active<T>(request: &Request<T>, keyring: &Arc<Keyring>) -> Result<Arc<ActiveSet>, KeyringError> {
         let announced = Self::of(request).and_then(|of| lock(&of.announcement).clone());
+        let active = keyring.active(Timestamp::now());
         match announced {
             Some(Announcement { when, set, keyring: of })
-                if when.elapsed() < ANNOUNCEMENT_HOLDS && of.as_ptr() == Arc::as_ptr(keyring) =>
+                if when.elapsed() < ANNOUNCEMENT_HOLDS
+                    && of.as_ptr() == Arc::as_ptr(keyring)
+                    // The same set as it is now may have a KEK more within reach.
+                    && active.as_ref().ok().is_none_or(|active| active.key_set != set.key_set) =>
             {
                 Ok(set)
             }
-            _ => keyring.active(Timestamp::now()).map(Arc::new),
+            _ => active.map(Arc::new),
         }
     }
 }
@@ -113,7 +151,7 @@ impl AsyncRead for Connection {
         if let Some(preface) = &mut self.preface {
             preface.missing = preface.missing.saturating_sub(buf.filled().len() - before);
             if preface.missing == 0 {
-                self.preface = None;
+                self.begin()?;
             } else if read.is_pending() && preface.too_late.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
             }

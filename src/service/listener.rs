@@ -6,7 +6,7 @@
 //! safe to remove a socket that a crash has left behind.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener as BlockingListener, UnixStream as BlockingStream};
@@ -19,7 +19,7 @@ use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::net::sockopt::socket_peercred;
 use tokio::net::{UnixListener, UnixStream};
 
-use super::connection::Connection;
+use super::connection::{Connection, Places};
 use crate::config::{Listen, OVERFLOW_UID};
 use crate::disk;
 use crate::sync::{read, write};
@@ -32,6 +32,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 pub struct Listener {
     socket: UnixListener,
     allowed: RwLock<BTreeSet<u32>>,
+    places: Places,
     _own: Option<OwnSocket>,
 }
 
@@ -90,7 +91,7 @@ impl Listener {
         let socket = socket.map_err(|cause| {
             BindError::io(&config.socket, "cannot be listened on", &cause, "check that it is a listening stream socket")
         })?;
-        Ok(Self { socket, allowed: RwLock::new(allowed(config)), _own: own })
+        Ok(Self { socket, allowed: RwLock::new(allowed(config)), places: Places::default(), _own: own })
     }
 
     /// Admits the uids of this configuration from now on.
@@ -106,7 +107,7 @@ impl Listener {
     async fn accept(&self) -> Connection {
         loop {
             match self.socket.accept().await {
-                Ok((stream, _)) if self.admits(&stream) => return Connection::new(stream),
+                Ok((stream, _)) if self.admits(&stream) => return Connection::new(stream, self.places.clone()),
                 Ok(_) => (),
                 Err(error) => {
                     tracing::error!(%error, "a connection could not be accepted");
@@ -142,9 +143,17 @@ fn allowed(config: &Listen) -> BTreeSet<u32> {
 /// The inherited socket of this path. Its mode and owner are the socket unit's; the file stays when we go.
 fn inherited(path: &Path) -> Option<BlockingListener> {
     let mut handed_over = systemd::handed_over();
-    (0..handed_over.len())
-        .filter_map(|n| handed_over.take_unix_listener(n).ok().flatten())
-        .find(|socket| socket.local_addr().is_ok_and(|address| address.as_pathname() == Some(path)))
+    let sockets = (0..handed_over.len()).filter_map(|n| handed_over.take_unix_listener(n).ok().flatten());
+    let is_own = |socket: &BlockingListener| socket.local_addr().is_ok_and(|at| at.as_pathname() == Some(path));
+    let (own, others): (Vec<_>, Vec<_>) = sockets.partition(is_own);
+    if own.is_empty() && !others.is_empty() {
+        // Where the unit's sandbox closes the directory, that fails, and for a reason that tells nobody why.
+        tracing::warn!(
+            "systemd hands over a socket, and not {}: that is made anew: let ListenStream= of the socket unit name it",
+            path.display()
+        );
+    }
+    own.into_iter().next()
 }
 
 fn bind(config: &Listen) -> Result<(BlockingListener, OwnSocket), BindError> {
@@ -157,11 +166,9 @@ fn bind(config: &Listen) -> Result<(BlockingListener, OwnSocket), BindError> {
         BlockingListener::bind(path).map_err(|cause| BindError::io(path, "cannot be bound", &cause, remedy))?;
     let failed = |what| move |cause| BindError::io(path, what, &cause, "check the directory and its file system");
     let metadata = fs::symlink_metadata(path).map_err(failed("is gone again"))?;
-    let own = OwnSocket { path: path.clone(), identity: (metadata.dev(), metadata.ino()), _lock: lock };
+    let own = OwnSocket { path: path.clone(), identity: disk::identity(&metadata), _lock: lock };
     if let Some(group) = &config.group {
-        let gid = gid_of(group).ok_or_else(|| {
-            BindError::new(path, format!("group {group} does not exist"), "make the group, or remove listen.group")
-        })?;
+        let gid = gid_of(path, group)?;
         std::os::unix::fs::chown(path, None, Some(gid)).map_err(failed("cannot be given to its group"))?;
     }
     fs::set_permissions(path, fs::Permissions::from_mode(config.mode)).map_err(failed("its mode cannot be set"))?;
@@ -170,7 +177,7 @@ fn bind(config: &Listen) -> Result<(BlockingListener, OwnSocket), BindError> {
 
 impl Drop for OwnSocket {
     fn drop(&mut self) {
-        let is_ours = |metadata: &fs::Metadata| (metadata.dev(), metadata.ino()) == self.identity;
+        let is_ours = |metadata: &Metadata| disk::identity(metadata) == self.identity;
         match fs::symlink_metadata(&self.path) {
             Ok(metadata) if is_ours(&metadata) => {
                 if let Err(error) = fs::remove_file(&self.path) {
@@ -193,11 +200,30 @@ fn check_directory(path: &Path) -> Result<(), BindError> {
         let what = format!("its directory {name} belongs to uid {owner}, who could exchange the socket");
         return Err(BindError::new(path, what, "give the directory to the user of this process"));
     }
+    check_mode(path, directory, &metadata)
+}
+
+fn check_mode(path: &Path, directory: &Path, metadata: &Metadata) -> Result<(), BindError> {
+    let name = directory.display();
     if metadata.mode() & 0o022 != 0 {
         let what = format!("others could exchange it: the mode of {name} is {:04o}", metadata.mode() & 0o7777);
         return Err(BindError::new(path, what, format!("chmod go-w {name}, or name a directory of its own")));
     }
     Ok(())
+}
+
+/// What anybody can see beforehand of why the socket could not be made. A directory that is not there may be made by
+/// then, by systemd for one, and whoever serves may be another user than this one.
+///
+/// # Errors
+/// As when it is made.
+pub fn foresee(config: &Listen) -> Result<(), BindError> {
+    let path = &config.socket;
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    if let Ok(metadata) = fs::metadata(directory) {
+        check_mode(path, directory, &metadata)?;
+    }
+    config.group.as_ref().map_or(Ok(()), |group| gid_of(path, group).map(drop))
 }
 
 /// The lock file stays behind: to remove it would let two processes hold a lock on two files of one name.
@@ -236,10 +262,11 @@ fn remove_stale(path: &Path) -> Result<(), BindError> {
 }
 
 /// The group's number, from /etc/group (group(5)).
-fn gid_of(name: &str) -> Option<u32> {
-    let groups = fs::read_to_string("/etc/group").ok()?;
-    groups.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        (fields.next()? == name).then(|| fields.nth(1)?.parse().ok())?
+fn gid_of(path: &Path, name: &str) -> Result<u32, BindError> {
+    let groups = fs::read_to_string("/etc/group").unwrap_or_default();
+    let mut groups = groups.lines().map(|line| line.split(':'));
+    let gid = groups.find_map(|mut fields| (fields.next()? == name).then(|| fields.nth(1)?.parse().ok())?);
+    gid.ok_or_else(|| {
+        BindError::new(path, format!("group {name} does not exist"), "make the group, or remove listen.group")
     })
 }

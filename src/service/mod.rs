@@ -15,6 +15,7 @@ pub mod listener;
 pub mod requests;
 mod v1beta1;
 mod v2;
+mod wiped;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -26,7 +27,7 @@ use self::dispatch::Dispatch;
 use self::listener::Listener;
 use self::requests::Requests;
 
-/// The messages and service traits of `proto/`.
+/// The messages and service traits of `proto/`. Those that carry plaintext wipe it when they are dropped ([`wiped`]).
 mod proto {
     #![allow(missing_docs, unreachable_pub, unused_qualifications, clippy::all, clippy::pedantic)]
 
@@ -43,6 +44,11 @@ mod proto {
 /// the annotations that an API server takes (32 KiB). Of a longer one only the length is read: it is refused
 /// (OUT_OF_RANGE) before any memory is set aside for it.
 const MESSAGE_LIMIT: usize = 128 * 1024;
+/// Requests under way on one connection: more than the queues of most tokens hold, so that too much load is refused by
+/// them. The next ones wait in the client, as HTTP/2 has it (RFC 9113 section 5.1.2).
+const STREAMS: u32 = 1024;
+/// What has no answer by then has not come whole: it is longer than the longest deadline and a line in the audit log.
+const WHOLE_BY: Duration = Duration::from_secs(35);
 /// How long the end waits for the answers to what was accepted.
 const DRAIN: Duration = Duration::from_secs(5);
 /// How long no request may be under way before all that was accepted counts as answered.
@@ -63,7 +69,8 @@ pub async fn serve(
         v2: v2::service(Arc::clone(requests)),
         v1beta1: with_v1beta1.then(|| v1beta1::service(Arc::clone(requests))),
     };
-    let server = Server::builder().serve_with_incoming_shutdown(services, listener.connections(), async {
+    let server = Server::builder().max_concurrent_streams(STREAMS).timeout(WHOLE_BY);
+    let server = server.serve_with_incoming_shutdown(services, listener.connections(), async {
         let _told = draining.await;
     });
     tokio::pin!(server);

@@ -34,6 +34,7 @@ impl Requests {
     #[must_use]
     pub fn new(keyring: Arc<Keyring>, audit: Option<Audit>) -> Self {
         let counters = Counters::default();
+        keyring.begin_to_serve();
         Self {
             keyring: watch::Sender::new(keyring),
             counters,
@@ -70,6 +71,7 @@ impl Requests {
     /// Has another keyring serve from now on, and returns the old one; requests under way end with that.
     #[must_use]
     pub fn exchange(&self, keyring: Arc<Keyring>) -> Arc<Keyring> {
+        keyring.begin_to_serve();
         self.keyring.send_replace(keyring)
     }
 
@@ -99,11 +101,7 @@ impl Requests {
         let allowed = sent.unwrap_or(DEFAULT_TIMEOUT).min(LONGEST_TIMEOUT);
         let deadline = Instant::now() + (allowed - (allowed / 20).min(EARLY));
         let late = KeyringError::Deadline("the request's own deadline has passed".into());
-        let keyring = self.keyring();
-        let answer = async {
-            keyring.has_looked().await;
-            work(Arc::clone(&keyring), deadline).await
-        };
+        let answer = work(self.keyring(), deadline);
         tokio::time::timeout_at(deadline.into(), answer).await.unwrap_or(Err(late))
     }
 

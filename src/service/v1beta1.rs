@@ -34,6 +34,7 @@ pub(super) fn service(requests: Arc<Requests>) -> KeyManagementServiceServer<imp
 impl V1Beta1 {
     async fn encrypt(&self, request: &Request<EncryptRequest>, plaintext: &[u8]) -> Result<Vec<u8>, KeyringError> {
         let seal = |keyring: Arc<Keyring>, deadline| async move {
+            keyring.can_tell(deadline).await;
             let set = keyring.active(Timestamp::now())?;
             keyring.encrypt(&set, plaintext, CIPHER_LIMIT, deadline).await
         };

@@ -32,11 +32,16 @@ pub(super) fn service(requests: Arc<Requests>) -> KeyManagementServiceServer<imp
 
 impl V2 {
     async fn status(&self, request: &Request<StatusRequest>) -> Result<Arc<ActiveSet>, KeyringError> {
-        self.0.in_time(request, |keyring, _| async move { Announced::announce(request, &keyring) }).await
+        let announce = |keyring: Arc<Keyring>, deadline| async move {
+            keyring.can_tell(deadline).await;
+            Announced::announce(request, &keyring)
+        };
+        self.0.in_time(request, announce).await
     }
 
     async fn encrypt(&self, request: &Request<EncryptRequest>, plaintext: &[u8]) -> Result<Sealed, KeyringError> {
         let seal = |keyring: Arc<Keyring>, deadline| async move {
+            keyring.can_tell(deadline).await;
             let set = Announced::or_active(request, &keyring)?;
             let ciphertext = keyring.encrypt(&set, plaintext, CIPHERTEXT_LIMIT, deadline).await?;
             Ok(Sealed { ciphertext, key_id: set.key_set.to_string() })

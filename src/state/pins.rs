@@ -2,14 +2,14 @@
 
 use std::fs;
 use std::io;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
-use super::{File, OpenOptions, State, StateError};
-use crate::sync::lock;
+use super::{File, OpenOptions, State, StateError, not_later_than_now};
+use crate::disk;
 
 /// One token's file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,32 +51,16 @@ impl RefusedPin {
     }
 }
 
-/// A record that the disk did not take, and what the disk says in its place.
-#[derive(Debug)]
-pub(super) struct Unwritten {
-    on_disk: Option<PinRecord>,
-    record: PinRecord,
-}
-
 impl State {
     /// Keeps every other login to this token away until the returned file is dropped, or its process has ended.
     ///
     /// # Errors
-    /// [`io::ErrorKind::WouldBlock`]: another one has been under way for so long. All else: the disk takes no lock.
+    /// [`io::ErrorKind::ResourceBusy`]: another one has been under way for so long. All else: the disk takes no lock.
     pub fn lock_login(&self, token: &str, patience: Duration) -> io::Result<File> {
         let mut options = OpenOptions::new();
         let file = self.open_file(&format!("{token}.lock"), options.write(true).create(true).truncate(false))?;
-        let end = Instant::now() + patience;
-        loop {
-            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => return Ok(file),
-                // flock(2) has no timeout.
-                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < end => {
-                    std::thread::sleep(Duration::from_millis(10));
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
+        disk::lock(&file, FlockOperation::NonBlockingLockExclusive, patience)?;
+        Ok(file)
     }
 
     /// A token's record. It is read from the disk each time: `pin retry` changes it there.
@@ -92,16 +76,15 @@ impl State {
     }
 
     fn kept_pin_record(&self, token: &str) -> Result<Option<PinRecord>, StateError> {
-        let on_disk = self.read(&file_of(token))?;
-        let unwritten = lock(&self.remembered).unwritten_pins.remove(token);
-        // Somebody else has changed it since: a disk that took that is the better witness.
-        let Some(Unwritten { record, .. }) = unwritten.filter(|unwritten| unwritten.on_disk == on_disk) else {
-            return Ok(on_disk);
-        };
-        if self.write_pin_record(token, &record).is_err() {
-            self.remember(token, on_disk, &record);
+        if self.catch_up(&file_of(token)) {
+            self.forget_noted_login(token);
         }
-        Ok(Some(record))
+        let mut record: Option<PinRecord> = self.kept(&file_of(token))?;
+        let refused = record.iter_mut().flat_map(|record| &mut record.refused);
+        if not_later_than_now(refused.map(|refused| &mut refused.at)) {
+            self.keep(&file_of(token), &record); // a note of a login stays
+        }
+        Ok(record)
     }
 
     /// Writes a token's record, durably when this returns.
@@ -117,10 +100,9 @@ impl State {
 
     /// Keeps a token's record: on the disk or, if it does not take it, in memory until it does.
     pub fn keep_pin_record(&self, token: &str, record: &PinRecord) {
-        match self.locked(|| self.write(&file_of(token), record)) {
-            Ok(()) => self.forget_noted_login(token),
-            // The note stays, and latches in its place.
-            Err(_) => self.remember(token, self.read(&file_of(token)).unwrap_or_default(), record),
+        // If the disk does not take it, the note stays, and latches in its place.
+        if self.keep(&file_of(token), record) {
+            self.forget_noted_login(token);
         }
     }
 
@@ -147,11 +129,6 @@ impl State {
         let noted = fs::symlink_metadata(self.directory.join(note_of(token))).ok().filter(fs::Metadata::is_file)?;
         Some(noted.modified().ok().and_then(|at| at.try_into().ok()).unwrap_or_else(Timestamp::now))
     }
-
-    fn remember(&self, token: &str, on_disk: Option<PinRecord>, record: &PinRecord) {
-        let unwritten = Unwritten { on_disk, record: record.clone() };
-        lock(&self.remembered).unwritten_pins.insert(token.to_owned(), unwritten);
-    }
 }
 
 fn file_of(token: &str) -> String {
@@ -160,4 +137,22 @@ fn file_of(token: &str) -> String {
 
 fn note_of(token: &str) -> String {
     format!("{token}.login")
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_instant_of_a_clock_that_was_ahead_counts_as_the_one_at_which_it_is_read_first() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = State::open(directory.path()).unwrap();
+        let refused = vec![RefusedPin { hash: None, at: Timestamp::MAX, answer: None, again: false }];
+        let (token, salt) = ("t".to_owned(), "00".to_owned());
+        state.keep_pin_record("t", &PinRecord { token, salt, rounds: 1, worked: None, refused, retry: false });
+        let read = state.pin_record("t").unwrap();
+        assert!(read.as_ref().unwrap().refused.iter().all(|refused| refused.at <= Timestamp::now()), "{read:?}");
+        assert_eq!(state.pin_record("t").unwrap(), read, "and no later than that when it is read again");
+    }
 }

@@ -1,6 +1,7 @@
 //! Requests without end, each checked, on connections that live as long as the service lets them: the API server's way.
 
 use std::error::Error;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -19,7 +20,7 @@ use tonic_prost::ProstCodec;
 /// How many requests are under way at any time, each on a connection of its own.
 pub const WORKERS: usize = 4;
 /// The API server gives up after so long.
-const TIMEOUT: Duration = Duration::from_secs(3);
+pub const TIMEOUT: Duration = Duration::from_secs(3);
 /// No wait for answers lasts longer.
 const PATIENCE: Duration = Duration::from_secs(60);
 const SEED: &[u8] = b"thirty-two bytes of a fresh seed";
@@ -56,10 +57,50 @@ struct DecryptResponse {
     plaintext: Vec<u8>,
 }
 
+/// How a request failed, and in what words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// The service said so.
+    Answered(Code, String),
+    /// Its connection broke, or nobody answered in time.
+    Lost(String),
+    /// Nobody listened.
+    Refused(String),
+}
+
+impl Failure {
+    fn of(status: &Status) -> Self {
+        let nobody = |error: &io::Error| [ErrorKind::ConnectionRefused, ErrorKind::NotFound].contains(&error.kind());
+        let said = status.to_string();
+        if causes(status).any(|cause| cause.downcast_ref().is_some_and(nobody)) {
+            Self::Refused(said)
+        } else if status.source().is_some() {
+            Self::Lost(said)
+        } else {
+            Self::Answered(status.code(), said)
+        }
+    }
+
+    pub fn is_lost(&self) -> bool {
+        matches!(self, Self::Lost(_))
+    }
+
+    /// Whether the service has answered something else than that it cannot just now.
+    pub fn is_wrong(&self) -> bool {
+        matches!(self, Self::Answered(code, _) if *code != Code::Unavailable)
+    }
+}
+
+/// How many requests may be lost while nobody answers for so long: each time that a worker's patience ends, and what is
+/// under way when it is over.
+pub fn lost_in(while_away: Duration) -> usize {
+    WORKERS * (1 + (while_away.as_millis() / TIMEOUT.as_millis()) as usize)
+}
+
 pub struct Load {
     answered: Arc<AtomicUsize>,
     ends: Arc<AtomicBool>,
-    thread: JoinHandle<Vec<String>>,
+    thread: JoinHandle<Vec<Failure>>,
 }
 
 impl Load {
@@ -94,13 +135,13 @@ impl Load {
     }
 
     /// What failed.
-    pub fn end(self) -> Vec<String> {
+    pub fn end(self) -> Vec<Failure> {
         self.ends.store(true, Ordering::Relaxed);
         self.thread.join().unwrap()
     }
 }
 
-async fn work(sockets: &[PathBuf], answered: &AtomicUsize, ends: &AtomicBool) -> Vec<String> {
+async fn work(sockets: &[PathBuf], answered: &AtomicUsize, ends: &AtomicBool) -> Vec<Failure> {
     let mut peers: Vec<Peer> = sockets.iter().map(|socket| Peer::new(socket)).collect();
     let mut failures = Vec::new();
     while !ends.load(Ordering::Relaxed) {
@@ -108,7 +149,7 @@ async fn work(sockets: &[PathBuf], answered: &AtomicUsize, ends: &AtomicBool) ->
             Ok(()) => {
                 answered.fetch_add(1 + peers.len(), Ordering::Relaxed);
             }
-            Err(status) => failures.push(status.to_string()),
+            Err(status) => failures.push(Failure::of(&status)),
         }
         peers.rotate_left(1);
     }

@@ -40,11 +40,17 @@ pub const STARTERS: [&str; 3] = ["kubelet.service", "k3s.service", "rke2-server.
 pub fn image() -> Option<String> {
     let image = env::var("TROUSSEAU_CONTAINER_IMAGE").ok();
     if image.is_none() {
-        let lack = env::var("TROUSSEAU_CONTAINERS_LACK");
-        let lack = lack.unwrap_or_else(|_| "$TROUSSEAU_CONTAINER_IMAGE, which tests/containers/run.sh sets".into());
-        eprintln!("skipped: containers lack {lack}");
+        skip("$TROUSSEAU_CONTAINER_IMAGE, which tests/containers/run.sh sets");
     }
     image
+}
+
+/// Says that a test is skipped, and for want of what. Where everything is meant to be there it fails instead; but whoever
+/// has found that no container can run here, or runs them apart, has put that into $TROUSSEAU_CONTAINERS_LACK.
+pub fn skip(lack: &str) {
+    let known = env::var("TROUSSEAU_CONTAINERS_LACK").ok();
+    assert!(known.is_some() || env::var_os("TROUSSEAU_TEST_REQUIRE").is_none(), "lacking: {lack}");
+    eprintln!("skipped: containers lack {}", known.as_deref().unwrap_or(lack));
 }
 
 /// A booted host. It is ended when this is dropped, and its journal is shown if the test has failed.
@@ -119,8 +125,9 @@ impl Machine {
         script: &str,
         mut mounts: Vec<(PathBuf, String)>,
     ) -> Self {
-        // In memory as it is on a host, since systemd never removes a runtime directory from a disk.
+        // In memory as it is on a host, and as the socket unit would make it.
         let run = TempDir::new_in("/dev/shm").unwrap();
+        fs::set_permissions(run.path(), fs::Permissions::from_mode(0o755)).unwrap();
         mounts.push((run.path().to_owned(), "/run/trousseau".to_owned()));
         mounts.push((tokens.clone(), "/var/lib/softhsm/tokens".to_owned()));
         let (name, tag) = image.split_once(':').unwrap();
@@ -143,7 +150,7 @@ impl Machine {
         let container = request.start().unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let machine = Self { container, directory, run, tokens, runtime };
-        machine.wait_until("systemd is up", |machine| machine.try_run("systemctl is-system-running").is_ok());
+        machine.wait_until("systemd is up", Self::is_up);
         machine
     }
 
@@ -174,6 +181,21 @@ impl Machine {
 
     pub fn thaw(&self) {
         self.docker("unpause");
+    }
+
+    /// Ends all of its processes at once, as if its power failed.
+    pub fn cut_power(&self) {
+        self.docker("kill");
+    }
+
+    /// Boots it again, with the disk that it had.
+    pub fn boot_again(&self) {
+        self.docker("start");
+        self.wait_until("systemd is up", Self::is_up);
+    }
+
+    fn is_up(&self) -> bool {
+        self.try_run("systemctl is-system-running").is_ok()
     }
 
     fn docker(&self, verb: &str) {

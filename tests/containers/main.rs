@@ -4,7 +4,7 @@
 //! What comes from packages needs $TROUSSEAU_PACKAGES beside that, see [`packages`].
 //!
 //! `tests/containers/run.sh cargo test --test containers` provides the daemon and the image. Without it, or where no
-//! container can run, the tests say what was lacking and pass.
+//! container can run, the tests say what was lacking and pass; $TROUSSEAU_TEST_REQUIRE lets the latter alone pass.
 #![allow(
     missing_docs,
     unreachable_pub,

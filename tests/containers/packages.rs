@@ -10,7 +10,8 @@ use std::process::Command;
 use tempfile::TempDir;
 
 use crate::load::Load;
-use crate::machine::{Machine, PIN, configuration, image};
+use crate::machine::{Machine, PIN, configuration, image, skip};
+use crate::units::DROP_INS;
 
 /// How one family of hosts handles its packages.
 struct Manager {
@@ -37,9 +38,7 @@ const DEBIANS_OWN: [&str; 2] = ["usr/share/doc/trousseau/changelog.Debian.gz", "
 pub fn packages() -> Option<PathBuf> {
     let packages = env::var_os("TROUSSEAU_PACKAGES").map(PathBuf::from);
     if packages.is_none() {
-        eprintln!(
-            "skipped: $TROUSSEAU_PACKAGES is lacking, a directory in which packaging/build.sh has built both revisions"
-        );
+        skip("$TROUSSEAU_PACKAGES, a directory in which packaging/build.sh has built both revisions");
     }
     packages
 }
@@ -55,6 +54,53 @@ pub fn package(directory: &Path, revision: u8, ending: &str) -> PathBuf {
     let mut files = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
     let found = files.find(|file| is_wanted(file.file_name().unwrap().to_str().unwrap()));
     found.unwrap_or_else(|| panic!("{} has no revision {revision} that ends in {ending}", directory.display()))
+}
+
+/// What packaging/files lists, by its place: the source, or none of a link.
+fn carried() -> BTreeMap<PathBuf, Option<PathBuf>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let list = fs::read_to_string(root.join("packaging/files")).unwrap();
+    let mut carried = BTreeMap::new();
+    for line in list.lines().filter(|line| !line.starts_with('#')) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [mode, place, source] = words[..] else { continue };
+        if mode == "link" {
+            carried.insert(PathBuf::from(place), None);
+            continue;
+        }
+        let (directory, pattern) = source.rsplit_once('/').unwrap_or(("", source));
+        let (begins, ends) = pattern.split_once('*').unwrap_or((pattern, ""));
+        // What is made is not there yet.
+        for entry in fs::read_dir(root.join(directory)).into_iter().flatten() {
+            let name = entry.unwrap().file_name().into_string().unwrap();
+            if name == pattern || pattern.contains('*') && name.starts_with(begins) && name.ends_with(ends) {
+                let place = if place.ends_with('/') { format!("{place}{name}") } else { place.to_owned() };
+                carried.insert(PathBuf::from(place), Some(root.join(directory).join(name)));
+            }
+        }
+    }
+    carried
+}
+
+/// Every page, rule and dashboard that a packaged page links.
+#[test]
+fn a_link_of_a_packaged_page_leads_to_what_the_packages_carry() {
+    let carried = carried();
+    let is_meant = |target: &&str| {
+        !target.contains("://") && [".md", ".yml", ".yaml", ".json"].iter().any(|ending| target.ends_with(ending))
+    };
+    let mut links = 0;
+    for (place, source) in carried.iter().filter(|(place, _)| place.display().to_string().contains(".md")) {
+        let text = fs::read_to_string(source.as_ref().unwrap()).unwrap();
+        let targets = text.split("](").skip(1).filter_map(|rest| rest.split([')', '#']).next());
+        for target in targets.filter(is_meant) {
+            let above = target.matches("../").count();
+            let there = place.ancestors().nth(1 + above).unwrap().join(target.trim_start_matches("../"));
+            assert!(carried.contains_key(&there), "{}: {} is not carried", place.display(), there.display());
+            links += 1;
+        }
+    }
+    assert!(links > 20, "{links}");
 }
 
 #[test]
@@ -140,7 +186,7 @@ fn live_through(manager: &Manager) -> Option<Machine> {
         machine.show("MainPID") != pid && machine.show("ActiveState") == "active"
     });
     load.goes_on();
-    assert_eq!(load.end(), Vec::<String>::new());
+    assert_eq!(load.end(), []);
     assert_eq!(fs::metadata(machine.socket()).unwrap().ino(), socket, "the socket is another one");
     assert_eq!(machine.run("cat /etc/trousseau/trousseau.toml"), mine.trim());
     assert_eq!(machine.run(enabled), "enabled\nenabled");
@@ -192,9 +238,10 @@ fn both_packages_carry_the_same() {
     let size: usize = deb.values().map(|(_, content)| content.len()).sum();
     assert!(size < 15_000_000, "{size} bytes are installed");
     // Everything that the list names has come in: no pattern of it was empty.
-    for name in
-        ["bin/trousseau", "share/man/man1/trousseau-key-generate.1.gz", "share/trousseau/hsm-profiles/luna.toml"]
-    {
+    let some =
+        ["bin/trousseau", "share/man/man1/trousseau-key-generate.1.gz", "share/trousseau/hsm-profiles/luna.toml"];
+    let drop_ins = DROP_INS.map(|(name, _)| format!("share/trousseau/drop-ins/{name}.conf"));
+    for name in some.map(str::to_owned).into_iter().chain(drop_ins) {
         assert!(deb.contains_key(&format!("usr/{name}")), "{name} is missing");
     }
 }

@@ -54,7 +54,7 @@ fn three_hosts_switch_in_one_second_three_times_and_no_request_fails() {
         watch.has_switched_once();
     }
     load.goes_on();
-    assert_eq!(load.end(), Vec::<String>::new());
+    assert_eq!(load.end(), []);
     watch.all_read_everything();
 }
 

@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::load::{Load, WORKERS};
+use crate::load::{Failure, Load, TIMEOUT, WORKERS, lost_in};
 use crate::machine::{Machine, configuration, image};
 
 #[test]
@@ -20,7 +20,7 @@ fn a_connection_starts_the_service_and_restarts_fail_no_request() {
         assert_ne!(machine.show("MainPID"), pid);
         load.goes_on();
     }
-    assert_eq!(load.end(), Vec::<String>::new());
+    assert_eq!(load.end(), []);
     assert_eq!(machine.show("NRestarts"), "0");
 }
 
@@ -40,12 +40,30 @@ fn a_killed_service_comes_back_and_only_requests_under_way_fail() {
 fn a_service_that_stands_still_is_replaced() {
     let Some(image) = image() else { return };
     let machine = Machine::boot_with_token(&image);
+    let load = Load::begin(machine.socket());
+    let began = Instant::now();
     machine.run(&format!("kill -STOP {}", machine.show("MainPID")));
     machine.wait_until("the service is back", |machine| {
         machine.show("NRestarts") == "1" && machine.show("ActiveState") == "active"
     });
     machine.wait_until("the plugin is well", |machine| machine.status().is_ok());
+    let away = began.elapsed();
     assert!(machine.journal().contains("Watchdog timeout"));
+    load.goes_on();
+    bears(&load.end(), away);
+}
+
+#[test]
+fn the_services_user_cannot_exchange_the_socket() {
+    let Some(image) = image() else { return };
+    let machine = Machine::boot_with_token(&image);
+    assert_eq!(machine.run("stat -c '%U %a' /run/trousseau"), "root 755");
+    let link = "ln -sfn /etc/shadow /run/trousseau/kms.sock";
+    let exchanged = machine.try_run(&format!("setpriv --reuid=trousseau --clear-groups {link}"));
+    assert!(exchanged.as_ref().is_err_and(|why| why.contains("Permission denied")), "{exchanged:?}");
+    machine.run("systemctl stop trousseau.service && systemctl restart trousseau.socket");
+    assert_eq!(machine.run("stat -c %U /etc/shadow /run/trousseau"), "root\nroot");
+    machine.wait_until("the plugin is well", |machine| machine.status().is_ok());
 }
 
 /// A host that was suspended, or a token that was away, is of use again after so long.
@@ -81,8 +99,45 @@ fn a_token_that_was_away_is_used_again() {
         heals(&machine, "after the token was away");
         load.goes_on();
     }
-    eprintln!("{} failed", load.end().len());
+    bears(&load.end(), Duration::ZERO);
     assert_eq!(machine.show("NRestarts"), "0");
+}
+
+#[test]
+fn a_host_whose_power_failed_comes_back_by_itself() {
+    let Some(image) = image() else { return };
+    let machine = Machine::boot_with_token(&image);
+    let key_id = machine.status().unwrap().key_id;
+    let (ciphertext, sealed_under) = machine.encrypt(b"seed");
+    for token_is_late in [false, true] {
+        let load = Load::begin(machine.socket());
+        let began = Instant::now();
+        machine.cut_power();
+        if token_is_late {
+            machine.move_tokens(true);
+        }
+        machine.boot_again();
+        if token_is_late {
+            machine.wait_until("it is missed", |machine| machine.status().is_err_and(|why| why.is_outage()));
+            machine.move_tokens(false);
+        }
+        heals(&machine, "after the power failed");
+        let away = began.elapsed();
+        load.goes_on();
+        // systemd, which has the socket, dies after the service: what has connected in between is lost as well.
+        bears(&load.end(), away + TIMEOUT);
+        assert_eq!(machine.status().unwrap().key_id, key_id);
+        assert_eq!(machine.decrypt(&ciphertext, &sealed_under), b"seed");
+        assert_eq!(machine.show("NRestarts"), "0");
+    }
+}
+
+/// That a load lost no more than it had to while nobody answered, and was told nothing else than that.
+fn bears(failures: &[Failure], away: Duration) {
+    let (lost, most) = (failures.iter().filter(|failure| failure.is_lost()).count(), lost_in(away));
+    eprintln!("away for {away:?}: {} failed, {lost} of them lost, of at most {most}", failures.len());
+    assert!(lost <= most, "{most}: {failures:?}");
+    assert!(!failures.iter().any(Failure::is_wrong), "{failures:?}");
 }
 
 fn heals(machine: &Machine, what: &str) {

@@ -5,9 +5,10 @@ use std::process::Output;
 
 use serde_json::Value;
 
+use crate::family::Family;
 use crate::fault_module::{Faults, library};
 use crate::plugin::{Host, admit, admit_by_id};
-use crate::token::{Family, Key};
+use crate::token::Key;
 
 /// A key is made extractable, and is said not to be: NSS's softoken behaves so.
 const WRAPS_OUT: &str = "C_GenerateKey say CKA_EXTRACTABLE=true
@@ -25,7 +26,7 @@ C_GetAttributeValue say CKA_ALWAYS_SENSITIVE=true
 ";
 
 /// A verb of a host's over the module that makes faults.
-fn run(host: &Host, library: &Path, rules: &str, arguments: &[&str]) -> Output {
+pub fn run(host: &Host, library: &Path, rules: &str, arguments: &[&str]) -> Output {
     let faults = Faults { host, library };
     faults.set(rules);
     drop(faults.command()); // it writes the configuration
@@ -78,7 +79,8 @@ fn the_report_names_all_that_an_auditor_asks_for() {
     ] {
         assert_eq!(key["attributes"][attribute], value, "{attribute}: {key:#}");
     }
-    assert_eq!(key["attributes"]["ALLOWED_MECHANISMS"][0], "CKM_AES_KEY_WRAP", "{key:#}");
+    let mechanism = if host.mode == Some("gcm") { "CKM_AES_GCM" } else { "CKM_AES_KEY_WRAP" };
+    assert_eq!(key["attributes"]["ALLOWED_MECHANISMS"][0], mechanism, "{key:#}");
 
     let text = host.run(&["key", "attest"]);
     let text = String::from_utf8_lossy(&text.stdout).into_owned();
@@ -136,8 +138,27 @@ fn a_token_that_hands_a_key_out_is_caught_and_one_that_lets_an_attribute_move_is
     }
 }
 
+/// What has no tokens is not passed over in silence: its KEKs open every DEK as well.
+#[test]
+fn a_provider_of_type_transit_is_named_and_not_examined() {
+    let mut host = Host::new();
+    let vault = crate::transit::out_of_reach("");
+    host.extra.clone_from(&vault);
+    let report = json(&host.run(&["key", "attest", "--output", "json"]));
+    assert_eq!(report["verdict"], "keys-stay-with-warnings", "{report:#}");
+    assert_eq!(report["not-examined"], serde_json::json!([{"provider": "vault", "type": "transit"}]));
+    let text = String::from_utf8(host.run(&["key", "attest"]).stdout).unwrap();
+    assert!(text.contains("provider vault\n  NOT EXAMINED: ") && text.contains("there are warnings"), "{text}");
+
+    (host.provider, host.extra) = (Some(vault), String::new());
+    let done = host.run(&["key", "attest"]);
+    assert_eq!((done.status.code(), done.stdout.len()), (Some(2), 0), "{done:?}");
+    let said = String::from_utf8_lossy(&done.stderr).into_owned();
+    assert!(said.contains("no provider has tokens: there is nothing to attest"), "{said}");
+}
+
 /// A host whose KEKs are pairs of RSA keys.
-fn host_of_pairs() -> Host {
+pub fn host_of_pairs() -> Host {
     let host = Host::new();
     if !host.token.family.modes().contains(&"oaep") {
         std::fs::create_dir(host.path("hsm-profiles")).unwrap();

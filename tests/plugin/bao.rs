@@ -120,10 +120,15 @@ impl Bao {
         self.nodes[0].wait_for(&self.root, &[503]);
     }
 
-    /// The first node shows this certificate from now on.
+    /// The first node shows this certificate when this returns.
     pub fn present(&self, certificate: &Certificate) {
         install(certificate, &self.nodes[0].directory);
         kill_process(Pid::from_child(&self.nodes[0].process), Signal::HUP).unwrap();
+        let (expected, began) = (fs::read_to_string(&certificate.certificate).unwrap(), Instant::now());
+        while !self.nodes[0].shown().contains(expected.trim()) {
+            assert!(began.elapsed() < PATIENCE, "it goes on with its old one:\n{}", self.nodes[0].log());
+            thread::sleep(Duration::from_millis(50));
+        }
     }
 
     /// The first node answers nothing from now on, though connections to it are still taken.
@@ -210,6 +215,13 @@ cluster_addr = "https://127.0.0.1:{cluster_port}"
             assert!(began.elapsed() < PATIENCE, "waited in vain until health is {health:?}:\n{}", self.log());
             thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// Its certificate, and what openssl says about that.
+    fn shown(&self) -> String {
+        let address = self.address.trim_start_matches("https://");
+        let done = Command::new("openssl").args(["s_client", "-connect", address]).output().unwrap();
+        String::from_utf8_lossy(&done.stdout).into_owned()
     }
 
     fn log(&self) -> String {

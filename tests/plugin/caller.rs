@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use tokio::runtime::{Builder, Runtime};
 use trousseau::service::client::{Client, ClientError, PluginStatus};
 
+use crate::secrets;
+
 /// The service answers after three seconds, the deadline that it gives a request; who waits longer sees that it did not.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -57,6 +59,9 @@ impl Caller {
                 None => Client::connect(socket, PATIENCE).await?,
             };
             let answer = call(&mut connected).await;
+            if let Err(error) = &answer {
+                secrets::assert_shows_none(&error.to_string());
+            }
             *client = Some(connected);
             answer
         })

@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::process::CommandExt;
 
+use crate::family::Family;
 use crate::plugin::Host;
 
 /// A change to the good configuration, and what `check` then says; `line` stands for the changed line's number.
@@ -15,14 +16,21 @@ fn a_bad_configuration_is_refused_with_its_place_and_a_remedy() {
         ("pin-file", "pin-fiel", &["line", "did you mean `pin-file`"]),
         ("[keyring]", "[keyrings]", &["did you mean `keyring`"]),
         ("type = \"pkcs11\"", "type = \"pkcs12\"", &["line", "unknown variant `pkcs12`", "did you mean `pkcs11`"]),
-        ("sessions = 2", "sessions = \"2\"", &["line", "invalid type"]),
+        ("sessions = 2", "sessions = \"2\"", &["line", "invalid type", "man trousseau.toml"]),
         ("sessions = 2", "sessions = 0", &["sessions", "1 to 256"]),
         ("version = \"v1\"", "version = \"v2\"", &["line", "did you mean `v1`"]),
         ("cluster = \"test\"", "", &["cluster"]),
         ("cluster = \"test\"", "cluster = \"a b\"", &["keyring.cluster", "never be changed"]),
         ("pkcs11:token=trousseau", "token=trousseau", &["provider hsm: tokens", "pkcs11:"]),
+        ("pin-file = \"/", "pin-file = \"credential:a/b\"\n#", &["provider hsm: pin-file", "not the name of a"]),
+        ("pin-file = \"/", "pin-file = \"", &["is not an absolute path", "name the file"]),
         ("pkcs11:token=trousseau", "pkcs11:token=a?pin-value=1", &["pin-file"]),
         ("[\"pkcs11:token=trousseau\"]", "[]", &["no token is named"]),
+        (
+            "trousseau\"]",
+            "x;serial=1\", \"pkcs11:serial=1;token=%78\"]",
+            &["pkcs11:token=x;serial=1 stands there twice"],
+        ),
         ("v1beta1 = true", "mode = \"0777\"", &["listen.mode `0777`"]),
         ("v1beta1 = true", "allow-uids = [65534]", &["65534", "user namespace"]),
         ("socket = \"", "socket = \"relative", &["listen.socket", "absolute"]),
@@ -119,7 +127,7 @@ fn a_bad_profile_is_refused_with_its_place_and_a_remedy() {
     assert!(host.run(&["check"]).status.success());
     for (more, said) in [
         ("reinitialise = false", &["line", "unknown field `reinitialise`", "did you mean `reinitialize`"][..]),
-        ("reinitialize = \"no\"", &["line", "invalid type"]),
+        ("reinitialize = \"no\"", &["line", "invalid type", "man trousseau-profile"]),
         ("renew-after = 1\nreinitialize = false", &["renew-after contradicts reinitialize = false", "remove one"]),
         ("renew-after = 0", &["renew-after is 0"]),
         ("gcm-iv = \"constant\"", &["line", "unknown variant `constant`", "hsm-profiles/README.md"]),
@@ -166,6 +174,33 @@ fn a_profile_that_is_not_named_is_that_of_the_module_if_it_is_one() {
 }
 
 #[test]
+fn what_serve_would_not_work_with_as_the_host_is_is_a_warning_of_check() {
+    let host = Host::new();
+    fs::create_dir(host.path("state")).unwrap();
+    let check = |configuration: &str| -> String {
+        host.write_secret("trousseau.toml", configuration);
+        let file = host.path("trousseau.toml");
+        let done = host.command(&["check", "--config", file.to_str().unwrap()]).output().unwrap();
+        assert!(done.status.success(), "{done:?}");
+        String::from_utf8_lossy(&done.stdout).into_owned()
+    };
+    let configuration = host.configuration();
+    assert!(!check(&configuration).contains("warning"), "{}", check(&configuration));
+    let group = configuration.replace("v1beta1 =", "group = \"of-nobody\"\nv1beta1 =");
+    assert!(check(&group).contains("warning   ") && check(&group).contains("group of-nobody does not exist: make the"));
+    let module = format!("module = \"{}\"", host.token.family.module().display());
+    let module = configuration.replace(&module, &format!("module = \"{}\"", host.directory.path().display()));
+    assert!(check(&module).contains("is no file: install it"), "{}", check(&module));
+    let audit = |file: &str| format!("{configuration}[audit]\nfile = \"{}\"\n", host.path(file).display());
+    assert!(!check(&audit("audit.log")).contains("warning"), "{}", check(&audit("audit.log")));
+    let nowhere = check(&audit("nowhere/audit.log"));
+    assert!(nowhere.contains("warning   audit log ") && nowhere.contains("make its directory"), "{nowhere}");
+    assert!(check(&audit("state")).contains("it is not a plain file"), "{}", check(&audit("state")));
+    host.set_mode(".", 0o777);
+    assert!(check(&configuration).contains("others could exchange it"), "{}", check(&configuration));
+}
+
+#[test]
 fn a_profile_that_nobody_ran_says_so() {
     let host = Host::new();
     let named = |profile: &str| format!("profile = \"{profile}\"");
@@ -208,6 +243,40 @@ fn a_pin_file_holds_one_line() {
 }
 
 #[test]
+fn only_who_logs_in_needs_the_credential_of_the_unit() {
+    let host = Host::new();
+    host.generate("0s");
+    let path = host.path("pin").display().to_string();
+    host.write_secret("trousseau.toml", &host.configuration().replace(&path, "credential:pin"));
+    let run = |verb: &[&str]| host.command(verb).arg("--config").arg(host.path("trousseau.toml")).output().unwrap();
+    let mut serve = host.command(&["serve", "--config"]);
+    serve.arg(host.path("trousseau.toml")).env("CREDENTIALS_DIRECTORY", host.path(""));
+    let mut plugin = host.start(serve);
+    plugin.wait_until("it is healthy", |plugin| plugin.status().is_ok());
+    for verb in ["check", "status", "probe"] {
+        let done = run(&[verb]);
+        assert!(done.status.success(), "{done:?}");
+    }
+    let checked = String::from_utf8(run(&["check"]).stdout).unwrap();
+    assert!(checked.contains("provider hsm: pin-file: credential:pin: systemd hands it"), "{checked}");
+    for verb in [&["serve"][..], &["key", "list"]] {
+        let done = run(verb);
+        assert_eq!(done.status.code(), Some(78), "{done:?}");
+        let of_service = "-p User=trousseau -p StateDirectory=trousseau";
+        for words in ["provider hsm: pin-file: credential:pin", "hint: run it with", "systemd-run", of_service] {
+            assert!(String::from_utf8_lossy(&done.stderr).contains(words), "{done:?}");
+        }
+    }
+    // A unit without that line.
+    let mut list = host.command(&["key", "list", "--config"]);
+    let done = list.arg(host.path("trousseau.toml")).env("CREDENTIALS_DIRECTORY", host.path("state")).output().unwrap();
+    assert_eq!(done.status.code(), Some(78), "{done:?}");
+    for words in ["credential:pin: cannot be read", "hint: add LoadCredential=pin:FILE to the unit, or -p LoadCred"] {
+        assert!(String::from_utf8_lossy(&done.stderr).contains(words), "{done:?}");
+    }
+}
+
+#[test]
 fn a_configuration_that_may_not_be_read_is_refused() {
     if crate::plugin::lacks_root() {
         return;
@@ -216,8 +285,17 @@ fn a_configuration_that_may_not_be_read_is_refused() {
     let file = host.write_configuration();
     let mut command = std::process::Command::new(host.program_for_strangers());
     let done = command.args(["check", "--config"]).arg(file).uid(54_321).gid(54_321).output().unwrap();
-    assert_eq!(done.status.code(), Some(78));
-    assert!(String::from_utf8_lossy(&done.stderr).contains("Permission denied"), "{done:?}");
+    assert_eq!(done.status.code(), Some(77));
+    for words in ["Permission denied", "hint: run it as root"] {
+        assert!(String::from_utf8_lossy(&done.stderr).contains(words), "{done:?}");
+    }
+    // The configuration is for everybody, and the PIN in it is not.
+    host.set_mode("trousseau.toml", 0o644);
+    let done = command.output().unwrap();
+    assert_eq!(done.status.code(), Some(77), "{done:?}");
+    for words in ["pin-file", "Permission denied", "hint: run it as root, or as the user that it belongs to"] {
+        assert!(String::from_utf8_lossy(&done.stderr).contains(words), "{done:?}");
+    }
 }
 
 #[test]
@@ -255,50 +333,54 @@ fn doctor_finds_what_is_wrong_and_says_what_to_do() {
 }
 
 #[test]
-fn bench_measures_a_plugin_and_its_token_and_says_what_sessions_should_be() {
-    let host = Host::new();
-    host.generate("0s");
-    let plugin = host.serve_healthy();
-    let (socket, file) = (host.path("kms.sock"), host.write_configuration());
-    let (socket, file) = (["--socket", socket.to_str().unwrap()], ["--config", file.to_str().unwrap()]);
-    let bench = |more: &[&[&str]]| -> serde_json::Value {
-        let short = ["bench", "--time", "50ms", "--max-sessions", "4", "--output", "json"];
-        let done = host.command(&[&short[..], &more.concat()].concat()).output().unwrap();
-        assert!(done.status.success(), "{more:?}: {}", String::from_utf8_lossy(&done.stderr));
-        assert!(done.stderr.is_empty(), "progress is for terminals: {done:?}");
-        serde_json::from_slice(&done.stdout).unwrap()
-    };
-    let lines = |of: &serde_json::Value| of.as_array().unwrap().len();
-
-    let both = bench(&[&socket, &file, &["--in-flight", "1,8"]]);
-    assert_eq!((lines(&both["requests"]), lines(&both["verdicts"]), both["sessions"].as_u64()), (4, 2, Some(2)));
-    let first = &both["requests"][0];
-    let buckets = first["histogram"].as_array().unwrap();
-    let sum: u64 = buckets.iter().map(|bucket| bucket["operations"].as_u64().unwrap()).sum();
-    assert_eq!((Some(sum), first["failed"].as_u64()), (first["operations"].as_u64(), Some(0)));
-    assert!(both["sessions-advised"].is_u64() && both["resident-kib"].is_u64(), "{both:#}");
-    let mut measured: Vec<_> = both["token"].as_array().unwrap().iter().map(|of| of["sessions"].as_u64()).collect();
-    measured.dedup();
-    assert!(measured.starts_with(&[Some(1), Some(2)]), "as many as are configured are always measured: {measured:?}");
-
-    let rate = bench(&[&socket, &file, &["--rate", "200", "--call", "decrypt"]]);
-    let (request, verdict) = (&rate["requests"][0], &rate["verdicts"][0]);
-    assert_eq!((request["rate"].as_u64(), verdict["limit"].as_str()), (Some(200), Some("load")), "{rate:#}");
-
-    drop(plugin);
-    let alone = bench(&[&file, &["--token", "--call", "encrypt"]]);
-    assert_eq!((lines(&alone["requests"]), lines(&alone["verdicts"])), (0, 1), "{alone:#}");
+fn dev_leaves_alone_what_it_has_not_made() {
+    let ours = "# Made by `trousseau dev`.\nversion = \"of mine\"";
+    for (case, files, said) in [
+        (
+            "a configuration of production",
+            &[("trousseau.toml", "version = \"v1\""), ("pin", "1")][..],
+            "was not made by",
+        ),
+        ("a PIN", &[("pin", "1")], "was not made by"),
+        ("one that was changed", &[("trousseau.toml", ours)], "unknown variant `of mine`"),
+    ] {
+        let directory = tempfile::TempDir::new().unwrap();
+        for (name, text) in files {
+            fs::write(directory.path().join(name), text).unwrap();
+        }
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_trousseau"));
+        let done = command.args(["dev", "--dir"]).arg(directory.path()).output().unwrap();
+        let stderr = String::from_utf8_lossy(&done.stderr);
+        assert_eq!(done.status.code(), Some(78), "{case}: {stderr}");
+        assert!(stderr.contains(said) && stderr.contains("trousseau: hint: "), "{case}: {stderr}");
+        for (name, text) in files {
+            assert_eq!(fs::read_to_string(directory.path().join(name)).unwrap(), *text, "{case}");
+        }
+        let entries = fs::read_dir(directory.path()).unwrap().count();
+        assert!(case.contains("changed") || entries == files.len(), "{case}: {entries} files");
+    }
 }
 
+/// But for the digits, which differ.
 #[test]
-fn a_plugin_that_is_not_there_is_out_of_reach() {
-    let host = Host::new();
-    let absent = host.path("absent.sock");
-    for verb in ["status", "probe", "bench"] {
-        let done = host.command(&[verb, "--socket", absent.to_str().unwrap()]).output().unwrap();
-        assert_eq!(done.status.code(), Some(69), "{verb}");
-        assert!(String::from_utf8_lossy(&done.stderr).contains("is the plugin running?"), "{done:?}");
+fn the_readme_shows_what_key_generate_prints() {
+    let host = Host::new().with_mode("wrapkey");
+    if host.token.family != Family::SoftHsm {
+        return;
     }
+    let readme = include_str!("../../README.md");
+    host.generate("0s");
+    let printed = host.run(&["key", "generate", "--unsynchronized-clock-ok"]).stdout;
+    let printed = String::from_utf8(printed).unwrap();
+    let (_, shown) = readme.split_once("$ trousseau key generate\n").unwrap();
+    let (shown, _) = shown.split_once("```").unwrap();
+    let words = |text: &str| -> Vec<Vec<String>> {
+        let has_no_digit = |word: &&str| !word.contains(|letter: char| letter.is_ascii_digit());
+        text.lines().map(|line| line.split(' ').filter(has_no_digit).map(str::to_owned).collect()).collect()
+    };
+    assert_eq!(words(shown), words(&printed), "{printed}");
+    let profile = include_str!("../../hsm-profiles/softhsm.toml");
+    assert!(profile.contains("renew-after = 2000\n") && readme.contains("every 2,000 (`renew-after`"));
 }
 
 #[test]

@@ -8,7 +8,8 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 use std::{fs, io::Read};
 
-use crate::plugin::Host;
+use crate::family::Family;
+use crate::plugin::{Host, Plugin};
 use crate::supervisor::inheriting;
 
 fn host() -> Host {
@@ -86,6 +87,16 @@ fn an_inherited_socket_is_served_and_left_behind() {
 }
 
 #[test]
+fn an_inherited_socket_of_another_path_is_told_of() {
+    let host = host();
+    let listener = UnixListener::bind(host.path("other.sock")).unwrap();
+    let mut command = inheriting(host.command(&["serve", "--config"]).arg(host.write_configuration()));
+    command.stdin(Stdio::from(OwnedFd::from(listener)));
+    let plugin = host.start(command);
+    assert!(plugin.log().contains("let ListenStream= of the socket unit name it"), "{}", plugin.log());
+}
+
+#[test]
 fn of_several_inherited_sockets_its_own_is_served() {
     let host = host();
     let configuration = host.write_configuration();
@@ -102,6 +113,21 @@ fn of_several_inherited_sockets_its_own_is_served() {
     let mut plugin = host.start(command);
     plugin.wait_until("it is healthy", |plugin| plugin.status().is_ok());
     plugin.round_trip();
+}
+
+#[test]
+fn a_log_that_takes_nothing_stops_nothing() {
+    let host = host();
+    for sink in ["/dev/full", "&-"] {
+        let serve = format!(
+            "exec {} serve --config {} 2>{sink}",
+            env!("CARGO_BIN_EXE_trousseau"),
+            host.write_configuration().display()
+        );
+        let mut plugin = host.start(host.shell(&serve));
+        plugin.wait_until("it is healthy", |plugin| plugin.status().is_ok());
+        plugin.round_trip();
+    }
 }
 
 #[test]
@@ -148,17 +174,21 @@ fn sighup_takes_a_good_configuration_and_keeps_the_old_one_otherwise() {
     let mut plugin = host.serve_healthy();
     let (sealed, key_id) = plugin.round_trip();
     let good = host.configuration();
+    let debug = "[log]\nlevel = \"debug\"\n";
+    // A line for each request is for who asks for more.
+    let requests_told = |plugin: &Plugin| plugin.log().matches("\"message\":\"done\"").count();
     for (case, configuration) in [
         ("it cannot be read", good.replace("sessions", "sesions")),
         ("its token is not there", good.replace("token=trousseau", "token=absent")),
     ] {
-        host.write_secret("trousseau.toml", &configuration);
+        host.write_secret("trousseau.toml", &format!("{configuration}{debug}"));
         let before = plugin.log().len();
         plugin.reload();
         plugin.wait_until(case, |plugin| plugin.log()[before..].contains("the old one stays"));
         plugin.decrypt(&sealed, &key_id).unwrap();
         plugin.round_trip();
     }
+    assert_eq!(requests_told(&plugin), 0, "{}", plugin.log());
     // What needs a restart is said, and the rest is taken.
     host.write_secret("trousseau.toml", &good.replace("kms.sock", "elsewhere.sock"));
     plugin.reload();
@@ -166,16 +196,31 @@ fn sighup_takes_a_good_configuration_and_keeps_the_old_one_otherwise() {
     plugin.round_trip();
     // A new cluster name makes a new key_id: it shows which configuration serves.
     host.cluster = "renamed".into();
+    host.extra = debug.into();
     host.write_configuration();
     plugin.reload();
     plugin.wait_until("the new one serves", |plugin| plugin.status().is_ok_and(|status| status.key_id != key_id));
     plugin.round_trip();
     plugin.decrypt(&sealed, &key_id).unwrap();
+    plugin.wait_until("more is logged", |plugin| requests_told(plugin) >= 3);
+    // And less again, once the log says that this one was read, too.
+    host.extra = debug.replace("debug", "info");
+    host.write_configuration();
+    let reloads = |plugin: &Plugin| plugin.log().matches("configuration read again").count();
+    let before = reloads(&plugin);
+    plugin.reload();
+    plugin.wait_until("it is read", |plugin| reloads(plugin) > before);
+    let told = requests_told(&plugin);
+    plugin.round_trip();
+    assert_eq!(requests_told(&plugin), told, "{}", plugin.log());
     assert_eq!(plugin.stop().code(), Some(0));
 }
 
 #[test]
 fn systemd_hears_when_it_is_ready_how_it_is_and_that_it_lives() {
+    if Family::chosen().sees_no_new_keys() {
+        return;
+    }
     let host = Host::new();
     let configuration = host.write_configuration();
     let heard = UnixDatagram::bind(host.path("notify.sock")).unwrap();

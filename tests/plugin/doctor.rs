@@ -1,12 +1,17 @@
 //! `doctor`: what is made wrong is found, with a remedy, and nothing else is called a failure.
 
+use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::attest::{host_of_pairs, run};
+use crate::family::Family;
 use crate::fault_module::{Faults, library};
+use crate::pin::until_low;
 use crate::plugin::{Host, admit};
-use crate::token::{Family, Key};
+use crate::token::Key;
 
 /// What doctor finds about a host; with its exit code.
 fn findings(host: &Host, more: &[&str]) -> (Vec<Value>, Option<i32>) {
@@ -28,7 +33,7 @@ fn what_is_made_wrong_is_found_with_a_remedy() {
         return;
     }
     type Break = fn(&mut Host) -> Vec<&'static str>;
-    let cases: [(&str, Break, &str, &str, &str); 8] = [
+    let cases: [(&str, Break, &str, &str, &str); 11] = [
         ("no listener but the plugin", |_| vec![], "socket", "good", "serve --config"),
         (
             "a variable that the library requires",
@@ -52,9 +57,31 @@ fn what_is_made_wrong_is_found_with_a_remedy() {
             "is 0666, not 0600: set SocketMode=",
         ),
         (
+            "no directory for the audit log",
+            |host| {
+                host.extra = format!("[audit]\nfile = \"{}\"", host.path("nowhere/audit.log").display());
+                vec![]
+            },
+            "audit log",
+            "failure",
+            "make its directory, and give it to the plugin's user",
+        ),
+        (
+            "an audit log that is somebody else's",
+            |host| {
+                host.extra = format!("[audit]\nfile = \"{}\"", host.path("logs/audit.log").display());
+                std::fs::create_dir(host.path("logs")).unwrap();
+                std::os::unix::fs::symlink("/dev/null", host.path("logs/audit.log")).unwrap();
+                vec![]
+            },
+            "audit log",
+            "failure",
+            "it is not a plain file",
+        ),
+        (
             "a wrong PIN",
             |host| {
-                host.token.try_wrong_pins(if host.token.family == Family::Kryoptic { 7 } else { 1 });
+                host.token.try_wrong_pins(until_low());
                 vec![]
             },
             "PIN",
@@ -81,6 +108,21 @@ fn what_is_made_wrong_is_found_with_a_remedy() {
             "KEK",
             "warning",
             "restored from a backup: when you can, rotate",
+        ),
+        (
+            "an EncryptionConfiguration that others can read",
+            |host| {
+                let file = host.path("encryption.yaml");
+                let endpoint = format!("unix://{}", host.path("kms.sock").display());
+                let kms = format!("{{kms: {{apiVersion: v2, name: trousseau, timeout: 3s, endpoint: {endpoint}}}}}");
+                let text = format!("resources: [{{resources: [secrets], providers: [{kms}]}}]");
+                host.write_secret("encryption.yaml", &format!("kind: EncryptionConfiguration\n{text}\n"));
+                host.set_mode("encryption.yaml", 0o640);
+                vec!["--encryption-config", file.to_str().unwrap().to_owned().leak()]
+            },
+            "API server",
+            "warning",
+            "its mode is 0640: chmod 0600",
         ),
         (
             "an EncryptionConfiguration that is not there",
@@ -116,8 +158,72 @@ fn whoever_else_listens_is_named() {
 }
 
 #[test]
+fn one_token_under_two_names_is_no_pair_of_replicas() {
+    if Family::chosen().stands_one_token_alone() {
+        return;
+    }
+    let mut host = Host::new();
+    let attested = || -> Value {
+        let done = host.run(&["key", "attest", "--output", "json"]);
+        serde_json::from_slice(&done.stdout).unwrap_or_else(|error| panic!("{error}: {done:?}"))
+    };
+    assert_eq!(attested()["providers"][0]["named-twice"], serde_json::json!([]));
+    let model = attested()["providers"][0]["tokens"][0]["token"]["model"].as_str().unwrap().replace(' ', "%20");
+    host.tokens = format!(r#""pkcs11:token=trousseau", "pkcs11:token=trousseau;model={model}""#);
+    let words = "is token pkcs11:token=trousseau of provider hsm once more, and no replica of it";
+    let (findings, code) = findings(&host, &[]);
+    assert!(has(&findings, "token", "failure", words), "{findings:#?}");
+    assert_eq!(code, Some(1));
+    let done = host.run(&["key", "generate", "--unsynchronized-clock-ok"]);
+    assert_eq!(done.status.code(), Some(1), "{done:?}");
+    assert!(String::from_utf8_lossy(&done.stderr).contains(words), "{done:?}");
+    let attested = host.run(&["key", "attest"]);
+    assert!(String::from_utf8_lossy(&attested.stdout).contains(words), "{attested:?}");
+}
+
+#[test]
+fn a_replica_that_lacks_the_kek_is_a_failure() {
+    if Family::chosen().stands_one_token_alone() {
+        return;
+    }
+    let host = Host::new().with_a_replica();
+    let kek = host.generate("0s")["identity"].as_str().unwrap().to_owned(); // in the first one only
+    let (findings, code) = findings(&host, &[]);
+    for words in ["pkcs11:token=second", "lacks KEK", &kek] {
+        assert!(has(&findings, "replicas", "failure", words), "{words}: {findings:#?}");
+    }
+    assert_eq!(code, Some(1));
+}
+
+#[test]
+fn a_library_that_the_module_needs_and_that_is_not_there_is_named() {
+    let host = Host::new();
+    let (module, needed) = (host.path("libvendor.so"), host.path("libvendor-needs-this.so"));
+    let link = |library: &Path, with: &[&Path]| {
+        let mut cc = Command::new("cc");
+        cc.args(["-shared", "-x", "c", "/dev/null", "-x", "none", "-Wl,--no-as-needed", "-o"]).arg(library).args(with);
+        assert!(cc.status().unwrap().success());
+    };
+    link(&needed, &[]);
+    link(&module, &[&needed]);
+    std::fs::remove_file(&needed).unwrap();
+    let own = host.token.family.module().display().to_string();
+    host.write_secret("trousseau.toml", &host.configuration().replace(&own, module.to_str().unwrap()));
+    let mut command = host.command(&["doctor", "--output", "json", "--config"]);
+    let done = command.arg(host.path("trousseau.toml")).output().unwrap();
+    let findings: Vec<Value> = serde_json::from_slice(&done.stdout).unwrap_or_else(|error| panic!("{error}: {done:?}"));
+    for words in ["libvendor.so cannot be loaded", "libvendor-needs-this.so: cannot open shared object", "with `ldd "] {
+        assert!(has(&findings, "token", "failure", words), "{words}: {findings:#?}");
+    }
+    assert_eq!(done.status.code(), Some(1));
+}
+
+#[test]
 fn a_profile_of_what_was_found_can_be_used() {
     let host = Host::new();
+    if host.token.family.modes() == ["oaep"] {
+        host.generate("0s"); // by which the mode is tried
+    }
     let modes = if host.token.family.modes() == ["oaep"] { &["oaep"][..] } else { &["wrapkey", "gcm"] };
     let omitted = match host.token.family {
         Family::OpenCryptoki => r#""CKA_DERIVE", "CKA_COPYABLE", "CKA_ALLOWED_MECHANISMS""#,
@@ -177,4 +283,35 @@ fn a_token_that_hangs_does_not_hold_it_up_for_ever() {
     assert!(has(&findings, "token", "failure", "did not answer"), "{findings:#?}");
     // The others are examined all the same.
     assert!(has(&findings, "socket", "failure", "is the plugin running?"), "{findings:#?}");
+}
+
+#[test]
+fn a_token_that_lists_what_the_mode_oaep_needs_and_refuses_it_is_told_with_a_remedy() {
+    let Some(library) = library() else { return };
+    let host = host_of_pairs();
+    let takes_it = host.token.family != Family::SoftHsm; // which takes no hash but SHA-1
+    if takes_it {
+        host.generate("0s");
+    }
+    let refusal = "answered CKR_MECHANISM_INVALID";
+    for (rules, words) in [
+        ("", "wraps and unwraps"),
+        ("C_DecryptInit return CKR_MECHANISM_INVALID", refusal),
+        ("C_SignInit return CKR_MECHANISM_INVALID", refusal),
+    ] {
+        let works = takes_it && rules.is_empty();
+        let findings: Vec<Value> =
+            serde_json::from_slice(&run(&host, &library, rules, &["doctor", "--output", "json"]).stdout).unwrap();
+        let (severity, remedy) = if works { ("good", "") } else { ("warning", "take the mode out of the profile") };
+        let words = if takes_it { words } else { "mode oaep does not work with a throw-away key" };
+        for words in ["mode oaep", words, remedy] {
+            assert!(has(&findings, "token", severity, words), "{rules}, {words}: {findings:#?}");
+        }
+        let done = run(&host, &library, rules, &["key", "attest", "--output", "json"]);
+        let report: Value = serde_json::from_slice(&done.stdout).unwrap();
+        let mode = &report["providers"][0]["tokens"][0]["modes"][0];
+        assert_eq!((&mode["mode"], &mode["tried-on"]), (&"oaep".into(), &"throw-away-key".into()), "{report:#}");
+        assert_eq!(mode["failure"].is_null(), works, "{report:#}");
+        assert!(!takes_it || works || mode["failure"].to_string().contains(refusal), "{report:#}");
+    }
 }

@@ -3,9 +3,13 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::{env, fs};
+use std::time::Duration;
+use std::{env, fs, thread};
 
 use crate::plugin::{Host, Plugin};
+
+/// Two looks of the plugin's at its start follow each other sooner.
+const QUIET: Duration = Duration::from_millis(400);
 
 /// The module, and its rules.
 pub struct Faults<'a> {
@@ -33,6 +37,12 @@ impl Faults<'_> {
         fs::rename(self.host.path("rules.new"), self.host.path("rules")).unwrap();
     }
 
+    /// The host's, with the module in the place of its token's.
+    pub fn configuration(&self) -> String {
+        let module = |module: &Path| format!("module = \"{}\"", module.display());
+        self.host.configuration().replace(&module(&self.host.token.family.module()), &module(self.library))
+    }
+
     /// `serve` over the module.
     pub fn command(&self) -> Command {
         self.verb(&["serve"])
@@ -40,13 +50,12 @@ impl Faults<'_> {
 
     /// A verb over the module.
     pub fn verb(&self, verb: &[&str]) -> Command {
-        let real = self.host.token.family.module();
-        let between = |module: &Path| format!("module = \"{}\"", module.display());
-        let configuration = self.host.configuration().replace(&between(&real), &between(self.library));
-        self.host.write_secret("trousseau.toml", &configuration);
+        self.host.write_secret("trousseau.toml", &self.configuration());
         let mut command = self.host.command(verb);
         command.arg("--config").arg(self.host.path("trousseau.toml")).stdin(Stdio::null());
-        command.env("TROUSSEAU_FAULT_MODULE", real).env("TROUSSEAU_FAULT_RULES", self.host.path("rules"));
+        command
+            .env("TROUSSEAU_FAULT_MODULE", self.host.token.family.module())
+            .env("TROUSSEAU_FAULT_RULES", self.host.path("rules"));
         command
     }
 
@@ -61,6 +70,19 @@ impl Faults<'_> {
     pub fn start_healthy(&self, command: Command) -> Plugin {
         let mut plugin = self.host.start(command);
         plugin.wait_until("it is healthy", |plugin| plugin.status().is_ok());
+        plugin
+    }
+
+    /// The same, and waits until it asks the token nothing of its own for a moment: rules that count calls are about the
+    /// test's then.
+    pub fn serve_quiet(&self) -> Plugin {
+        let plugin = self.start_healthy(self.command_with_log("calls"));
+        let calls = || fs::metadata(self.host.path("calls")).unwrap().len();
+        let mut seen = 0;
+        while seen != calls() {
+            seen = calls();
+            thread::sleep(QUIET);
+        }
         plugin
     }
 

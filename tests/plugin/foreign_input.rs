@@ -7,8 +7,9 @@ use tempfile::TempDir;
 use tonic::Code;
 use trousseau::envelope::{self, Envelope};
 
+use crate::family::Family;
 use crate::plugin::{Host, Plugin};
-use crate::token::{Family, Token};
+use crate::token::Token;
 
 /// Status is UNAVAILABLE with these words in it.
 fn assert_says(plugin: &mut Plugin, words: &[&str]) {
@@ -55,10 +56,13 @@ fn a_module_that_is_missing_or_is_none_is_named() {
     let host = Host::new();
     fs::write(host.path("text.so"), "not a library").unwrap();
     let other_library = format!("/lib/{}-linux-gnu/libm.so.6", std::env::consts::ARCH);
+    fs::copy(host.token.family.module(), host.path("open.so")).unwrap();
+    host.set_mode("open.so", 0o775);
     for (module, words) in [
         (host.path("absent.so").display().to_string(), &["absent.so", "No such file"][..]),
         (host.path("text.so").display().to_string(), &["text.so", "cannot be loaded", "ldd"]),
         (other_library, &["libm", "not a PKCS#11 module"]),
+        (host.path("open.so").display().to_string(), &["open.so can be changed by others", "0775", "chmod go-w"]),
     ] {
         let good = host.token.family.module().display().to_string();
         let configuration = host.configuration().replace(&good, &module);
@@ -66,6 +70,21 @@ fn a_module_that_is_missing_or_is_none_is_named() {
         assert_says(&mut plugin, words);
         assert_eq!(plugin.stop().code(), Some(0));
     }
+}
+
+/// Whose owner is root's alone to change.
+#[test]
+fn a_module_that_belongs_to_another_user_is_not_loaded() {
+    if crate::plugin::lacks_root() {
+        return;
+    }
+    let host = Host::new();
+    let (module, copy) = (host.token.family.module().display().to_string(), host.path("theirs.so"));
+    fs::copy(&module, &copy).unwrap();
+    host.set_mode("theirs.so", 0o755);
+    std::os::unix::fs::chown(&copy, Some(54_321), None).unwrap();
+    let configuration = host.configuration().replace(&module, copy.to_str().unwrap());
+    assert_says(&mut host.serve_with(&configuration), &["theirs.so belongs to uid 54321", "chown root"]);
 }
 
 #[test]

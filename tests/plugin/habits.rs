@@ -9,9 +9,9 @@ use serde_json::Value;
 use tonic::Code;
 use trousseau::envelope::Envelope;
 
+use crate::family::Family;
 use crate::fault_module::{Faults, library};
 use crate::plugin::{Host, Plugin};
-use crate::token::Family;
 
 /// A host whose token has habits, and a profile that says something of them.
 struct Dressed {

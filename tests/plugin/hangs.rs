@@ -2,6 +2,7 @@
 //! process is mended by a new one.
 
 use std::fs;
+use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::sync::Mutex;
@@ -9,10 +10,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
+use serde_json::Value;
 use tonic::Code;
 use trousseau::service::client::ClientError;
 
 use crate::caller::{Caller, Ends, Load};
+use crate::family::Family;
 use crate::fault_module::{Faults, library};
 use crate::plugin::Host;
 use crate::replicas;
@@ -20,10 +24,12 @@ use crate::supervisor::Supervisor;
 
 const HANG: &str = "C_Encrypt hang\nC_Decrypt hang";
 /// The service's own deadline, with what a busy machine adds.
-const DEADLINE: Duration = Duration::from_millis(3_300);
+pub const DEADLINE: Duration = Duration::from_millis(3_300);
 /// A Status beside calls that hang, and how soon it says so.
 const STATUS: Duration = Duration::from_secs(1);
 const NOTICED: Duration = Duration::from_secs(2);
+/// What a message to systemd may take.
+const ON_ITS_WAY: Duration = Duration::from_millis(20);
 /// From the end of a process to the first answer of the next, the supervisor's half second included.
 const BACK: Duration = Duration::from_secs(2);
 /// From the start to the first answer while another token's slot hangs: a second for the slot, and a busy machine's.
@@ -49,13 +55,27 @@ fn outage(answer: Result<(), ClientError>) -> Code {
 
 #[test]
 fn when_no_call_returns_a_new_process_comes() {
+    a_new_process_comes(HANG, "4 calls do not return");
+}
+
+#[test]
+fn when_no_call_returns_and_the_token_has_no_session_left_a_new_process_comes() {
+    // One holds the login: to two workers or, at first, the leader it gives one each.
+    a_new_process_comes(&format!("C_OpenSession limit 3\n{HANG}"), "2 calls do not return");
+}
+
+fn a_new_process_comes(rules: &str, says: &str) {
+    if Family::chosen().is_slower_than(100) {
+        return;
+    }
     let Some(library) = library() else { return };
     let host = host(2);
     let faults = Faults { host: &host, library: &library };
     let supervisor = Supervisor::start(&host, &faults.command());
     let mut caller = Caller::new(&supervisor.socket);
     let (sealed, key_id) = caller.encrypt(b"a").unwrap();
-    faults.set(HANG);
+    caller.status().unwrap(); // which waits for the first look
+    faults.set(rules);
     let (began, ended) = (Instant::now(), AtomicBool::new(false));
     let until_the_end = |ask: &dyn Fn(&mut Caller)| {
         let mut caller = Caller::new(&supervisor.socket);
@@ -100,13 +120,71 @@ fn when_no_call_returns_a_new_process_comes() {
         end
     });
     assert_eq!(end.status.code(), Some(69));
-    assert!(supervisor.log().contains("4 calls do not return"), "the log says why");
+    assert!(supervisor.log().contains(says), "the log says why: {}", supervisor.log());
     eprintln!("hang: noticed {:?}, left after {:?}", noticed.lock().unwrap(), end.at - began);
     is_back("hang", &supervisor, end.at, &sealed, &key_id);
 }
 
 #[test]
+fn the_watchdog_is_not_fed_from_when_systemd_hears_that_no_call_returns() {
+    if Family::chosen().is_slower_than(100) {
+        return;
+    }
+    let Some(library) = library() else { return };
+    let host = host(2);
+    let heard = UnixDatagram::bind(host.path("notify.sock")).unwrap();
+    heard.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    let faults = Faults { host: &host, library: &library };
+    let mut command = faults.command();
+    command.env("NOTIFY_SOCKET", host.path("notify.sock")).env("WATCHDOG_USEC", "4000");
+    let (fed, ended) = (Mutex::new(Vec::new()), AtomicBool::new(false));
+    let (hangs_since, log) = thread::scope(|scope| {
+        let _ends = Ends(&ended);
+        // All the time: the kernel keeps a few messages, and whoever sends more waits.
+        scope.spawn(|| {
+            let mut message = [0; 4096];
+            loop {
+                match heard.recv(&mut message) {
+                    Ok(_) if !message.starts_with(b"WATCHDOG=1") => (),
+                    Ok(_) => fed.lock().unwrap().push(Timestamp::now()),
+                    Err(_) if ended.load(Ordering::Relaxed) => break,
+                    Err(_) => (),
+                }
+            }
+        });
+        let plugin = faults.start_healthy(command);
+        let (sealed, key_id) = plugin.round_trip();
+        faults.set(HANG);
+        let hangs_since = Timestamp::now();
+        for _ in 0..6 {
+            scope.spawn(|| {
+                let mut caller = Caller::new(&host.path("kms.sock"));
+                while !ended.load(Ordering::Relaxed) {
+                    drop(caller.encrypt(b"b"));
+                    thread::sleep(Duration::from_millis(20));
+                }
+            });
+        }
+        let (status, log) = plugin.ends_by(&sealed, &key_id);
+        assert_eq!(status.code(), Some(69));
+        (hangs_since, log)
+    });
+    let is_why = |line: &&str| line.contains("no call into the module returns") || line.contains("calls do not return");
+    let why = log.lines().find(is_why).unwrap_or_else(|| panic!("the log does not say why: {log}"));
+    let told: Timestamp = serde_json::from_str::<Value>(why).unwrap()["timestamp"].as_str().unwrap().parse().unwrap();
+    let fed = fed.into_inner().unwrap();
+    let count = |from, to| fed.iter().filter(|at| (from..to).contains(*at)).count();
+    let (before, after) = (count(hangs_since, told), count(told + ON_ITS_WAY, Timestamp::MAX));
+    eprintln!("while calls hang the watchdog is fed {before} times, and {after} times after {why}");
+    assert!(before > 100, "it is fed for as long as a call may return: {before}");
+    assert_eq!(after, 0, "after {why}");
+}
+
+#[test]
 fn when_the_module_crashes_a_new_process_comes() {
+    if Family::chosen().is_slower_than(100) {
+        return;
+    }
     let Some(library) = library() else { return };
     let host = host(2);
     let faults = Faults { host: &host, library: &library };
@@ -139,6 +217,9 @@ fn is_back(what: &str, supervisor: &Supervisor, ended: Instant, sealed: &[u8], k
 
 #[test]
 fn a_session_whose_call_hangs_is_replaced_until_it_returns() {
+    if Family::chosen().is_slower_than(100) {
+        return;
+    }
     let Some(library) = library() else { return };
     let host = host(4);
     let faults = Faults { host: &host, library: &library };
@@ -162,6 +243,26 @@ fn a_session_whose_call_hangs_is_replaced_until_it_returns() {
         assert_eq!(failed.len(), 2, "{failed:?}");
         assert!(failed.iter().all(|request| request.took < DEADLINE), "{failed:?}");
     });
+}
+
+#[test]
+fn a_call_that_others_have_overtaken_does_not_make_the_token_hung() {
+    if Family::chosen().is_slower_than(100) {
+        return;
+    }
+    let Some(library) = library() else { return };
+    let host = host(4);
+    let faults = Faults { host: &host, library: &library };
+    let mut plugin = faults.serve_healthy();
+    faults.set("C_Encrypt hang times 1");
+    plugin.encrypt(b"b").unwrap_err();
+    plugin.wait_until("another session serves", |plugin| plugin.encrypt(b"b").is_ok());
+    // Longer than a token may be silent, and nobody asks it anything meanwhile.
+    let began = Instant::now();
+    while began.elapsed() < NOTICED {
+        plugin.status().unwrap();
+        thread::sleep(Duration::from_millis(50));
+    }
 }
 
 #[test]
@@ -222,7 +323,7 @@ fn sigterm_ends_a_process_whose_calls_hang() {
     let host = host(2);
     let faults = Faults { host: &host, library: &library };
     let mut plugin = faults.serve_healthy();
-    faults.set(HANG);
+    faults.set(&format!("{HANG}\nC_CloseSession hang"));
     thread::scope(|scope| {
         for _ in 0..3 {
             let mut caller = Caller::new(&plugin.socket);

@@ -2,8 +2,9 @@
 
 use tonic::Code;
 
+use crate::family::Family;
 use crate::plugin::{Answer, Host, admit};
-use crate::token::{Family, Key};
+use crate::token::Key;
 
 /// A UUIDv7 of November 2025.
 const ID: [u8; 16] = [0x01, 0x9a, 0xaf, 0x2c, 0x4c, 0x00, 0x7a, 0x1b, 0x8c, 0x2d, 0x3e, 0x4f, 0x50, 0x61, 0x72, 0x83];
@@ -215,16 +216,22 @@ fn another_key_under_the_id_of_a_known_kek_is_refused() {
 #[test]
 fn a_key_that_could_never_become_active_is_not_made() {
     let host = Host::new();
+    let unknown = if host.token.family.modes().contains(&"oaep") { "gcm" } else { "oaep" };
     host.generate("1h");
     for (arguments, reason) in [
         (&["key", "generate", "--activate-in", "10m"][..], "never active"),
-        (&["key", "generate", "--activate-in=-1s"], "out of range"),
+        (&["key", "generate", "--activate-in=-1s"], "--activate-in"),
         (&["key", "generate", "--activate-in", "721h"], "out of range"),
+        (&["key", "generate", "--activate-in", "31d"], "out of range"),
         (&["key", "generate", "--activate-in", "soon"], "--activate-in"),
+        (&["key", "generate", "--provider", "nope"], "the configuration has: hsm"),
+        (&["key", "generate", "--mode", unknown], "hint: it has "),
     ] {
         let done = host.run(arguments);
         let said = String::from_utf8_lossy(&done.stderr);
-        assert!(!done.status.success() && said.contains(reason), "{arguments:?}: {said}");
+        let code = if reason == "never active" { 1 } else { 2 };
+        assert_eq!(done.status.code(), Some(code), "{arguments:?}: {said}");
+        assert!(said.contains(reason), "{arguments:?}: {said}");
     }
     assert_eq!(host.list()["keks"].as_array().unwrap().len(), 1);
 }

@@ -3,17 +3,36 @@
 use std::fs;
 
 use rsa::{BoxedUint, Pkcs1v15Sign, PrivateKey};
-use serde_json::Value;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tonic::Code;
 use trousseau::envelope::Envelope;
 
+use crate::attest::host_of_pairs;
+use crate::family::Family;
 use crate::fault_module::{Faults, library};
 use crate::plugin::{Answer, Host};
-use crate::token::Family;
 
 /// Where the wrapped DEK of an envelope's first recipient begins.
 const WRAPPED: usize = 38;
+
+/// SoftHSM lists RSA-OAEP and takes no hash but SHA-1.
+#[test]
+fn a_kek_that_does_not_work_is_not_left_in_the_token() {
+    let host = host_of_pairs();
+    if host.token.family != Family::SoftHsm {
+        eprintln!("skipped: this token does not refuse what it lists");
+        return;
+    }
+    let generate = ["key", "generate", "--unsynchronized-clock-ok", "--activate-in", "0s", "--config"];
+    let configuration = host.write_configuration();
+    let made = host.command(&generate).arg(&configuration).output().unwrap();
+    let said = String::from_utf8_lossy(&made.stderr);
+    assert!(said.contains("does not work") && said.contains("it was removed again"), "{said}");
+    let listed = host.command(&["key", "list", "--output", "json", "--config"]).arg(&configuration).output().unwrap();
+    let keys: Value = serde_json::from_slice(&listed.stdout).unwrap();
+    assert_eq!((&keys["keks"], &keys["refused"]), (&json!([]), &json!([])), "{keys:#} {listed:?}");
+}
 
 #[test]
 fn an_unsigned_or_re_signed_recipient_is_refused_and_the_token_decrypts_nothing() {

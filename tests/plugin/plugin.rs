@@ -35,7 +35,8 @@ pub struct Host {
     pub sessions: usize,
     /// Stands in the place of the token's `[[provider]]`.
     pub provider: Option<String>,
-    mode: Option<&'static str>,
+    /// `None`: the first of its token's.
+    pub mode: Option<&'static str>,
     v1beta1: bool,
 }
 
@@ -85,7 +86,9 @@ impl Host {
     }
 
     pub fn write_secret(&self, name: &str, text: &str) {
-        if ["pin", "secret", "secret-id", "token"].contains(&name) {
+        // All but configurations and certificates, which have a name with an end, and what AppRole calls no secret.
+        let file = name.rsplit('/').next().unwrap_or(name);
+        if !file.contains('.') && file != "role-id" {
             secrets::used(text.trim_end().as_bytes());
         }
         let mut options = fs::OpenOptions::new();
@@ -285,7 +288,13 @@ impl Plugin {
 
     /// Sends so many Encrypts at one moment, each on a connection of its own, and waits for all answers.
     pub fn encrypt_at_once(&self, count: usize) -> Vec<Result<(), Answer>> {
-        let encrypts = (0..count).map(|_| encrypt_once(&self.socket));
+        self.encrypt_at_once_timed(count).into_iter().map(|(answer, _)| answer).collect()
+    }
+
+    /// The same, with how long each answer took.
+    pub fn encrypt_at_once_timed(&self, count: usize) -> Vec<(Result<(), Answer>, Duration)> {
+        let (began, socket) = (Instant::now(), &self.socket);
+        let encrypts = (0..count).map(|_| async move { (encrypt_once(socket).await, began.elapsed()) });
         self.runtime.block_on(futures_util::future::join_all(encrypts))
     }
 
@@ -465,9 +474,16 @@ pub fn admit_by_id(id: &[u8]) -> String {
     format!("[[provider.kek]]\nid = \"{id}\"\nnot-before = 2026-01-01T00:00:00Z\n")
 }
 
+/// What the API server would be told. It may show it to anybody.
+pub fn answer_of(status: &tonic::Status) -> Answer {
+    secrets::assert_shows_none(status.message());
+    Answer { code: status.code(), message: status.message().to_owned() }
+}
+
 fn answer(error: ClientError) -> Answer {
     match error {
-        ClientError::Answer { status, .. } => Answer { code: status.code(), message: status.message().to_owned() },
+        ClientError::Answer { status, .. } => answer_of(&status),
+        late @ ClientError::Late { .. } => Answer { code: Code::Cancelled, message: late.to_string() },
         other => panic!("{other}"),
     }
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use tonic::Code;
 use trousseau::envelope::Envelope;
+use trousseau::service::client::Client;
 
 use crate::fault_module::{Faults, library};
 use crate::plugin::{Host, Plugin};
@@ -74,6 +75,38 @@ fn either_may_be_away_and_no_request_fails() {
     wait_for_recipients(&plugin, 2);
 }
 
+/// Each alone on its host.
+#[test]
+fn the_text_blames_the_provider_and_names_it_whatever_its_type() {
+    let (Some(mut site), Some(library)) = (Site::beside_token(), library()) else { return };
+    let vault = site.provider();
+    let cases: [(&str, Option<String>); 2] = [("provider hsm", None), ("provider vault", Some(vault))];
+    for (named, provider) in cases {
+        site.host.provider = provider;
+        site.host.extra = String::new();
+        let faults = Faults { host: &site.host, library: &library };
+        faults.set("");
+        let mut plugin = faults.serve_healthy();
+        let (sealed, key_id) = plugin.round_trip();
+        faults.set(GONE);
+        site.bao.seal();
+        // Who asks nothing hears of Vault's seal with the next look.
+        plugin.wait_until("Status says so", |plugin| plugin.encrypt(b"seed").is_err() && plugin.status().is_err());
+        let answers = [
+            ("Status", plugin.status().map(drop)),
+            ("Encrypt", plugin.encrypt(b"seed").map(drop)),
+            ("Decrypt", plugin.decrypt(&sealed, &key_id).map(drop)),
+        ];
+        for (call, answer) in answers {
+            let said = answer.unwrap_err();
+            let blames = said.message.starts_with("the provider is at fault, the object is intact: ");
+            let names = said.message.contains(named);
+            assert_eq!((said.code, blames, names), (Code::Unavailable, true, true), "{call}, {named}: {said:?}");
+        }
+        site.bao.unseal();
+    }
+}
+
 #[test]
 fn where_all_must_seal_an_outage_stops_writes_and_no_reads() {
     let Some(site) = Site::beside_token() else { return };
@@ -122,6 +155,62 @@ fn one_that_hangs_is_waited_for_once() {
     let slow = requests.iter().filter(|request| request.took > Duration::from_millis(1000)).count();
     assert!(slow <= 6, "{slow} requests waited"); // three callers, an Encrypt or a Decrypt each
     wait_for_recipients(&plugin, 2);
+}
+
+/// The one that hangs is the first in order, so that each Decrypt would go there.
+#[test]
+fn a_start_while_one_hangs_serves_what_the_other_can() {
+    let (Some(mut site), Some(library)) = (Site::beside_token(), library()) else { return };
+    site.host.extra = site.host.provider_of_token();
+    site.host.provider = Some(site.provider());
+    let faults = Faults { host: &site.host, library: &library };
+    faults.set("");
+    let mut plugin = faults.serve_healthy();
+    let (both, key_id) = wait_for_recipients(&plugin, 2);
+    faults.set(GONE);
+    plugin.wait_until("OpenBao seals alone", |plugin| recipients(&plugin.round_trip().0) == 1);
+    let (only_vault, _) = plugin.round_trip();
+    drop(plugin);
+    faults.set("");
+
+    let restarts = || {
+        let plugin = faults.host.start(faults.command());
+        // It is connected to within a moment.
+        plugin.decrypt(&both, &key_id).unwrap();
+        plugin
+    };
+    site.bao.pause();
+    let plugin = restarts();
+    let began = Instant::now();
+    plugin.decrypt(&both, &key_id).unwrap();
+    assert!(began.elapsed() < Duration::from_secs(1), "a Decrypt waited for {:?}", began.elapsed());
+    let (alone, same) = plugin.encrypt(b"seed").unwrap();
+    assert_eq!((recipients(&alone), same), (1, key_id.clone()));
+    // A connection that was told of the set while one hung seals under both as soon as it is back.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let mut client = runtime.block_on(Client::connect(&plugin.socket, Duration::from_secs(5))).unwrap();
+    assert_eq!(runtime.block_on(client.status()).unwrap().key_id, key_id);
+    site.bao.resume();
+    wait_for_recipients(&plugin, 2);
+    assert_eq!(recipients(&runtime.block_on(client.encrypt(b"seed".to_vec())).unwrap().0), 2);
+    drop(plugin);
+
+    // Who needs the one that hangs waits for it, and so does who writes, half of its time.
+    for needs_it in
+        [&|plugin: &Plugin| assert_eq!(recipients(&plugin.encrypt(b"seed").unwrap().0), 2), &|plugin: &Plugin| {
+            drop(plugin.decrypt(&only_vault, &key_id).unwrap())
+        }] as [&dyn Fn(&Plugin); 2]
+    {
+        site.bao.pause();
+        let plugin = restarts();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                thread::sleep(Duration::from_millis(300));
+                site.bao.resume();
+            });
+            needs_it(&plugin);
+        });
+    }
 }
 
 /// On one running plugin, in the steps that an administrator takes.

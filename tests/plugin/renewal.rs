@@ -1,16 +1,18 @@
 //! A module that leaks with each object: it is initialized anew now and then, which nobody sees.
 
-use std::fs;
 use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
 use std::thread;
 
 use crate::caller::Load;
+use crate::family::Family;
+use crate::fault_module::{Faults, library};
 use crate::plugin::{Host, admit};
-use crate::token::{Family, Key};
+use crate::sizes::resident_kib;
+use crate::token::Key;
 
-/// Two objects each, of which SoftHSM leaks some 250 bytes: without a renewal, 12 MiB after it is warm.
-const ROUND_TRIPS: usize = 30_000;
+/// Three objects each, of which SoftHSM leaks some 250 bytes: without a renewal, 11 MiB after it is warm.
+const ROUND_TRIPS: usize = 20_000;
 const WARM_UP: usize = 5_000;
 const GROWTH_KIB: u64 = 6 * 1024;
 
@@ -49,9 +51,9 @@ fn is_renewed(replicas: bool) {
     thread::scope(|scope| {
         let load = Load::begin(scope, &requests, &socket, 8);
         load.reaches(WARM_UP);
-        let warm = rss_kib(plugin.pid());
+        let warm = resident_kib(plugin.pid());
         load.reaches(ROUND_TRIPS);
-        let last = rss_kib(plugin.pid());
+        let last = resident_kib(plugin.pid());
         let done = load.end();
         let failed: Vec<_> = done.iter().filter(|request| request.outcome.is_err()).collect();
         assert!(failed.is_empty(), "{} of {}: {:?}", failed.len(), done.len(), failed[0]);
@@ -63,9 +65,44 @@ fn is_renewed(replicas: bool) {
     });
 }
 
-/// What the process has in memory.
-pub fn rss_kib(pid: u32) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse().unwrap()
+/// As while another host writes the token's file.
+#[test]
+fn a_token_that_is_not_to_be_seen_for_a_moment_while_it_is_renewed_is_no_outage() {
+    let Some(library) = library() else { return };
+    let host = Host::new().with_mode("wrapkey");
+    if host.token.family != Family::SoftHsm {
+        eprintln!("skipped: only SoftHSM is renewed");
+        return;
+    }
+    host.write_profile("renew-after = 40");
+    host.generate("0s");
+    let faults = Faults { host: &host, library: &library };
+    let plugin = faults.serve_healthy();
+    let connections = || plugin.log().matches("token connected").count();
+    for _ in 0..5 {
+        faults.set("C_GetSlotList empty times 3");
+        let before = connections();
+        while connections() == before {
+            plugin.status().unwrap();
+            plugin.round_trip();
+        }
+    }
+}
+
+/// It is away for a moment then, which is no limit on its sessions.
+#[test]
+fn a_token_is_measured_although_it_is_renewed_meanwhile() {
+    let host = Host::new().with_mode("wrapkey");
+    if host.token.family != Family::SoftHsm {
+        eprintln!("skipped: only SoftHSM is renewed");
+        return;
+    }
+    host.write_profile("renew-after = 100");
+    host.generate("0s");
+    let done = host.run(&["bench", "--token", "--time", "500ms", "--max-sessions", "4", "--output", "json"]);
+    let report: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap_or_else(|_| panic!("{done:?}"));
+    assert!(report["token-refused"].is_null(), "{report:#}");
+    let mut sessions: Vec<_> = report["token"].as_array().unwrap().iter().map(|of| of["sessions"].as_u64()).collect();
+    sessions.dedup();
+    assert!(sessions.starts_with(&[Some(1), Some(2)]), "{sessions:?}");
 }

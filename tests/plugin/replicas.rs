@@ -8,14 +8,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::caller::{Load, Request};
+use crate::family::Family;
 use crate::fault_module::{Faults, library};
 use crate::plugin::{Host, admit};
-use crate::token::{Family, Key};
+use crate::token::Key;
 
 /// What a replica's sickness may add to a request: the least patience is 50 ms, the rest is a busy machine's.
 const FAILOVER: Duration = Duration::from_millis(500);
-/// A replica that is well again is asked again after so long.
-const USED_AGAIN: Duration = Duration::from_secs(1);
+/// From the end of the fault, however busy the machine is: less than half a second on one that is not.
+const USED_AGAIN: Duration = Duration::from_secs(5);
 
 /// How many requests are served at least in the last half of the second in which a replica is sick. A token that takes
 /// 200 ms for a call serves two or three by itself.
@@ -52,6 +53,34 @@ fn while_one_token_is_sick_its_replica_serves() {
             plugin.round_trip();
         }
     }
+}
+
+/// A login that is lost again and again is the library's, which must not keep it for its other token's sake.
+#[test]
+fn one_token_that_only_c_finalize_brings_back_gets_it_while_its_replica_serves() {
+    if Family::chosen().ends_with_its_token() {
+        return;
+    }
+    let Some(library) = library() else { return };
+    let Some(host) = host() else { return };
+    let faults = Faults { host: &host, library: &library };
+    let mut plugin = faults.start_healthy(faults.command_with_log("calls"));
+    let (sealed, key_id) = plugin.round_trip();
+    let is_finalized = || fs::read_to_string(host.path("calls")).unwrap().contains("C_Finalize ");
+    assert!(!is_finalized());
+    faults.set(
+        "C_DecryptInit return CKR_USER_NOT_LOGGED_IN token trousseau
+         C_UnwrapKey return CKR_USER_NOT_LOGGED_IN token trousseau",
+    );
+    plugin.wait_until("the library is finalized", |plugin| {
+        plugin.decrypt(&sealed, &key_id).unwrap();
+        is_finalized()
+    });
+    faults.set("");
+    plugin.wait_until("it is used again", |plugin| {
+        plugin.decrypt(&sealed, &key_id).unwrap();
+        plugin.log().matches("token connected").count() > 3
+    });
 }
 
 #[test]
@@ -93,10 +122,13 @@ fn play(rules: &str, faults: &Faults) {
         let (usual, slow) = (slowest(&before), slowest(&after));
         let half = mended - Duration::from_millis(500)..mended;
         let served = after.iter().filter(|request| half.contains(&(request.at + request.took))).count();
-        eprintln!("{rules:?}: slowest {usual:?}, with the fault {slow:?}, {served} served; again after {used_again:?}");
+        let adds = slow.saturating_sub(usual);
+        eprintln!(
+            "{rules:?}: slowest {usual:?}; the failover adds {adds:?}, {served} served; again after {used_again:?}"
+        );
         let failed: Vec<_> = before.iter().chain(&after).filter(|request| request.outcome.is_err()).collect();
         assert!(failed.is_empty(), "{rules}: {failed:?}");
-        assert!(slow < usual + FAILOVER, "{rules}: {slow:?} instead of {usual:?}");
+        assert!(adds < FAILOVER, "{rules}: {slow:?} instead of {usual:?}");
         assert!(served > SERVED, "{rules}: {served} served");
         assert!(used_again < USED_AGAIN, "{rules}: used again after {used_again:?}");
     });
@@ -104,6 +136,9 @@ fn play(rules: &str, faults: &Faults) {
 
 #[test]
 fn a_replica_that_lacks_the_kek_is_named_before_it_is_needed() {
+    if Family::chosen().stands_one_token_alone() {
+        return;
+    }
     let host = Host::new().with_a_replica();
     host.generate("0s"); // in the first one only
     let heard = UnixDatagram::bind(host.path("notify.sock")).unwrap();

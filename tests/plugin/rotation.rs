@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::family::Family;
 use crate::plugin::{Host, Plugin, admit};
-use crate::token::{Family, Key};
+use crate::token::Key;
 
 const OLD: &[u8] = b"made elsewhere";
 
@@ -32,6 +33,9 @@ fn stderr(done: &Output) -> String {
 
 #[test]
 fn a_kek_is_listed_with_what_its_token_says_and_with_the_replica_that_lacks_it() {
+    if Family::chosen().stands_one_token_alone() {
+        return;
+    }
     let host = Host::new().with_a_replica();
     let made = host.generate("0s");
     assert_eq!(made["held-by"], serde_json::json!(["pkcs11:token=trousseau"]));
@@ -54,7 +58,7 @@ fn a_kek_is_listed_with_what_its_token_says_and_with_the_replica_that_lacks_it()
         assert_eq!(said[attribute], value, "{attribute}: {said:#}");
     }
     let use_of_it = if host.token.family.modes() == ["oaep"] { "DECRYPT" } else { "WRAP" };
-    assert_eq!(said[use_of_it], use_of_it == "DECRYPT" || host.token.kw_wraps_objects());
+    assert_eq!(said[use_of_it], use_of_it == "DECRYPT" || host.mode != Some("gcm") && host.token.kw_wraps_objects());
 
     let plugin = host.serve_healthy();
     let id = made["id"].as_str().unwrap();
@@ -77,6 +81,9 @@ fn a_kek_is_listed_with_what_its_token_says_and_with_the_replica_that_lacks_it()
 
 #[test]
 fn a_dry_run_shows_what_would_be_asked_for_and_makes_no_key() {
+    if Family::chosen().stands_one_token_alone() {
+        return;
+    }
     let host = Host::new().with_a_replica();
     let dry = ["key", "generate", "--dry-run", "--activate-in", "1h", "--unsynchronized-clock-ok"];
     let planned = json(&host.run(&[&dry[..], &["--output", "json"]].concat()));
@@ -123,6 +130,11 @@ fn no_kek_is_made_nor_planned_while_keys_are_ambiguous_or_the_clock_is_in_doubt(
     }
     vouch("yes");
     assert!(generate(&host, &[]).status.success());
+    vouch("nobody to ask >&2; exit 1");
+    let refused = generate(&host, &[]);
+    let said = stderr(&refused);
+    assert!(said.contains("cannot be seen here") && said.contains("see `timedatectl` on the host"), "{said}");
+    assert_eq!(refused.status.code(), Some(1), "{said}");
 
     host.token.make_keys(&[imported(OLD, 1), imported(OLD, 2)]);
     host.extra = admit(OLD);
@@ -135,6 +147,31 @@ fn no_kek_is_made_nor_planned_while_keys_are_ambiguous_or_the_clock_is_in_doubt(
     assert_eq!(host.list()["keks"].as_array().unwrap().len(), 2);
 }
 
+/// As in the image of the static pod, which has nothing to ask.
+#[test]
+fn a_clock_that_cannot_be_seen_is_called_so_and_is_no_finding() {
+    let host = Host::new();
+    let id = host.generate("0s")["id"].as_str().unwrap().to_owned();
+    let _plugin = host.serve_healthy();
+    let file = host.write_configuration();
+    let run = |arguments: &[&str]| {
+        let mut command = host.command(arguments);
+        command.arg("--config").arg(&file).env("PATH", "/no/such/directory").output().unwrap()
+    };
+    const WORDS: &str = "cannot be seen here";
+    let doctor = run(&["doctor", "--output", "json"]);
+    let findings: Value = serde_json::from_slice(&doctor.stdout).unwrap();
+    let of_clock = |finding: &&Value| finding["what"].to_string().contains("the clock is synchronized");
+    let told = findings.as_array().unwrap().iter().find(of_clock).unwrap_or_else(|| panic!("{findings:#}"));
+    assert!(told["severity"] == "good" && told["what"].to_string().contains(WORDS), "{told}");
+    let ready = json(&run(&["key", "list", "--expect", &id, "--output", "json"]));
+    assert_eq!(ready.get("clock-synchronized"), Some(&Value::Null), "{ready}");
+    assert!(stdout(&run(&["key", "list", "--expect", &id])).contains(WORDS));
+    let refused = run(&["key", "generate"]);
+    assert!(stderr(&refused).contains(WORDS) && stderr(&refused).contains("--unsynchronized-clock-ok"), "{refused:?}");
+    assert!(run(&["key", "generate", "--unsynchronized-clock-ok"]).status.success());
+}
+
 /// `key list --expect`, which asks the plugin of `socket`.
 fn expect(host: &Host, kek: &str, socket: &str) -> Output {
     host.run(&["key", "list", "--expect", kek, "--socket", socket, "--output", "json"])
@@ -142,6 +179,9 @@ fn expect(host: &Host, kek: &str, socket: &str) -> Output {
 
 #[test]
 fn a_plugin_that_is_ready_for_a_kek_proves_it_before_the_instant() {
+    if Family::chosen().sees_no_new_keys() {
+        return;
+    }
     let host = Host::new();
     host.generate("0s");
     let mut plugin = host.serve_healthy();
@@ -151,9 +191,16 @@ fn a_plugin_that_is_ready_for_a_kek_proves_it_before_the_instant() {
     let marks = fs::read(host.path("state/active.json")).unwrap();
     let socket = host.path("kms.sock");
     let foreseen = json(&expect(&host, id, socket.to_str().unwrap()))["key-id"].clone();
-    let done = host.run(&["key", "list", "--expect", identity]); // the configuration's own socket
-    assert!(done.status.success() && stdout(&done).lines().count() == 1, "{done:?}");
-    assert!(stdout(&done).contains(foreseen.as_str().unwrap()), "{done:?}");
+    // On the configuration's own socket.
+    for name in [identity, &identity[..8], &identity.to_uppercase()] {
+        let done = host.run(&["key", "list", "--expect", name]);
+        assert!(done.status.success() && stdout(&done).lines().count() == 1, "{name}: {done:?}");
+        assert!(stdout(&done).contains(foreseen.as_str().unwrap()), "{name}: {done:?}");
+    }
+    for no_name in ["", "kek-2", "0xab"] {
+        let done = host.run(&["key", "list", "--expect", no_name]);
+        assert_eq!(done.status.code(), Some(2), "{no_name}: {done:?}");
+    }
     assert_eq!(fs::read(host.path("state/active.json")).unwrap(), marks, "it makes no KEK active");
     assert_eq!(plugin.status().unwrap().key_id, old_key_id, "the instant has not come");
 
@@ -165,6 +212,9 @@ fn a_plugin_that_is_ready_for_a_kek_proves_it_before_the_instant() {
 
 #[test]
 fn an_emergency_rotation_is_over_on_a_host_as_soon_as_it_is_asked() {
+    if Family::chosen().sees_no_new_keys() {
+        return;
+    }
     let host = Host::new();
     let old = host.generate("0s");
     let plugin = host.serve_healthy();
@@ -204,7 +254,9 @@ fn a_plugin_that_is_not_ready_for_a_kek_is_told_with_the_reason() {
         ("in common", id(common), 0, ""),
         ("not in their token", waiting.to_owned(), 1, "does not see KEK"),
         ("another key in their token", id(other), 1, "does not unwrap with KEK"),
-        ("in no token", "00".to_owned(), 1, "this host's token has no KEK 00"),
+        ("in no token", "00".repeat(4), 1, "this host's token has no KEK 00000000"),
+        ("in no token, and short", "00".to_owned(), 2, "00 is no KEK's id, and too short to be the beginning of one"),
+        ("too short a beginning", waiting[..7].to_owned(), 2, "give 8 of its digits or more"),
     ] {
         let done = expect(&host, &kek, &socket);
         assert_eq!(done.status.code(), Some(code), "{case}: {done:?}");

@@ -5,14 +5,19 @@ use std::io::{Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use h2::client::SendRequest;
+use h2::SendStream;
+use h2::client::{ResponseFuture, SendRequest};
 use tonic::Code;
 use trousseau::service::client::Client;
 
-use crate::plugin::Host;
+use crate::family::Family;
+use crate::observe::OBSERVED;
+use crate::plugin::{Host, Plugin};
+use crate::sizes::resident_kib;
 use crate::v1beta1;
 
 #[test]
@@ -25,6 +30,38 @@ fn it_is_the_owners_alone_and_goes_when_the_plugin_goes() {
     let socket = plugin.socket.clone();
     assert_eq!(plugin.stop().code(), Some(0));
     assert!(!socket.exists());
+}
+
+/// The sockets of a process, and those of them that are of the network.
+fn sockets(plugin: &Plugin) -> (Vec<String>, Vec<String>) {
+    let proc = Path::new("/proc").join(plugin.pid().to_string());
+    let open = fs::read_dir(proc.join("fd")).unwrap();
+    let links = open.filter_map(|file| Some(fs::read_link(file.ok()?.path()).ok()?.to_str()?.to_owned()));
+    let inode = |link: String| Some(link.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned());
+    let all: Vec<String> = links.filter_map(inode).collect();
+    let tables = ["tcp", "tcp6", "udp", "udp6"].map(|table| proc.join("net").join(table));
+    let text: String = tables.iter().filter_map(|table| fs::read_to_string(table).ok()).collect();
+    let listed: Vec<&str> = text.lines().filter_map(|line| line.split_whitespace().nth(9)).collect();
+    let network = all.iter().filter(|inode| listed.contains(&inode.as_str())).cloned().collect();
+    (all, network)
+}
+
+#[test]
+fn nothing_is_said_over_the_network_unless_the_configuration_says_so() {
+    if Family::chosen() != Family::SoftHsm {
+        eprintln!("skipped: what its library speaks to is its own matter");
+        return;
+    }
+    for (extra, expected) in [("", 0), (OBSERVED, 1)] {
+        let mut host = Host::new();
+        host.extra = extra.into();
+        host.generate("0s");
+        let plugin = host.serve_healthy();
+        plugin.round_trip();
+        let (all, network) = sockets(&plugin);
+        assert_eq!(network.len(), expected, "{extra}: {network:?} of {all:?}");
+        assert!(all.len() > expected, "{extra}: its own socket is there: {all:?}");
+    }
 }
 
 #[test]
@@ -130,36 +167,86 @@ fn encrypt_request() -> http::Request<()> {
     request.body(()).unwrap()
 }
 
-/// As many streams as are taken, none of which ever sends its message.
-async fn ten_thousand_streams(mut client: SendRequest<Bytes>) -> usize {
-    let mut open = Vec::new();
+const STREAMS: usize = 10_000;
+
+/// Streams with half of a message each; those that the service does not take yet wait in the client.
+async fn halves_of_messages(mut client: SendRequest<Bytes>) -> Vec<(ResponseFuture, SendStream<Bytes>)> {
+    const HALF: usize = 60_000;
+    let head = [&[0][..], &(2 * HALF as u32).to_be_bytes()].concat();
+    let half = Bytes::from([head, vec![0; HALF]].concat());
     let crowd = async {
-        for _ in 0..10_000 {
+        let mut open = Vec::new();
+        for _ in 0..STREAMS {
             client = client.clone().ready().await?;
-            open.push(client.send_request(encrypt_request(), false)?);
+            let (response, mut message) = client.send_request(encrypt_request(), false)?;
+            message.send_data(half.clone(), false)?;
+            open.push((response, message));
         }
-        Ok::<_, h2::Error>(())
+        Ok::<_, h2::Error>(open)
     };
-    let _limited_or_refused = tokio::time::timeout(Duration::from_secs(3), crowd).await;
-    open.len()
+    let open = tokio::time::timeout(PATIENCE, crowd).await.expect("they are not even begun").unwrap();
+    tokio::time::sleep(Duration::from_secs(2)).await; // they are on their way
+    open
 }
 
+/// One who waits for the answer of a request that never comes whole.
+const PATIENCE: Duration = Duration::from_secs(45);
+/// Per connection: 1,024 messages of at most 128 KiB.
+const MEMORY_KIB: u64 = 128 << 10;
+
 #[test]
-fn streams_without_end_leave_the_service_well() {
+fn streams_without_end_leave_the_service_well_and_are_ended() {
     let host = Host::new();
     host.generate("0s");
     let plugin = host.serve_healthy();
+    let before = resident_kib(plugin.pid());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let stream = tokio::net::UnixStream::connect(&plugin.socket).await.unwrap();
-        let (client, connection) = h2::client::handshake(stream).await.unwrap();
+        // As many as the server's settings let it, once they have come.
+        let (client, connection) =
+            h2::client::Builder::new().initial_max_send_streams(STREAMS).handshake(stream).await.unwrap();
         let connection = tokio::spawn(connection);
-        let streams = ten_thousand_streams(client).await;
-        assert!(streams > 10, "{streams} streams");
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let mut streams = halves_of_messages(client).await;
+        assert_eq!(streams.len(), STREAMS);
+        let more = resident_kib(plugin.pid()).saturating_sub(before);
+        eprintln!("{} streams, {more} KiB", streams.len());
+        assert!(more < MEMORY_KIB, "{more} KiB for {} streams", streams.len());
         let mut other = Client::connect(&plugin.socket, Duration::from_secs(5)).await.unwrap();
         other.status().await.unwrap();
+        let (response, _half) = streams.swap_remove(0);
+        let answer = tokio::time::timeout(PATIENCE, response).await.expect("it is never ended").unwrap();
+        let code = answer.headers().get("grpc-status").map(|code| Code::from_bytes(code.as_bytes()));
+        assert!(matches!(code, Some(Code::Cancelled | Code::DeadlineExceeded)), "{answer:?}");
         connection.abort();
     });
+    plugin.round_trip();
+}
+
+#[test]
+fn connections_without_end_are_closed_and_take_nobodys_place() {
+    const PLACES: usize = 256;
+    let host = Host::new();
+    host.generate("0s");
+    let mut plugin = host.serve_healthy();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let mut first = runtime.block_on(Client::connect(&plugin.socket, Duration::from_secs(5))).unwrap();
+    runtime.block_on(first.status()).unwrap();
+    let begun = |_| {
+        let mut stream = UnixStream::connect(&plugin.socket).unwrap();
+        let _closed_early = stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0");
+        stream
+    };
+    let crowd: Vec<_> = (0..PLACES + 20).map(begun).collect();
+    plugin.wait_until("some are closed", |plugin| plugin.log().matches("the newest is closed").count() > 20);
+    runtime.block_on(first.status()).unwrap();
+    drop(crowd);
+    let began = Instant::now();
+    let serves = async || Client::connect(&plugin.socket, Duration::from_secs(5)).await?.status().await;
+    while let Err(error) = runtime.block_on(serves()) {
+        assert!(began.elapsed() < Duration::from_secs(5), "{error}");
+    }
     plugin.round_trip();
 }
 

@@ -22,73 +22,7 @@ use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 use trousseau::envelope::WrapAlgorithm;
 
-/// Which token family the suite runs on.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Family {
-    SoftHsm,
-    Kryoptic,
-    OpenCryptoki,
-    Tpm2,
-}
-
-impl Family {
-    pub fn chosen() -> Self {
-        match env::var("TROUSSEAU_TEST_TOKEN").as_deref() {
-            Ok("kryoptic") => Self::Kryoptic,
-            Ok("opencryptoki") => Self::OpenCryptoki,
-            Ok("tpm2") => Self::Tpm2,
-            Ok("softhsm") | Err(_) => Self::SoftHsm,
-            Ok(other) => panic!("TROUSSEAU_TEST_TOKEN={other}: softhsm, kryoptic, opencryptoki or tpm2"),
-        }
-    }
-
-    pub fn profile(self) -> &'static str {
-        match self {
-            Self::SoftHsm => "softhsm",
-            Self::Kryoptic => "kryoptic",
-            Self::OpenCryptoki => "opencryptoki",
-            Self::Tpm2 => "tpm2",
-        }
-    }
-
-    /// The modes of its profile.
-    pub fn modes(self) -> &'static [&'static str] {
-        match self {
-            Self::SoftHsm => &["wrapkey", "wrapkey-kwp", "gcm"],
-            Self::Kryoptic => &["encrypt", "encrypt-kwp", "wrapkey", "wrapkey-kwp", "gcm"],
-            Self::OpenCryptoki | Self::Tpm2 => &["oaep"],
-        }
-    }
-
-    /// Whether its KEKs are not AES keys. It says so: for tests that make such a key, or damage one, themselves.
-    pub fn lacks_aes(self) -> bool {
-        let lacks = self.modes() == ["oaep"];
-        if lacks {
-            eprintln!("skipped: the KEKs of {self:?} are not AES keys");
-        }
-        lacks
-    }
-
-    /// Whether the module shows only what it found when it was initialized. It says so.
-    pub fn sees_no_new_keys(self) -> bool {
-        let blind = self == Self::Tpm2;
-        if blind {
-            eprintln!("skipped: tpm2-pkcs11 sees what another process made only when it is initialized again");
-        }
-        blind
-    }
-
-    pub fn module(self) -> PathBuf {
-        match self {
-            Self::SoftHsm => "/usr/lib/softhsm/libsofthsm2.so".into(),
-            Self::Kryoptic => env::var_os("TROUSSEAU_KRYOPTIC_MODULE")
-                .expect("TROUSSEAU_KRYOPTIC_MODULE: what tests/tokens/build.sh kryoptic prints")
-                .into(),
-            Self::OpenCryptoki => "/usr/lib/x86_64-linux-gnu/pkcs11/libopencryptoki.so".into(),
-            Self::Tpm2 => "/usr/lib/x86_64-linux-gnu/libtpm2_pkcs11.so.1".into(),
-        }
-    }
-}
+use crate::family::Family;
 
 /// Eight characters: kryoptic wants as many at least, openCryptoki at most.
 pub const PIN: &str = "horse739";
@@ -230,7 +164,7 @@ impl Token {
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = match &self.service {
             Some(service) if self.family == Family::OpenCryptoki => {
-                let mut enter = Command::new("nsenter");
+                let mut enter = Command::new("/usr/bin/nsenter");
                 enter.args(["--target", &service.0.id().to_string(), "--mount", "--ipc", "--"]).arg(program);
                 enter
             }
@@ -317,7 +251,7 @@ fn child() {
     let Ok(errand) = env::var(ERRAND) else { return };
     let errand: Errand = serde_json::from_str(&errand).unwrap();
     let library = Pkcs11::new(&errand.module).unwrap();
-    library.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK)).unwrap();
+    initialize(&library);
     for label in &errand.tokens {
         let slots = library.get_slots_with_token().unwrap();
         let free = |slot: &Slot| match library.get_token_info(*slot) {
@@ -345,9 +279,18 @@ fn child() {
     library.finalize().unwrap();
 }
 
+/// openCryptoki's daemon has its socket before it answers there.
+fn initialize(library: &Pkcs11) {
+    let began = Instant::now();
+    while let Err(error) = library.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK)) {
+        assert!(began.elapsed() < Duration::from_secs(5), "{error}");
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
 fn try_wrong_pins(library: &Pkcs11, count: usize) -> usize {
     let session = library.open_rw_session(slot(library, "trousseau")).unwrap();
-    let is_locked = |_: &usize| match session.login(UserType::User, Some(&SecretString::from("no-such-pin"))) {
+    let is_locked = |_: &usize| match session.login(UserType::User, Some(&SecretString::from("no-such1"))) {
         Err(Error::Pkcs11(RvError::PinIncorrect, _)) => false,
         Err(Error::Pkcs11(RvError::PinLocked, _)) => true,
         other => panic!("{other:?}"),

@@ -9,8 +9,9 @@ use tempfile::TempDir;
 
 use crate::bao::Bao;
 use crate::caller::{Load, Request};
+use crate::family::Family;
 use crate::plugin::{Host, Plugin};
-use crate::token::{Family, Token};
+use crate::token::Token;
 
 /// The key, and the policy that lets the plugin use it.
 pub const KEY: &str = "kek";
@@ -113,6 +114,15 @@ pub fn host_without_token() -> Host {
     let directory = TempDir::new().unwrap();
     let token = Token::place(directory.path());
     Host::with(directory, token)
+}
+
+/// The `[[provider]]` of a Vault that nobody reaches, with `more` at its end.
+pub fn out_of_reach(more: &str) -> String {
+    let auth = r#"{ method = "token", token-file = "/token" }"#;
+    let address = quoted("https://127.0.0.1:1");
+    format!(
+        "[[provider]]\nname = \"vault\"\ntype = \"transit\"\naddress = {address}\nkey = \"{KEY}\"\nauth = {auth}\n{more}\n"
+    )
 }
 
 /// As TOML has text.

@@ -4,6 +4,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
@@ -23,9 +24,11 @@ const TOKEN: &str = "s.ThisTokenIsInNobodysLog0";
 
 /// What answers a request.
 #[derive(Clone)]
-enum Habit {
+pub enum Habit {
     /// These bytes, whatever was asked, and an end.
     Says(Vec<u8>),
+    /// What this makes of the request's text, which has come whole.
+    Answers(fn(&str) -> Vec<u8>),
     /// Nothing, and no end.
     Silent,
     /// No TLS.
@@ -33,7 +36,7 @@ enum Habit {
 }
 
 /// Whoever listens on loopback, with a certificate of this authority, until the tests end.
-fn listen(certificate: &Certificate, habit: Habit) -> SocketAddr {
+pub fn listen(certificate: &Certificate, habit: Habit) -> SocketAddr {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
     let chain = CertificateDer::pem_file_iter(&certificate.certificate).unwrap().map(Result::unwrap).collect();
@@ -55,6 +58,14 @@ fn answer(mut stream: TcpStream, config: Arc<ServerConfig>, habit: &Habit) {
     match habit {
         Habit::Plain => drop(stream.write_all(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")),
         Habit::Silent => drop(stream.read(&mut [0; 4096]).map(|_| thread::sleep(Duration::from_secs(60)))),
+        Habit::Answers(answer) => {
+            let mut stream = StreamOwned::new(ServerConnection::new(config).unwrap(), stream);
+            while let Some(request) = read_request(&mut stream) {
+                if stream.write_all(&answer(&request)).is_err() {
+                    break;
+                }
+            }
+        }
         Habit::Says(bytes) => {
             let mut stream = StreamOwned::new(ServerConnection::new(config).unwrap(), stream);
             while stream.read(&mut [0; 16 * 1024]).is_ok_and(|length| length > 0) {
@@ -66,10 +77,32 @@ fn answer(mut stream: TcpStream, config: Arc<ServerConfig>, habit: &Habit) {
     }
 }
 
-fn response(head: &str, body: &[u8]) -> Habit {
+/// One request, if another comes.
+fn read_request(stream: &mut impl Read) -> Option<String> {
+    let mut text = Vec::new();
+    loop {
+        let mut bytes = [0; 16 * 1024];
+        match stream.read(&mut bytes) {
+            Ok(length) if length > 0 => text.extend_from_slice(&bytes[..length]),
+            _ => return None,
+        }
+        let so_far = String::from_utf8_lossy(&text);
+        let Some((head, body)) = so_far.split_once("\r\n\r\n") else { continue };
+        let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")).map_or("0", str::trim);
+        if body.len() >= length.parse().unwrap() {
+            return Some(so_far.into_owned());
+        }
+    }
+}
+
+pub fn message(head: &str, body: &[u8]) -> Vec<u8> {
     let mut bytes = format!("HTTP/1.1 {head}\r\ncontent-length: {}\r\n\r\n", body.len()).into_bytes();
     bytes.extend_from_slice(body);
-    Habit::Says(bytes)
+    bytes
+}
+
+fn response(head: &str, body: &[u8]) -> Habit {
+    Habit::Says(message(head, body))
 }
 
 /// Tells of each connection what was sent first.
@@ -89,7 +122,7 @@ fn bystander() -> (SocketAddr, Receiver<Vec<u8>>) {
 }
 
 /// The plugin with a token, and this address.
-fn host(address: SocketAddr, authority: &Authority) -> crate::plugin::Host {
+pub fn host(address: SocketAddr, authority: &Authority) -> crate::plugin::Host {
     let mut host = crate::transit::host_without_token();
     let directory = host.directory.path().display().to_string();
     host.write_secret("vault-token", TOKEN);
@@ -168,6 +201,41 @@ fn where_nobody_is_that_is_said() {
     let provider = host.provider.take().unwrap();
     host.provider = Some(provider.replace("https://127.0.0.1:", "https://nowhere.invalid:"));
     assert_told(&mut host.serve(), "no such name", Code::Unavailable, &["cannot be reached", "nowhere.invalid"]);
+}
+
+/// Whoever can change the CA's certificate says who is Vault, and is sent the token.
+#[test]
+fn a_ca_or_a_client_certificate_that_others_can_change_is_refused() {
+    let directory = TempDir::new().unwrap();
+    let authority = Authority::new(directory.path().join("authority"));
+    let client = authority.issue("client");
+    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let mut host = host(nobody, &authority);
+    let of_token = host.provider.take().unwrap();
+    let (kept, _) = of_token.split_once("auth = ").unwrap();
+    let (cert, key) = (client.certificate.display(), client.key.display());
+    host.provider = Some(format!(r#"{kept}auth = {{ method = "cert", cert-file = "{cert}", key-file = "{key}" }}"#));
+    assert!(host.run(&["check"]).status.success());
+
+    for (field, file) in [("ca-file", authority.file()), ("auth.cert-file", client.certificate.clone())] {
+        let refused = |case: &str, words: &str| {
+            let done = host.run(&["check"]);
+            let said = String::from_utf8_lossy(&done.stderr);
+            let is_told = said.contains(&format!("{field}: {}: {words}", file.display()));
+            assert!(done.status.code() == Some(78) && is_told, "{case}: {said}");
+        };
+        // What serves by now reads it anew for its next connection.
+        let mut plugin = host.serve();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o664)).unwrap();
+        refused("mode", "can be changed by others: its mode is 0664");
+        assert_told(&mut plugin, field, Code::Unavailable, &["can be changed by others", "chmod go-w"]);
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
+        if !crate::plugin::lacks_root() {
+            std::os::unix::fs::chown(&file, Some(54_321), None).unwrap();
+            refused("owner", "belongs to uid 54321, who could change it");
+            std::os::unix::fs::chown(&file, Some(0), None).unwrap();
+        }
+    }
 }
 
 /// OpenBao's certificate, and then the CA that the plugin trusts.

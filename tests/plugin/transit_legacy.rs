@@ -103,6 +103,24 @@ fn what_was_lost_is_told_and_what_is_ours_is_not_opened_by_the_old_door() {
 }
 
 #[test]
+fn a_version_that_the_key_does_not_have_is_refused_and_harms_nobody_else() {
+    let Some(mut site) = Site::new() else { return };
+    let plugin = serve(&mut site, &["trousseau-v1"]);
+    for version in ["2", "999", "4294967295"] {
+        let planted = old(&site).replace("vault:v1:", &format!("vault:v{version}:"));
+        for _ in 0..3 {
+            let said = v1beta1::decrypt(&plugin, planted.as_bytes()).unwrap_err();
+            assert_eq!(said.code, Code::InvalidArgument, "{version}: {said:?}");
+            plugin.status().unwrap();
+            plugin.round_trip();
+        }
+    }
+    // The older plugin may still write elsewhere, under a version that this one has not looked at yet.
+    site.bao.rotate(KEY);
+    assert_eq!(v1beta1::decrypt(&plugin, old(&site).as_bytes()).unwrap(), SEED);
+}
+
+#[test]
 fn an_old_ciphertext_fails_as_its_server_does() {
     let Some(mut site) = Site::new() else { return };
     let transit = old(&site);

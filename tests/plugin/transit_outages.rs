@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 use tonic::Code;
 
 use crate::caller::Request;
+use crate::observe::{OBSERVED, wait_for_samples};
 use crate::plugin::Plugin;
-use crate::transit::{Site, under_load};
+use crate::transit::{KEY, Site, under_load};
 
 /// The deadline that the plugin gives a request, and something for a busy machine.
 const DEADLINE: Duration = Duration::from_millis(3800);
@@ -93,4 +94,44 @@ fn wait_for_success(load: &crate::caller::Load<'_>) {
         std::thread::sleep(Duration::from_millis(5));
     }
     eprintln!("requests succeed after {:?}", began.elapsed());
+}
+
+#[test]
+fn each_loss_is_counted_once_by_its_class() {
+    type Change = fn(&mut Site);
+    let cases: [(&str, &str, Change, Change); 4] = [
+        ("sealed", "sealed", |site| site.bao.seal(), |site| site.bao.unseal()),
+        (
+            "stopped",
+            "unreachable",
+            |site| site.bao.stop(),
+            |site| {
+                site.bao.start_again();
+                site.bao.unseal();
+            },
+        ),
+        ("silent", "late", |site| site.bao.pause(), |site| site.bao.resume()),
+        (
+            "revoked",
+            "login",
+            |site| site.bao.revoke(&std::fs::read_to_string(site.host.path("vault-token")).unwrap()),
+            |site| site.host.write_secret("vault-token", &site.bao.token(KEY, "10m")),
+        ),
+    ];
+    let Some(mut site) = Site::new() else { return };
+    site.host.extra = OBSERVED.into();
+    let mut plugin = site.host.serve_healthy();
+    let labels = format!("provider=\"vault\",token=\"{}\"", site.bao.root.address);
+    let mut losses: Vec<(String, f64)> = Vec::new();
+    for (case, class, breaks, mends) in cases {
+        breaks(&mut site);
+        plugin.wait_until(case, |plugin| plugin.status().is_err() || plugin.encrypt(b"seed").is_err());
+        plugin.wait_until(case, |plugin| plugin.status().is_err());
+        losses.push((format!("trousseau_losses_total{{{labels},class=\"{class}\"}}"), 1.0));
+        let is_up = (format!("trousseau_token_up{{{labels}}}"), 0.0);
+        wait_for_samples(&mut plugin, &[&losses[..], &[is_up]].concat());
+        mends(&mut site);
+        plugin.wait_until(case, |plugin| plugin.status().is_ok() && plugin.encrypt(b"seed").is_ok());
+    }
+    wait_for_samples(&mut plugin, &losses);
 }

@@ -54,6 +54,7 @@ fn a_key_that_is_unfit_or_out_of_bounds_is_refused_with_the_reason() {
         assert_eq!(said.code, Code::Unavailable, "{name}: {said:?}");
         let said = plugin.encrypt(b"seed").unwrap_err();
         assert_eq!((said.code, said.message.contains(words)), (encrypt, true), "{name}: {said:?}");
+        assert!(!said.message.contains("key generate"), "that makes no key of Vault's: {said:?}");
         assert_list_says(&site, name, if name == "unsealing" { "active" } else { words });
     }
 }

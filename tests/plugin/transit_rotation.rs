@@ -68,6 +68,35 @@ fn all_hosts_switch_once_at_the_instant() {
     assert_ne!(recipients[0], recipients[1]);
 }
 
+/// Whoever is told that a KEK gets old is told what makes one there.
+#[test]
+fn the_end_of_a_period_comes_with_the_command_that_rotates_the_key() {
+    let Some(site) = Site::new() else { return };
+    let aged = site.host.configuration().replace("[keyring]", "[keyring]\nmax-age = \"1s\"");
+    site.host.write_secret("trousseau.toml", &aged);
+    thread::sleep(Duration::from_secs(1));
+    let file = site.host.path("trousseau.toml");
+    let listed = site.host.command(&["key", "list", "--config", file.to_str().unwrap()]).output().unwrap();
+    let said = String::from_utf8_lossy(&listed.stdout).into_owned();
+    assert!(said.contains("(keyring.max-age): make a new one with `vault write -f transit/keys/kek/rotate`"), "{said}");
+}
+
+/// It has no token that could be measured beside it.
+#[test]
+fn bench_measures_a_plugin_whose_keks_are_in_vault() {
+    let Some(site) = Site::new() else { return };
+    let _plugin = site.host.serve_healthy();
+    let bench = ["bench", "--time", "50ms", "--in-flight", "1"];
+    let done = site.host.run(&bench);
+    let said = String::from_utf8_lossy(&done.stdout).into_owned();
+    assert!(done.status.success() && said.contains("Encrypt"), "{done:?}");
+    assert!(said.contains("the token alone was not measured: no provider that seals has a token"), "{said}");
+    let done = site.host.run(&[&bench[..], &["--output", "json"]].concat());
+    let report: Value = serde_json::from_slice(&done.stdout).unwrap();
+    let counts = ["requests", "token", "verdicts"].map(|of| report[of].as_array().unwrap().len());
+    assert_eq!((counts, &report["sessions"]), ([2, 0, 0], &Value::Null), "{report:#}");
+}
+
 /// What one host's plugin made active, another's learns by the first envelope that names it.
 #[test]
 fn a_version_that_is_not_known_yet_is_looked_for() {

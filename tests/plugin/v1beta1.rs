@@ -9,7 +9,7 @@ use tonic::Request;
 use tonic::transport::Endpoint;
 use tonic_prost::ProstCodec;
 
-use crate::plugin::{Answer, Plugin};
+use crate::plugin::{Answer, Plugin, answer_of};
 
 /// A request to encrypt or to decrypt.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -57,7 +57,6 @@ where
         let mut client = tonic::client::Grpc::new(channel);
         client.ready().await.unwrap();
         let answer = client.unary(Request::new(request), path, ProstCodec::<Q, A>::default()).await;
-        let said = |status: tonic::Status| Answer { code: status.code(), message: status.message().to_owned() };
-        answer.map(tonic::Response::into_inner).map_err(said)
+        answer.map(tonic::Response::into_inner).map_err(|status| answer_of(&status))
     })
 }

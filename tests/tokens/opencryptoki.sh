@@ -7,7 +7,7 @@
 set -euo pipefail
 
 directory=$1
-mkdir -- "$directory"/{etc,lib,run,log}
+mkdir -p -- "$directory"/{etc,lib,run,log/opencryptoki}
 for name in first second; do
     # Who makes a token makes its directories only if pkcsconf was asked to.
     mkdir -p -- "$directory/lib/$name/TOK_OBJ" "$directory/run/lock/opencryptoki/$name"
@@ -30,7 +30,8 @@ tokname = second
 CONF
 mount --bind "$directory/etc" /etc/opencryptoki
 mount --bind "$directory/lib" /var/lib/opencryptoki
-mount --bind "$directory/log" /var/log/opencryptoki
+# The package has no /var/log/opencryptoki: the daemon that its installation starts, where it starts one, makes it.
+mount --bind "$directory/log" /var/log
 mount --bind "$directory/run" /run
 mount -t tmpfs none /dev/shm
 exec pkcsslotd -f

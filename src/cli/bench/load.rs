@@ -149,7 +149,7 @@ impl Plugin {
         let mut tally = tally.borrow_mut();
         match answer {
             Ok(()) => tally.took.push(took),
-            Err(why @ ClientError::Answer { .. }) => {
+            Err(why @ (ClientError::Answer { .. } | ClientError::Late { .. })) => {
                 tally.failed += 1;
                 tally.why = Some(why);
             }

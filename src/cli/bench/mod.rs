@@ -18,14 +18,16 @@ use self::figures::Figures;
 use self::load::{Load, Measured, Plugin};
 use self::progress::Progress;
 use self::token::{Level, Levels, Token};
-use self::verdict::{Reached, Verdict, counted, on_plugin, on_token};
+use self::verdict::{Limit, Reached, Verdict, counted, on_plugin, on_token};
 use super::output::{Failure, Format, print, print_json, table};
-use super::{OutputArgs, SocketArgs, duration};
+use super::{OutputArgs, SocketArgs, some_duration};
+use crate::config::Config;
 use crate::service::client::Client;
 
 pub(super) const EXAMPLES: &str = "It sends real requests over one connection, as an API server does. With --config it \
 also has the token work without the plugin, in this process, on 1, 2, 4, … sessions at a time until more bring no more; \
-then it says what is the limit and what `sessions` should be. With --token it does only that.
+then it says what is the limit and what `sessions` should be. With --token it does only that. Where only providers of type \
+transit seal, there is no token, and the plugin alone is measured.
 
 CPU is what the whole process that makes the calls used for each operation, its token's library included. With --rate \
 the time of a request counts from the instant when it was due. Measure when nobody else needs the token, and compare \
@@ -37,6 +39,9 @@ Examples:
   trousseau bench --token --config /etc/trousseau/trousseau.toml --max-sessions 64
   trousseau bench --call decrypt --rate 200 --time 30s --histogram
   trousseau bench --in-flight 1,16,64 --output json";
+
+/// Vault and OpenBao are measured by what a plugin reaches with them.
+const NO_TOKEN: &str = "no provider that seals has a token, for Transit has none";
 
 #[derive(Args)]
 pub(super) struct BenchArgs {
@@ -64,7 +69,7 @@ pub(super) struct BenchArgs {
     #[arg(long)]
     call: Option<Call>,
     /// How long each measurement takes.
-    #[arg(long, value_name = "DURATION", default_value = "3s", value_parser = duration)]
+    #[arg(long, value_name = "DURATION", default_value = "3s", value_parser = some_duration)]
     time: jiff::SignedDuration,
     /// Print how the times are distributed; json always has it.
     #[arg(long)]
@@ -87,12 +92,12 @@ struct Report {
     requests: Vec<Measured>,
     /// What the token did without it.
     token: Vec<Level>,
-    /// Why no more of the token's sessions were tried, where it gave none.
+    /// Why no more of the token's sessions were tried, where it gave none or is none.
     token_refused: Option<String>,
     verdicts: Vec<Verdict>,
     /// What the configuration says.
     sessions: Option<usize>,
-    /// What it should say: enough for each call.
+    /// What it should say: enough for each call, if that is known.
     sessions_advised: Option<usize>,
     /// The plugin's resident memory at the end, in KiB.
     resident_kib: Option<u64>,
@@ -114,10 +119,14 @@ async fn measure(args: &BenchArgs) -> Result<Report, Failure> {
         (false, false) => args.rate.iter().copied().map(Load::Rate).collect(),
     };
     let (time, max) = (args.time.unsigned_abs(), usize::from(args.max_sessions));
-    let token = match &args.config {
-        Some(file) => Some(Token::open(file).await?),
+    let config = args.config.as_deref().map(Config::load).transpose()?;
+    let token = match &config {
+        Some(config) => Token::open(config).await?,
         None => None,
     };
+    if args.token && token.is_none() {
+        return Err(Failure::usage(NO_TOKEN, "without --token the plugin is measured"));
+    }
     let steps = token.as_ref().map_or(0, |token| token.steps(max).len());
     let measurements = u32::try_from(calls.len() * (loads.len() + steps)).unwrap_or(u32::MAX);
     let progress = Progress::start(time.saturating_mul(measurements));
@@ -125,7 +134,7 @@ async fn measure(args: &BenchArgs) -> Result<Report, Failure> {
     let (mut requests, mut resident_kib) = (Vec::new(), None);
     if !args.token {
         progress.says("connecting");
-        let client = Client::connect(&args.socket.socket, Duration::from_secs(10)).await?;
+        let client = Client::connect(args.socket.of(config.as_ref()), Duration::from_secs(10)).await?;
         let plugin = Plugin::new(client, args.pid, &loads).await?;
         for call in &calls {
             for load in &loads {
@@ -137,14 +146,16 @@ async fn measure(args: &BenchArgs) -> Result<Report, Failure> {
     }
     let levels = match &token {
         Some(token) => token.measure(&calls, max, time, &progress)?,
-        None => Levels::default(),
+        None => Levels { refused: config.as_ref().map(|_| NO_TOKEN.to_owned()), ..Levels::default() },
     };
     let sessions = token.map(|token| token.sessions);
     let verdicts = match sessions {
         Some(sessions) => calls.iter().flat_map(|call| judge(*call, &requests, sessions, &levels)).collect(),
         None => Vec::new(),
     };
-    let sessions_advised = verdicts.iter().filter_map(|verdict: &Verdict| verdict.sessions).max();
+    let is_open = |verdict: &Verdict| verdict.limit == Limit::Sessions && verdict.sessions.is_none();
+    let advised = verdicts.iter().filter_map(|verdict| verdict.sessions).max();
+    let sessions_advised = advised.filter(|_| !verdicts.iter().any(is_open));
     let Levels { levels, refused } = levels;
     Ok(Report { requests, token: levels, token_refused: refused, verdicts, sessions, sessions_advised, resident_kib })
 }
@@ -211,7 +222,12 @@ fn text(report: &Report, histogram: bool) -> String {
         Ordering::Greater => format!("sessions = {advised} is enough; it is {is}"),
     }));
     if report.sessions.is_none() {
-        last.push("with --config it is also told what the limit is".into());
+        last.push(match &report.token_refused {
+            Some(why) => format!("the token alone was not measured: {why}; so what the limit is cannot be told"),
+            None => "with --config it is also told what the limit is".into(),
+        });
+    } else if report.verdicts.is_empty() {
+        last.push("what the limit is cannot be told: --max-sessions is less than `sessions`".into());
     }
     last.extend(report.resident_kib.map(|kib| format!("the plugin's memory: {:.1} MiB", kib as f64 / 1024.0)));
     parts.push(last.join("\n"));

@@ -1,7 +1,6 @@
 //! A token alone: calls straight at its sessions, in this process.
 
 use std::collections::BTreeSet;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -44,21 +43,22 @@ pub(super) struct Levels {
 }
 
 impl Token {
-    pub(super) async fn open(file: &Path) -> Result<Self, Failure> {
-        let config = Config::load(file)?;
-        let state = assemble::state(&config)?;
-        let no_provider = || Failure::failed("no provider of type pkcs11 seals", "set seal = true for one");
-        let provider = config.pkcs11().find(|provider| provider.seal).ok_or_else(no_provider)?;
+    /// `None`: there is none.
+    pub(super) async fn open(config: &Config) -> Result<Option<Self>, Failure> {
+        let Some(provider) = config.pkcs11().find(|provider| provider.seal) else { return Ok(None) };
+        let state = assemble::state(config)?;
         let pkcs11 = assemble::pkcs11(provider, &state, &Leader::default())?;
         pkcs11.reach_every_token().await?;
         pkcs11.look(Instant::now() + PATIENCE).await?;
-        Ok(Self { pkcs11, sessions: provider.sessions })
+        Ok(Some(Self { pkcs11, sessions: provider.sessions }))
     }
 
-    /// 1, 2, 4, … sessions at a time, as many as are configured, and twice as many: would more bring more?
+    /// 1, 2, 4, … sessions at a time, as many as are configured, and twice as many (would more bring more?), of these
+    /// no more than `max`.
     pub(super) fn steps(&self, max: usize) -> BTreeSet<usize> {
         let doubled = std::iter::successors(Some(1), |sessions| Some(sessions * 2));
-        doubled.take_while(|sessions| *sessions <= max).chain([self.sessions, 2 * self.sessions]).collect()
+        let configured = [self.sessions, 2 * self.sessions].into_iter().filter(|sessions| *sessions <= max);
+        doubled.take_while(|sessions| *sessions <= max).chain(configured).collect()
     }
 
     /// Measures each number of sessions, until more of them bring no more.

@@ -7,6 +7,9 @@
 //!   with enough of them, else the token.
 //! - A plugin that reached less: the load was too small if it was less than two requests a session, else the service is
 //!   the limit. As many sessions as do alone what it reached are enough then.
+//! - A plugin that reached a fifth more than its sessions and one more can do: nothing can be said.
+//!
+//! While the sessions are the limit and throughput still rises at the last step, how many are enough is not known.
 
 use serde::Serialize;
 
@@ -16,6 +19,7 @@ use super::figures::time;
 const ENOUGH: f64 = 0.95;
 const REACHED: f64 = 0.9;
 const MORE: f64 = 1.1;
+const TOO_MUCH: f64 = 1.2;
 /// With fewer requests in flight a session may wait for its next one.
 const REQUESTS_PER_SESSION: usize = 2;
 
@@ -43,13 +47,15 @@ pub(super) enum Limit {
     Sessions,
     Service,
     Load,
+    /// What was measured contradicts itself.
+    Unknown,
 }
 
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct Verdict {
     call: Call,
-    limit: Limit,
+    pub(super) limit: Limit,
     /// What `sessions` should be, where that can be said.
     pub(super) sessions: Option<usize>,
     pub(super) words: String,
@@ -84,7 +90,7 @@ pub(super) fn on_token(call: Call, steps: &[Step]) -> Option<Verdict> {
     let one = format!("{call:?}: one call takes {}; throughput", time(first.call_micros));
     let words = match rises {
         true => format!(
-            "{one} still rises at {} ({:.0}/s): the sessions are the limit",
+            "{one} still rises at {} ({:.0}/s), and more were not tried: the sessions are the limit",
             counted(last.sessions),
             last.per_second
         ),
@@ -95,7 +101,7 @@ pub(super) fn on_token(call: Call, steps: &[Step]) -> Option<Verdict> {
         ),
     };
     let limit = if rises { Limit::Sessions } else { Limit::Token };
-    Some(Verdict { call, limit, sessions: Some(enough.sessions), words })
+    Some(Verdict { call, limit, sessions: (!rises).then_some(enough.sessions), words })
 }
 
 /// On a plugin with so many sessions. `None`: the token was not measured with so many.
@@ -119,12 +125,18 @@ pub(super) fn on_plugin(call: Call, reached: Reached, sessions: usize, steps: &[
         }
     };
     let least = sessions * REQUESTS_PER_SESSION;
+    // The plugin itself calls in one session more, for a quick token.
+    if per_second > own.per_second * TOO_MUCH * (sessions + 1) as f64 / sessions as f64 {
+        let why = "no token does so: it was measured too unevenly; measure again, for longer with --time";
+        let words = format!("{call:?}: the plugin reached {:.0} % {can}: {why}", percent(per_second));
+        return Some(Verdict { call, limit: Limit::Unknown, sessions: None, words });
+    }
     let fewest = first_with(steps, per_second).map_or(sessions, |step| step.sessions).min(sessions);
     let (limit, sessions, why) = if per_second >= own.per_second * REACHED {
         if enough.per_second >= own.per_second * MORE {
             let why =
                 format!("the sessions are the limit, and {} would do {:.0}/s", enough.sessions, enough.per_second);
-            (Limit::Sessions, Some(enough.sessions), why)
+            (Limit::Sessions, (!still_rises(steps)).then_some(enough.sessions), why)
         } else {
             (Limit::Token, Some(enough.sessions), "the token is the limit, and more sessions bring no more".into())
         }
@@ -164,17 +176,22 @@ mod tests {
             (
                 &EIGHT[..],
                 Limit::Token,
-                8,
+                Some(8),
                 "one call takes 5 ms; throughput rises up to 8 sessions (1560/s) and not beyond",
             ),
-            (&ANY[..], Limit::Sessions, 8, "still rises at 8 sessions (1600/s): the sessions are the limit"),
-            (&ONE[..], Limit::Token, 1, "rises up to 1 session ("),
-            (&ONE[..1], Limit::Sessions, 1, "still rises at 1 session ("),
+            (
+                &ANY[..],
+                Limit::Sessions,
+                None,
+                "still rises at 8 sessions (1600/s), and more were not tried: the sessions are the limit",
+            ),
+            (&ONE[..], Limit::Token, Some(1), "rises up to 1 session ("),
+            (&ONE[..1], Limit::Sessions, None, "still rises at 1 session ("),
             // 33 are not twice 32.
-            (&[(16, 3200.0), (32, 6300.0), (33, 6400.0)][..], Limit::Sessions, 32, "still rises at 33"),
+            (&[(16, 3200.0), (32, 6300.0), (33, 6400.0)][..], Limit::Sessions, None, "still rises at 33"),
         ] {
             let verdict = on_token(Call::Decrypt, &steps(of)).unwrap();
-            assert_eq!((verdict.limit, verdict.sessions), (limit, Some(sessions)), "{of:?}");
+            assert_eq!((verdict.limit, verdict.sessions), (limit, sessions), "{of:?}");
             assert!(verdict.words.contains(words), "{}", verdict.words);
         }
         assert!(on_token(Call::Decrypt, &[]).is_none());
@@ -199,9 +216,17 @@ mod tests {
             (in_flight(700.0, 64), 8, &ANY[..], Limit::Service, Some(4), "the service is the limit"),
             (in_flight(790.0, 4), 8, &EIGHT[..], Limit::Load, None, "--in-flight 16 keeps"),
             // Few requests, and yet enough.
-            (in_flight(198.0, 1), 1, &ANY[..], Limit::Sessions, Some(8), "99 %"),
+            (in_flight(198.0, 1), 1, &ANY[..], Limit::Sessions, None, "and 8 would do 1600/s"),
             // The service of a quick token calls in a session of its own, too.
             (in_flight(210.0, 64), 1, &[(1, 200.0)][..], Limit::Token, Some(1), "105 %"),
+            (
+                in_flight(6000.0, 64),
+                4,
+                &ANY[..],
+                Limit::Unknown,
+                None,
+                "750 % of what its 4 sessions can do (800/s at 5 ms a call): no",
+            ),
             (
                 rate(390.0, 6_000.0),
                 4,

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use super::Findings;
-use crate::cli::key::clock_is_unsynchronized;
+use crate::cli::key::clock_is_synchronized;
 use crate::config::DEFAULT_PATH;
 
 const HOST: &str = "host";
@@ -18,22 +18,32 @@ const AFTER_US: [&str; 3] = ["kubelet.service", "k3s.service", "rke2-server.serv
 const MEMLOCK: u64 = 1 << 20;
 
 pub(super) fn examine(config: &Path, findings: &mut Findings) {
-    match clock_is_unsynchronized() {
-        false => findings.good(HOST, "the clock is synchronized"),
-        true => findings.warning(
+    judge_clock(clock_is_synchronized(), findings);
+    // The limits are those of the process that serves, if it can be seen, else of this one.
+    let plugin = plugin(config);
+    let process = plugin.as_ref().map_or("/proc/self", |plugin| plugin.path.as_str());
+    let limits = fs::read_to_string(format!("{process}/limits")).unwrap_or_default();
+    judge_limits(&limits, plugin.as_ref().map(|plugin| plugin.pid.as_str()), findings);
+}
+
+fn judge_clock(is_synchronized: Option<bool>, findings: &mut Findings) {
+    match is_synchronized {
+        Some(true) => findings.good(HOST, "the clock is synchronized"),
+        // Nothing is wrong with that, and nothing can be done about it here.
+        None => findings
+            .good(HOST, "whether the clock is synchronized cannot be seen here: `timedatectl` on the host tells"),
+        Some(false) => findings.warning(
             HOST,
             "the clock is not synchronized: a new KEK would become active here at another moment than elsewhere",
             "start chrony or systemd-timesyncd",
         ),
     }
-    // The limits are those of the process that serves, if it can be seen, else of this one.
-    let plugin = plugin(config);
-    let (of, process) = match &plugin {
-        Some(plugin) => (format!("the serving plugin (pid {})", plugin.pid), plugin.path.as_str()),
-        None => ("this process".to_owned(), "/proc/self"),
-    };
-    let limits = fs::read_to_string(format!("{process}/limits")).unwrap_or_default();
-    if let Some(limit) = soft_limit(&limits, "Max locked memory") {
+}
+
+/// `limits` are those of the plugin with this pid, or of this process.
+fn judge_limits(limits: &str, plugin: Option<&str>, findings: &mut Findings) {
+    let of = plugin.map_or_else(|| "this process".to_owned(), |pid| format!("the serving plugin (pid {pid})"));
+    if let Some(limit) = soft_limit(limits, "Max locked memory") {
         match limit < MEMLOCK {
             true => findings.warning(
                 HOST,
@@ -43,7 +53,7 @@ pub(super) fn examine(config: &Path, findings: &mut Findings) {
             false => findings.good(HOST, format!("{of} may lock enough memory for its data keys")),
         }
     }
-    match soft_limit(&limits, "Max core file size").filter(|_| plugin.is_some()) {
+    match soft_limit(limits, "Max core file size").filter(|_| plugin.is_some()) {
         Some(0) => findings.good(HOST, format!("{of} leaves no core file")),
         Some(_) => findings.failure(
             HOST,
@@ -57,6 +67,13 @@ pub(super) fn examine(config: &Path, findings: &mut Findings) {
 /// The process that serves by this configuration, if it can be seen.
 pub(super) fn plugin(config: &Path) -> Option<Process> {
     processes("trousseau").into_iter().find(|process| serves(&arguments(&process.path), config))
+}
+
+/// The user as whom a process works (proc_pid_status(5)): its directory belongs to root, since none of its user's may
+/// look into it.
+pub(super) fn user(process: &Process) -> Option<u32> {
+    let status = fs::read_to_string(format!("{}/status", process.path)).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("Uid:"))?.split_whitespace().nth(1)?.parse().ok()
 }
 
 /// A process, by its directory under /proc.
@@ -100,7 +117,11 @@ fn soft_limit(limits: &str, name: &str) -> Option<u64> {
 pub(super) fn examine_unit(findings: &mut Findings) {
     let properties = ["show", "trousseau.service", "--property=LoadState,Before"];
     let Ok(answer) = Command::new("systemctl").args(properties).output() else { return };
-    let shown = String::from_utf8_lossy(&answer.stdout);
+    judge_unit(&String::from_utf8_lossy(&answer.stdout), findings);
+}
+
+/// By what `systemctl show` says of it.
+fn judge_unit(shown: &str, findings: &mut Findings) {
     if !shown.contains("LoadState=loaded") {
         return; // not run by systemd, or not by this one
     }
@@ -118,6 +139,68 @@ pub(super) fn examine_unit(findings: &mut Findings) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::doctor::Finding;
+    use crate::cli::doctor::Severity::{self, Failure, Good, Warning};
+
+    /// That these are the findings: of each its severity, and words of it or of its remedy.
+    fn assert_found(case: &str, judge: impl FnOnce(&mut Findings), expected: &[(Severity, &str)]) {
+        let mut findings = Findings::default();
+        judge(&mut findings);
+        let is_as = |(finding, (severity, words)): (&Finding, &(Severity, &str))| {
+            finding.severity == *severity && format!("{} -> {}", finding.what, finding.remedy).contains(words)
+        };
+        let Findings(found) = findings;
+        assert!(found.len() == expected.len() && found.iter().zip(expected).all(is_as), "{case}: {found:#?}");
+    }
+
+    #[test]
+    fn a_clock_that_is_not_synchronized_is_a_warning_and_one_that_cannot_be_seen_none() {
+        for (is_synchronized, severity, words) in [
+            (Some(true), Good, "the clock is synchronized"),
+            (None, Good, "cannot be seen here"),
+            (Some(false), Warning, "start chrony"),
+        ] {
+            let judge = |findings: &mut Findings| judge_clock(is_synchronized, findings);
+            assert_found(&format!("{is_synchronized:?}"), judge, &[(severity, words)]);
+        }
+    }
+
+    #[test]
+    fn limits_that_let_secrets_reach_a_disk_are_told_of_whoever_has_them() {
+        let locks = |bytes| format!("Max locked memory         {bytes}  {bytes}  bytes\n");
+        let core = |bytes| format!("Max core file size        {bytes}  unlimited  bytes\n");
+        let enough = (Good, "may lock enough memory");
+        for (limits, plugin, expected) in [
+            (locks("8388608") + &core("0"), Some("7"), &[enough, (Good, "(pid 7) leaves no core file")][..]),
+            (locks("unlimited") + &core("unlimited"), Some("7"), &[enough, (Failure, "set LimitCORE=0")]),
+            (locks("1048576") + &core("1"), Some("7"), &[enough, (Failure, "with the PIN and data keys in it")]),
+            (locks("1048575"), Some("7"), &[(Warning, "(pid 7) may lock 1048575 bytes of memory")]),
+            // It is not this process that keeps a PIN for long.
+            (locks("65536") + &core("1"), None, &[(Warning, "this process may lock 65536")]),
+            (String::new(), Some("7"), &[]),
+        ] {
+            assert_found(&limits, |findings| judge_limits(&limits, plugin, findings), expected);
+        }
+    }
+
+    #[test]
+    fn a_unit_that_starts_after_what_waits_for_it_is_a_failure() {
+        let good = (Good, "starts before kubelet, k3s and rke2-server");
+        for (shown, expected) in [
+            ("LoadState=loaded\nBefore=kubelet.service k3s.service shutdown.target rke2-server.service", &[good][..]),
+            ("Before=rke2-server.service kubelet.service k3s.service\nLoadState=loaded", &[good]),
+            ("LoadState=loaded\nBefore=kubelet.service k3s.service", &[(Failure, "add Before=rke2-server.service")]),
+            (
+                "LoadState=loaded\nBefore=kubelet.service.d k3s.service rke2-server.service",
+                &[(Failure, "add Before=kubelet.service")],
+            ),
+            ("LoadState=loaded\nBefore=", &[(Failure, "add Before=kubelet.service")]),
+            ("LoadState=not-found\nBefore=", &[]),
+            ("", &[]),
+        ] {
+            assert_found(shown, |findings| judge_unit(shown, findings), expected);
+        }
+    }
 
     #[test]
     fn a_plugin_is_known_by_its_configuration() {

@@ -9,6 +9,7 @@ use super::Findings;
 use super::encryption_config;
 use super::host::{Process, arguments, processes};
 use crate::config::Listen;
+use crate::disk;
 
 /// Names of processes, as comm(5) cuts them.
 const API_SERVERS: [&str; 4] = ["kube-apiserver", "k3s-server", "k3s", "rke2"];
@@ -35,7 +36,10 @@ fn examine_servers(servers: &[Process], listen: &Listen, named: Option<PathBuf>,
     let file = named.or_else(|| find_configuration(servers));
     match &file {
         Some(file) => match read(file) {
-            Ok(text) => encryption_config::examine(&file.display().to_string(), &text, listen, findings),
+            Ok(text) => {
+                encryption_config::examine(&file.display().to_string(), &text, listen, findings);
+                examine_mode(file, findings);
+            }
             Err(error) => {
                 let what = format!("the EncryptionConfiguration {} cannot be read: {error}", file.display());
                 findings.failure(API_SERVER, what, "run it as root, or name the file with --encryption-config");
@@ -49,6 +53,15 @@ fn examine_servers(servers: &[Process], listen: &Listen, named: Option<PathBuf>,
         ),
     }
     servers.iter().for_each(|server| examine_mount(server, &listen.socket, findings));
+}
+
+/// Beside ours it may have providers with their keys written out.
+fn examine_mode(file: &Path, findings: &mut Findings) {
+    let mode = fs::metadata(file).map_or(0, |metadata| metadata.mode());
+    if mode & 0o077 != 0 {
+        let what = format!("{} is not its owner's alone: its mode is {:04o}", file.display(), mode & 0o7777);
+        findings.warning(API_SERVER, what, format!("chmod 0600 {}", file.display()));
+    }
 }
 
 /// The users as which they run must be allowed to connect.
@@ -93,7 +106,7 @@ fn examine_mount(server: &Process, socket: &Path, findings: &mut Findings) {
     let (Ok(ours), Process { pid, .. }) = (fs::metadata(socket), server) else { return };
     let shown = socket.display();
     match fs::metadata(seen_by(server, socket)) {
-        Ok(theirs) if (theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino()) => {
+        Ok(theirs) if disk::identity(&theirs) == disk::identity(&ours) => {
             findings.good(API_SERVER, format!("the API server (pid {pid}) sees the socket that is served, at {shown}"));
         }
         Ok(_) => findings.failure(
@@ -117,6 +130,7 @@ fn examine_mount(server: &Process, socket: &Path, findings: &mut Findings) {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::panic)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net::UnixListener;
 
     use super::super::Severity::{self, Failure, Good, Warning};
@@ -155,7 +169,8 @@ mod tests {
         fn write(&self, name: &str, text: &str) {
             let path = self.directory.path().join(name);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, text).unwrap();
+            fs::write(&path, text).unwrap();
+            fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
         }
 
         fn process(&self) -> Process {

@@ -1,10 +1,11 @@
 //! `trousseau doctor`: everything that a working plugin needs, tried live; each finding with its remedy.
 //!
 //! [`profile`] is what is known of the tokens before they are asked, [`environment`] what their libraries require,
-//! [`host`] the machine, [`token`] the tokens and their KEKs, [`transit`] Vault and OpenBao, [`socket`] the plugin that
-//! serves, and [`kubernetes`] the API server. No check waits for ever: what blocks is done by a thread that is left behind
-//! when its time is over.
+//! [`host`] the machine, [`audit`] the audit log, [`token`] the tokens and their KEKs, [`transit`] Vault and OpenBao,
+//! [`socket`] the plugin that serves, and [`kubernetes`] the API server. No check waits for ever: what blocks is done by a
+//! thread that is left behind when its time is over.
 
+mod audit;
 mod encryption_config;
 mod environment;
 mod host;
@@ -30,7 +31,7 @@ use crate::runtime::Leader;
 
 pub(super) const EXAMPLES: &str = "It logs in to every token once, and tries what `serve` would; a PIN that the token may \
 be about to lock is not tried. On each token it makes throw-away keys that live in its session, and tries to get them out; \
-nothing is left behind, and it can run beside the serving plugin. Run it as root, else it cannot look into the API server's \
+in the mode oaep, whose keys are slow to make, a KEK wraps and unwraps a random value. Nothing is left behind, and it can run beside the serving plugin. Run it as root, else it cannot look into the API server's \
 mounts.
 
 Exit code 0: no finding is a failure, though there may be warnings. 1: at least one is.
@@ -150,6 +151,10 @@ async fn examine(args: &DoctorArgs, findings: &mut Findings) {
         host::examine(&path, findings);
     };
     findings.add_from("host", examine_host).await;
+    if let Some(log) = config.audit.clone() {
+        let path = args.config.config.clone();
+        findings.add_from(audit::AUDIT, move |findings| audit::examine(&path, &log, findings)).await;
+    }
     match assemble::state(&config) {
         Ok(state) => {
             if let Err(error) = state.check() {

@@ -59,10 +59,15 @@ pub(super) fn write(file: &Path, surveys: &[(Arc<Profile>, Survey)], findings: &
     }
 }
 
-/// The modes that worked, and the one that nothing but a KEK can prove.
+/// The modes that worked, and the one whose pairs some tokens make only where doctor writes nothing.
 fn kept(profile: &Profile, survey: &Survey) -> Vec<Mode> {
     let worked = |mode: Mode| survey.modes.iter().any(|tried| tried.mode == mode.as_str() && tried.failure.is_none());
-    profile.modes.iter().copied().filter(|mode| *mode == Mode::Oaep || worked(*mode)).collect()
+    let modes = profile.modes.iter().copied();
+    modes.filter(|mode| worked(*mode) || *mode == Mode::Oaep && !is_tried(survey, *mode)).collect()
+}
+
+fn is_tried(survey: &Survey, mode: Mode) -> bool {
+    survey.modes.iter().any(|tried| tried.mode == mode.as_str() && tried.tried_on.is_some())
 }
 
 /// The profile with which the token was tried, but for what was found otherwise.
@@ -81,7 +86,7 @@ fn text(survey: &Survey, profile: &Profile) -> Result<String, toml::ser::Error> 
     let limit = token.max_sessions.filter(|most| *most > 0).map(|most| format!("it allows {most} sessions"));
     let kept = kept(profile, survey);
     let untried = "mode oaep was not tried: `trousseau key generate --mode oaep` proves it".to_owned();
-    let untried = kept.contains(&Mode::Oaep).then_some(untried);
+    let untried = (kept.contains(&Mode::Oaep) && !is_tried(survey, Mode::Oaep)).then_some(untried);
     // A line of the token's must not end the comment.
     let comment = |line: String| format!("# {}\n", line.replace(char::is_control, " "));
     let comments: String = found.into_iter().chain(limit).chain(failed).chain(untried).map(comment).collect();

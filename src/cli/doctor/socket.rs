@@ -1,6 +1,7 @@
 //! The plugin that serves: its socket, and what it answers there.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::process::Command;
@@ -11,7 +12,8 @@ use tokio::net::UnixStream;
 use super::Findings;
 use super::host::arguments;
 use crate::config::Listen;
-use crate::service::client::Client;
+use crate::disk;
+use crate::service::client::{Client, ClientError};
 
 const SOCKET: &str = "socket";
 
@@ -36,6 +38,10 @@ pub(super) async fn examine(listen: &Listen, findings: &mut Findings) {
     let status = async { Client::connect(&listen.socket, Duration::from_secs(5)).await?.status().await };
     match status.await {
         Ok(status) => findings.good(SOCKET, format!("{socket} answers: key_id {}", status.key_id)),
+        Err(ClientError::Unreachable(_, error)) if error.kind() != ErrorKind::PermissionDenied => {
+            let remedy = "is the plugin running? `systemctl status trousseau`; it may serve by another --config";
+            findings.failure(SOCKET, format!("{socket}: {error}"), remedy);
+        }
         Err(error) => findings.failed(SOCKET, &error.into()),
     }
 }
@@ -43,16 +49,38 @@ pub(super) async fn examine(listen: &Listen, findings: &mut Findings) {
 /// Who listens: whoever does is handed what the API server encrypts.
 fn examine_listener(socket: &Path, pid: Option<i32>, uid: u32, findings: &mut Findings) {
     let pid = pid.unwrap_or(0); // that of a process of another pid namespace
-    let arguments = arguments(&format!("/proc/{pid}"));
+    let process = format!("/proc/{pid}");
     let units = if pid == 1 { listed_sockets() } else { String::new() };
-    match listener(&socket.display().to_string(), &arguments, &units) {
-        Ok(who) => findings.good(SOCKET, format!("{who} listens there (pid {pid}, uid {uid})")),
-        Err(who) => findings.failure(
+    let (listener, who) = listener(&socket.display().to_string(), runs_us(&process), &arguments(&process), &units);
+    let there = format!("listens at {} (pid {pid}, uid {uid})", socket.display());
+    match listener {
+        Listener::Plugin => findings.good(SOCKET, format!("{who} {there}")),
+        Listener::Unit => findings.warning(
             SOCKET,
-            format!("{who} listens at {} (pid {pid}, uid {uid}), which is no trousseau plugin", socket.display()),
+            format!("{who} {there}"),
+            "if that unit does not run `trousseau serve`, it is handed what the API server encrypts: end it",
+        ),
+        Listener::Stranger => findings.failure(
+            SOCKET,
+            format!("{who} {there}, which is no trousseau plugin"),
             "it is handed what the API server encrypts: end it, find out who started it, and start the plugin",
         ),
     }
+}
+
+/// Whether a process runs this program: our own file, or one of its name. `None`: that is not ours to see.
+fn runs_us(process: &str) -> Option<bool> {
+    let exe = Path::new(process).join("exe");
+    let program = fs::read_link(&exe).ok()?;
+    let file = |path: &Path| fs::metadata(path).ok().map(|metadata| disk::identity(&metadata));
+    let is_ours = file(&exe).is_some_and(|theirs| file(Path::new("/proc/self/exe")) == Some(theirs));
+    // It may have been replaced since: proc_pid_exe(5).
+    let name = program.file_name().unwrap_or_default().to_string_lossy();
+    Some(is_ours || is_named(name.strip_suffix(" (deleted)").unwrap_or(&name)))
+}
+
+fn is_named(program: &str) -> bool {
+    Path::new(program).file_name().is_some_and(|name| name == "trousseau")
 }
 
 /// Every socket that systemd holds, with the unit of each and the one that it is handed to.
@@ -61,11 +89,18 @@ fn listed_sockets() -> String {
     listed.map(|listed| String::from_utf8_lossy(&listed.stdout).into_owned()).unwrap_or_default()
 }
 
-/// Who listens, by the arguments of the process that made the socket, and by what systemd says of its own.
-///
-/// # Errors
-/// It is no plugin.
-fn listener(socket: &str, arguments: &[String], units: &str) -> Result<String, String> {
+/// What listens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Listener {
+    Plugin,
+    /// systemd, for a unit of another name than ours.
+    Unit,
+    Stranger,
+}
+
+/// Who listens: by the program and the arguments of the process that made the socket, and by what systemd says of its
+/// own.
+fn listener(socket: &str, runs_us: Option<bool>, arguments: &[String], units: &str) -> (Listener, String) {
     let held = units.lines().find_map(|line| match line.split_whitespace().collect::<Vec<_>>().as_slice() {
         [listens, unit, activates] if *listens == socket => {
             Some((format!("systemd, by {unit}, for {activates},"), *activates))
@@ -73,19 +108,18 @@ fn listener(socket: &str, arguments: &[String], units: &str) -> Result<String, S
         _ => None,
     });
     if let Some((who, activates)) = held {
-        return if activates == "trousseau.service" { Ok(who) } else { Err(who) };
+        let is_ours = activates == "trousseau.service";
+        return (if is_ours { Listener::Plugin } else { Listener::Unit }, who);
     }
     let is_plugin = match arguments {
-        [program, verb, ..] => {
-            Path::new(program).file_name().is_some_and(|name| name == "trousseau") && verb == "serve"
-        }
+        [program, verb, ..] => runs_us.unwrap_or_else(|| is_named(program)) && ["serve", "dev"].contains(&&**verb),
         _ => false,
     };
     // It has none if it is of another user, or not of this pid namespace.
     let words: Vec<&str> = arguments.iter().map(String::as_str).filter(|word| !word.is_empty()).collect();
     let who =
         if words.is_empty() { "a process that is not seen from here".into() } else { format!("`{}`", words.join(" ")) };
-    if is_plugin { Ok(who) } else { Err(who) }
+    (if is_plugin { Listener::Plugin } else { Listener::Stranger }, who)
 }
 
 /// Where SELinux refuses something, the socket's context is the first thing that is asked for.
@@ -111,23 +145,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_plugin_is_known_by_its_verb_and_systemds_by_its_unit() {
+    fn a_plugin_is_known_by_its_program_and_verb_and_systemds_by_its_unit() {
         let units = "/run/dbus/system_bus_socket dbus.socket dbus.service\n/k.sock trousseau.socket trousseau.service\n\
                      /o.sock other.socket other.service\n";
-        for (socket, arguments, units, is_plugin, words) in [
-            ("/k.sock", "/usr/bin/trousseau serve", "", true, "`/usr/bin/trousseau serve`"),
-            ("/k.sock", "trousseau serve --config /a.toml", "", true, "serve --config"),
-            ("/k.sock", "trousseau doctor", "", false, "`trousseau doctor`"),
-            ("/k.sock", "nc -lU /k.sock", "", false, "`nc -lU /k.sock`"),
-            ("/k.sock", "", "", false, "not seen from here"),
-            ("/k.sock", "/sbin/init", units, true, "by trousseau.socket, for trousseau.service"),
-            ("/o.sock", "/sbin/init", units, false, "by other.socket"),
-            ("/n.sock", "/sbin/init", units, false, "`/sbin/init`"),
+        use Listener::{Plugin, Stranger, Unit};
+        for (socket, runs_us, arguments, units, is, words) in [
+            ("/k.sock", Some(true), "/usr/bin/trousseau serve", "", Plugin, "`/usr/bin/trousseau serve`"),
+            ("/k.sock", Some(true), "kms-plugin serve", "", Plugin, "`kms-plugin serve`"),
+            ("/k.sock", Some(true), "./trousseau dev --dir /d", "", Plugin, "dev --dir"),
+            ("/k.sock", None, "trousseau serve --config /a.toml", "", Plugin, "serve --config"),
+            ("/k.sock", Some(false), "trousseau serve", "", Stranger, "`trousseau serve`"),
+            ("/k.sock", Some(true), "trousseau doctor", "", Stranger, "`trousseau doctor`"),
+            ("/k.sock", Some(false), "nc -lU /k.sock", "", Stranger, "`nc -lU /k.sock`"),
+            ("/k.sock", None, "nc serve", "", Stranger, "`nc serve`"),
+            ("/k.sock", None, "", "", Stranger, "not seen from here"),
+            ("/k.sock", Some(false), "/sbin/init", units, Plugin, "by trousseau.socket, for trousseau.service"),
+            ("/o.sock", Some(false), "/sbin/init", units, Unit, "by other.socket"),
+            ("/n.sock", Some(false), "/sbin/init", units, Stranger, "`/sbin/init`"),
         ] {
             let arguments: Vec<String> = arguments.split(' ').map(str::to_owned).collect();
-            let told = listener(socket, &arguments, units);
-            assert_eq!(told.is_ok(), is_plugin, "{arguments:?}: {told:?}");
-            assert!(told.as_ref().unwrap_or_else(|told| told).contains(words), "{arguments:?}: {told:?}");
+            let (listener, who) = listener(socket, runs_us, &arguments, units);
+            assert_eq!(listener, is, "{arguments:?}: {who}");
+            assert!(who.contains(words), "{arguments:?}: {who}");
         }
+        assert_eq!(runs_us("/proc/self"), Some(true));
+        assert_eq!(runs_us("/proc/no"), None);
     }
 }

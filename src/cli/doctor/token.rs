@@ -7,9 +7,9 @@ use jiff::Timestamp;
 
 use super::{Findings, Severity, TIMEOUT};
 use crate::config::{Config, Pkcs11Config};
-use crate::keyring::{KekState, Keyring};
+use crate::keyring::Keyring;
 use crate::provider::Value;
-use crate::provider::pkcs11::{Outcome, Pkcs11, Survey, pin_states};
+use crate::provider::pkcs11::{Outcome, Pkcs11, Survey, TriedOn, pin_states};
 use crate::state::State;
 
 const TOKEN: &str = "token";
@@ -34,7 +34,8 @@ pub(super) fn examine_pins(config: &Config, state: &Arc<State>, findings: &mut F
 
 /// The module, the slot, the login, and what the token does: what was found, of each token within reach.
 pub(super) async fn examine(pkcs11: &Pkcs11, provider: &Pkcs11Config, findings: &mut Findings) -> Vec<Survey> {
-    let surveys = tokio::time::timeout(TIMEOUT, pkcs11.survey(false, Instant::now() + TIMEOUT));
+    let deadline = Instant::now() + TIMEOUT;
+    let surveys = tokio::time::timeout(TIMEOUT, pkcs11.survey(false, deadline));
     let Ok(surveys) = surveys.await else {
         let remedy = "see what the vendor's tools say of it";
         findings.failure(TOKEN, format!("provider {}: its tokens did not answer in time", provider.name), remedy);
@@ -51,6 +52,9 @@ pub(super) async fn examine(pkcs11: &Pkcs11, provider: &Pkcs11Config, findings: 
             Err(reason) => findings.failure(TOKEN, reason.to_string(), ""),
         }
     }
+    for twice in pkcs11.named_twice(deadline).await {
+        findings.failure(TOKEN, twice, "name each token once in `tokens`");
+    }
     found
 }
 
@@ -64,12 +68,16 @@ fn report(survey: &Survey, provider: &Pkcs11Config, findings: &mut Findings) {
     }
     report_sessions(survey, provider, findings);
     for mode in &survey.modes {
+        let on = mode.tried_on.unwrap_or(TriedOn::ThrowAwayKey).as_str();
         match &mode.failure {
-            None => findings.good(TOKEN, format!("{name}: a throw-away key of mode {} wraps and unwraps", mode.mode)),
+            None => findings.good(TOKEN, format!("{name}: {on} of mode {} wraps and unwraps", mode.mode)),
             Some(failure) => findings.warning(
                 TOKEN,
-                format!("{name}: mode {} does not work with a throw-away key: {failure}", mode.mode),
-                "KEKs of other modes are not touched by this; or take the mode out of the profile",
+                format!("{name}: mode {} does not work with {on}: {failure}", mode.mode),
+                match mode.tried_on {
+                    Some(_) => "KEKs of other modes are not touched by this; or take the mode out of the profile",
+                    None => "`trousseau key attest` tries it with a key in the token as well",
+                },
             ),
         }
     }
@@ -105,8 +113,12 @@ fn report(survey: &Survey, provider: &Pkcs11Config, findings: &mut Findings) {
 /// A pool takes two sessions beside its workers', and may replace every worker whose call does not return.
 fn report_sessions(survey: &Survey, provider: &Pkcs11Config, findings: &mut Findings) {
     let known = provider.profile.max_sessions.map(|most| most as u64);
-    let Some(most) = survey.token.max_sessions.or(known).filter(|most| *most > 0) else { return };
-    let (name, sessions) = (&survey.name, provider.sessions as u64);
+    if let Some(most) = survey.token.max_sessions.or(known).filter(|most| *most > 0) {
+        judge_sessions(&survey.name, most, provider.sessions as u64, findings);
+    }
+}
+
+fn judge_sessions(name: &str, most: u64, sessions: u64, findings: &mut Findings) {
     let (needed, at_worst) = (sessions + 2, 2 * sessions + 2);
     let what =
         format!("{name} allows {most} sessions; `sessions = {sessions}` needs {needed}, and {at_worst} at worst");
@@ -154,7 +166,32 @@ pub(super) async fn examine_keks(keyring: &Keyring, findings: &mut Findings) {
     for gap in keyring.gaps().into_iter().filter(|gap| !outages.contains(gap)) {
         findings.failure("replicas", gap, "");
     }
-    if !keks.iter().any(|kek| kek.state == KekState::Active) && outages.is_empty() {
-        findings.failure(KEK, "no KEK is active", "make one with `trousseau key generate`");
+    // What Status would say after a start. It ends with what to do.
+    if let Some(why) = keyring.nothing_active(Timestamp::now()) {
+        findings.failure(KEK, why, "");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_with_too_few_sessions_is_a_failure_and_with_too_few_at_worst_a_warning() {
+        for (most, sessions, severity, words) in [
+            (3, 2, Severity::Failure, "allows 3 sessions; `sessions = 2` needs 4, and 6 at worst"),
+            (4, 2, Severity::Warning, "so that calls that hang can be replaced"),
+            (5, 2, Severity::Warning, "allows 5 sessions"),
+            (6, 2, Severity::Good, "and 6 at worst"),
+            (u64::MAX, 1, Severity::Good, "needs 3, and 4 at worst"),
+        ] {
+            let mut findings = Findings::default();
+            judge_sessions("hsm", most, sessions, &mut findings);
+            let Findings(found) = findings;
+            let told = |finding: &super::super::Finding| format!("{} -> {}", finding.what, finding.remedy);
+            let is_as_expected =
+                |finding| told(finding).contains(words) && finding.severity == severity && found.len() == 1;
+            assert!(found.iter().any(is_as_expected), "{most}, {sessions}: {found:#?}");
+        }
     }
 }

@@ -15,13 +15,16 @@ use tonic::Code;
 use zeroize::Zeroizing;
 
 use super::super::output::{Failure, Format, print, print_json};
-use super::clock_is_unsynchronized;
+use super::clock_is_synchronized;
 use crate::identity::Identity;
 use crate::keyring::{KekDescription, KekState, Keyring, KeyringError, LOOK_SOON};
 use crate::service::client::{Client, ClientError};
 
 /// How long a call may take: the plugin may look at its tokens first.
 const TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Fewer digits are too easily those of two KEKs.
+const SHORTEST_BEGINNING: usize = 8;
 
 /// The API server takes a ciphertext of at most so many bytes.
 const CIPHERTEXT_LIMIT: usize = 1024;
@@ -35,7 +38,8 @@ struct Ready {
     not_before: Timestamp,
     /// From the KEK's instant on, unless another provider's KEK changes as well; now, if it only unwraps.
     key_id: String,
-    clock_synchronized: bool,
+    /// `None`: nobody here can tell.
+    clock_synchronized: Option<bool>,
     /// This host's tokens that could not take over.
     lacked_by: Vec<String>,
 }
@@ -45,7 +49,7 @@ pub(super) async fn run(keyring: &Keyring, wanted: &str, socket: &Path, format: 
     let mut client = Client::connect(socket, TIMEOUT).await?;
     let key_id = prove(keyring, &kek, &mut client).await?;
     compare_key_ids(keyring, &mut client).await?;
-    let clock_synchronized = !clock_is_unsynchronized();
+    let clock_synchronized = clock_is_synchronized();
     let KekDescription { identity, id, state, not_before, lacked_by, .. } = kek;
     let ready = Ready { identity, id, state, not_before, key_id, clock_synchronized, lacked_by };
     match format {
@@ -84,28 +88,54 @@ fn text(ready: &Ready) -> String {
         KekState::UnwrapOnly => "; it only unwraps".to_owned(),
     };
     let clock = match ready.clock_synchronized {
-        true => "",
-        false => "; but this host's clock is not synchronized, and it may switch at another moment than the others",
+        Some(true) => "",
+        None => "; whether this host's clock is synchronized cannot be seen here: see `timedatectl` on the host",
+        Some(false) => {
+            "; but this host's clock is not synchronized, and it may switch at another moment than the others"
+        }
     };
     let lacking: String = ready.lacked_by.iter().map(|token| format!("; but token {token} lacks it")).collect();
     format!("ready: the plugin unwraps with KEK {identity}{then}{clock}{lacking}")
 }
 
-/// The KEK of this identity or id, as this process sees it.
+/// Reads `--expect`: an identity or an id, or how one of them begins.
+pub(super) fn name(text: &str) -> Result<String, String> {
+    match !text.is_empty() && text.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+        true => Ok(text.to_ascii_lowercase()),
+        false => Err("an identity or an id is hex digits, as `trousseau key list` shows them".to_owned()),
+    }
+}
+
+/// The KEK whose identity or id is so or begins so, as this process sees it.
 fn find(keyring: &Keyring, wanted: &str) -> Result<KekDescription, Failure> {
     let (keks, refused) = keyring.describe(Timestamp::now());
     let is_it = |kek: &KekDescription| kek.identity.to_string() == wanted || kek.id == wanted;
-    if let Some(kek) = keks.into_iter().find(is_it) {
+    let begins = |name: &str| wanted.len() >= SHORTEST_BEGINNING && name.starts_with(wanted);
+    let begins_so = |kek: &KekDescription| begins(&kek.identity.to_string()) || begins(&kek.id);
+    let (exact, others): (Vec<_>, Vec<_>) = keks.into_iter().partition(is_it);
+    let others: Vec<_> = others.into_iter().filter(begins_so).collect();
+    let mut found = if exact.is_empty() { others } else { exact };
+    if found.len() > 1 {
+        let what = format!("{} KEKs begin with {wanted}", found.len());
+        return Err(Failure::usage(what, "give more of its digits, as `trousseau key list` shows them"));
+    }
+    if let Some(kek) = found.pop() {
         return Ok(kek);
     }
     let is_named = |identity: Identity| {
         let id = base16ct::lower::decode_vec(wanted).unwrap_or_default();
-        identity.to_string() == wanted || identity == Identity::of_pkcs11(&id)
+        begins(&identity.to_string()) || identity.to_string() == wanted || identity == Identity::of_pkcs11(&id)
     };
     match refused.iter().find(|refused| refused.identity.is_some_and(is_named)) {
         Some(refused) => Err(Failure::failed(format!("{} is not used: {}", refused.key, refused.reason), "")),
         None => match keyring.outages().into_iter().next() {
             Some(outage) => Err(Failure::unavailable(outage, "")),
+            None if wanted.len() < SHORTEST_BEGINNING => {
+                let what = format!("{wanted} is no KEK's id, and too short to be the beginning of one");
+                let remedy =
+                    format!("give {SHORTEST_BEGINNING} of its digits or more, as `trousseau key list` shows them");
+                Err(Failure::usage(what, remedy))
+            }
             None => Err(unseen(wanted)),
         },
     }

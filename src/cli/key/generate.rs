@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::super::output::{Failure, Format, patiently, print, print_json};
 use super::super::{ConfigArgs, OutputArgs, assemble, audit, duration};
-use super::{TIMEOUT, clock_is_unsynchronized, in_time};
+use super::{TIMEOUT, clock_is_synchronized, in_time};
 use crate::config::{Config, Mode, Pkcs11Config};
 use crate::identity::Identity;
 use crate::provider::pkcs11::{Generated, LONGEST_WAIT, Pkcs11, Plan};
@@ -25,8 +25,9 @@ from then on, and makes it active at its instant. The first KEK of a keyring is 
 `trousseau key list --expect ID` on each host says whether its plugin is ready.
 
 It refuses while a configured replica is out of reach, while two keys have one CKA_ID, and while this host's clock is \
-not synchronized or is behind the newest KEK. It makes none in a token that hands out a throw-away key like it, unless \
-`[policy] exportable` says so.
+not synchronized, which timedatectl tells, or is behind the newest KEK. It makes none in a token that hands out a \
+throw-away key like it, unless `[policy] exportable` says so. With `[audit] on-failure = \"refuse\"` it makes none that \
+cannot be logged; otherwise a KEK of which the audit log has no line is printed, and the exit code is 1.
 
 The key is made in the first token. Its vendor's tools clone it to the replicas: do that before the instant. Back up \
 the token before a KEK wraps anything that you cannot lose.
@@ -44,13 +45,13 @@ pub(in super::super) struct GenerateArgs {
     /// The provider, where the configuration has several.
     #[arg(long, value_name = "NAME")]
     provider: Option<String>,
-    /// When it becomes active, from now [default: 10m; at once for the first KEK].
-    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    /// When it becomes active, from now, 0s to 30d [default: 10m; at once for the first KEK].
+    #[arg(long, value_name = "DURATION", value_parser = wait)]
     activate_in: Option<SignedDuration>,
     /// How it wraps [default: the profile's first mode].
     #[arg(long)]
     mode: Option<Mode>,
-    /// Go on although this host's clock is not synchronized.
+    /// Go on although this host's clock is not synchronized, or nobody here can tell.
     #[arg(long)]
     unsynchronized_clock_ok: bool,
     /// Show what the token would be asked for, after all the same checks, and make no KEK.
@@ -95,20 +96,43 @@ struct Template<'a> {
 
 pub(super) async fn run(args: &GenerateArgs) -> Result<(), Failure> {
     let config = Config::load(&args.config.config)?;
-    let provider = assemble::choose_provider(&config, args.provider.as_deref())?;
+    let provider = assemble::choose_provider(&config, args.provider.as_deref(), |transit| {
+        let what = format!("provider {} has its keys made by Vault or OpenBao", transit.name);
+        Failure::failed(what, format!("rotate the key there, as who may do so: {}", transit.rotation()))
+    })?;
+    if let Some(mode) = args.mode.filter(|mode| !provider.profile.modes.contains(mode)) {
+        let known: Vec<_> = provider.profile.modes.iter().map(|mode| mode.as_str()).collect();
+        let what = format!("profile {} has no mode {}", provider.profile.name, mode.as_str());
+        return Err(Failure::usage(what, format!("it has {}", known.join(", "))));
+    }
+    if let (Some(log), false) = (&config.audit, args.dry_run) {
+        audit::can_be_logged(log)
+            .map_err(|why| Failure::failed(format!("no KEK is made: {}", why.what()), why.remedy()))?;
+    }
     let work = async {
         let (pkcs11, plan, deadline) = plan(&config, provider, args).await?;
         let generated = if args.dry_run { None } else { Some(pkcs11.generate(&plan, deadline).await?) };
-        if let (Some(generated), Some(log)) = (&generated, &config.audit) {
-            audit::append(log, "key-generated", generated.identity, &format!("active from {}", plan.not_before));
-        }
         Ok((plan, generated))
     };
     let what = format!("making keys in the token of provider {}", provider.name);
     let (plan, generated) = patiently(&what, in_time(work)).await?;
+    // Whoever waits for the log knows the KEK by then.
+    let shown = show(args, provider, &plan, generated.as_ref());
+    if let (Some(generated), Some(log)) = (&generated, &config.audit) {
+        audit::append(log, "key-generated", generated.identity, &format!("active from {}", plan.not_before))?;
+    }
+    shown
+}
+
+fn show(
+    args: &GenerateArgs,
+    provider: &Pkcs11Config,
+    plan: &Plan,
+    generated: Option<&Generated>,
+) -> Result<(), Failure> {
     match (generated, args.output.output) {
-        (Some(generated), Format::Json) => print_json(&made(&plan, &generated)),
-        (Some(generated), Format::Text) => print(&made_text(provider, &plan, &generated)),
+        (Some(generated), Format::Json) => print_json(&made(plan, generated)),
+        (Some(generated), Format::Text) => print(&made_text(provider, plan, generated)),
         (None, Format::Json) => print_json(&Planned {
             not_before: plan.not_before,
             mode: plan.mode.as_str(),
@@ -117,7 +141,7 @@ pub(super) async fn run(args: &GenerateArgs) -> Result<(), Failure> {
             templates: plan.templates.iter().map(template).collect(),
             way_out: plan.way_out.as_deref(),
         }),
-        (None, Format::Text) => print(&planned_text(provider, &plan)),
+        (None, Format::Text) => print(&planned_text(provider, plan)),
     }
 }
 
@@ -246,11 +270,20 @@ async fn reach(config: &Config, provider: &Pkcs11Config) -> Result<(Pkcs11, Opti
     if let Some(outage) = sighting.out_of_reach.first() {
         return Err(Failure::unavailable(outage.clone(), ""));
     }
+    if let Some(twice) = pkcs11.named_twice(deadline).await.pop() {
+        return Err(Failure::failed(twice, "name each token once in `tokens`"));
+    }
     if let Some(twin) = sighting.refused.iter().find(|refused| refused.is_ambiguous) {
         return Err(Failure::failed(format!("{}: {}", twin.key, twin.reason), ""));
     }
     let newest = sighting.keks.iter().map(|kek| kek.rank().not_before).max();
     Ok((pkcs11, newest, deadline))
+}
+
+/// Reads `--activate-in`.
+fn wait(text: &str) -> Result<SignedDuration, String> {
+    let wait = duration(text)?;
+    if wait > LONGEST_WAIT { Err("it is out of range: 0s to 30d".to_owned()) } else { Ok(wait) }
 }
 
 /// The instant, unless this host's clock cannot be right, or the KEK would never become active.
@@ -260,13 +293,10 @@ fn activation_instant(
     newest: Option<Timestamp>,
     unsynchronized_clock_ok: bool,
 ) -> Result<Timestamp, Failure> {
-    let out_of_range = || Failure::failed(format!("--activate-in {wait:#} is out of range"), "0s to 720h");
-    if wait.is_negative() || wait > LONGEST_WAIT {
-        return Err(out_of_range());
-    }
     // The id of the KEK, which carries the instant, counts milliseconds.
     let instant = now.saturating_add(wait).ok().and_then(|at| Timestamp::from_millisecond(at.as_millisecond()).ok());
-    let instant = instant.ok_or_else(out_of_range)?;
+    let instant =
+        instant.ok_or_else(|| Failure::failed("the instant is out of range", "set this host's clock right"))?;
     // The first KEK's instant is compared with nothing.
     let Some(newest) = newest else { return Ok(instant) };
     if newest >= instant {
@@ -274,9 +304,18 @@ fn activation_instant(
             format!("the newest KEK is active from {newest}, and this one would be from {instant}: never active");
         return Err(Failure::failed(what, "set this host's clock right, or activate it later with --activate-in"));
     }
-    if !unsynchronized_clock_ok && clock_is_unsynchronized() {
-        let what = "this host's clock is not synchronized: other hosts would switch to the KEK at another moment";
-        return Err(Failure::failed(what, "start chrony or systemd-timesyncd, or give --unsynchronized-clock-ok"));
+    if unsynchronized_clock_ok {
+        return Ok(instant);
     }
-    Ok(instant)
+    match clock_is_synchronized() {
+        Some(true) => Ok(instant),
+        Some(false) => Err(Failure::failed(
+            "this host's clock is not synchronized: other hosts would switch to the KEK at another moment",
+            "start chrony or systemd-timesyncd, or give --unsynchronized-clock-ok",
+        )),
+        None => Err(Failure::failed(
+            "whether this host's clock is synchronized cannot be seen here",
+            "see `timedatectl` on the host, then give --unsynchronized-clock-ok",
+        )),
+    }
 }

@@ -32,8 +32,9 @@ pub(in super::super) struct ListArgs {
     /// Show as well what each token says of each KEK.
     #[arg(long, conflicts_with = "expect")]
     attributes: bool,
-    /// Ask the serving plugin whether it is ready for this KEK, by its identity or id.
-    #[arg(long, value_name = "ID")]
+    /// Ask the serving plugin whether it is ready for this KEK, by its identity or id, or the first 8 digits or more of
+    /// one.
+    #[arg(long, value_name = "ID", value_parser = expect::name)]
     expect: Option<String>,
     /// The socket of the serving plugin [default: the configuration's].
     #[arg(long, value_name = "PATH", requires = "expect")]
@@ -56,7 +57,8 @@ impl Listing {
         let now = Timestamp::now();
         let (keks, refused) = keyring.describe(now);
         let (exceptions, outages) = (keyring.exceptions(), keyring.outages());
-        Self { keks, refused, exceptions, outages, warnings: keyring.concerns(now) }
+        let warnings = keyring.nothing_active(now).into_iter().chain(keyring.concerns(now)).collect();
+        Self { keks, refused, exceptions, outages, warnings }
     }
 }
 
@@ -92,7 +94,7 @@ fn text(listing: &Listing, with_attributes: bool) -> String {
     };
     let header = ["KEK", "ID", "STATE", "ACTIVE FROM", "MODE", "PROVIDER", "TOKENS"];
     let mut text = match (listing.keks.as_slice(), listing.outages.as_slice()) {
-        ([], []) => "no KEK: make one with `trousseau key generate`".to_owned(),
+        ([], []) => "no KEK".to_owned(), // a warning says what to do
         ([], _) => "no KEK can be seen".to_owned(),
         (keks, _) => table(&header, keks.iter().map(row).collect()),
     };

@@ -41,10 +41,15 @@ pub(super) fn run(verb: KeyVerb) -> Result<(), Failure> {
     }
 }
 
-/// What the kernel says of its clock, whoever keeps it (adjtimex(2)); without systemd to ask, nobody vouches for it.
-pub(super) fn clock_is_unsynchronized() -> bool {
+/// What the kernel says of its clock, whoever keeps it (adjtimex(2)). `None`: there is no systemd to ask, as in a
+/// container, and no other safe way to that call.
+pub(super) fn clock_is_synchronized() -> Option<bool> {
     let asked = Command::new("timedatectl").args(["show", "--property=NTPSynchronized", "--value"]).output();
-    !asked.is_ok_and(|answer| answer.stdout.trim_ascii() == b"yes")
+    match asked.ok()?.stdout.trim_ascii() {
+        b"yes" => Some(true),
+        b"no" => Some(false),
+        _ => None,
+    }
 }
 
 /// The work, unless the tokens keep it waiting.

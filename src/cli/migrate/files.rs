@@ -67,7 +67,7 @@ impl Files {
 
     fn drop_in(&self) -> String {
         format!(
-            "# Into /etc/systemd/system/trousseau.service.d, beside drop-ins/network.conf.\n\n[Service]\n\
+            "# Into /etc/systemd/system/trousseau.service.d, beside drop-ins/transit.conf.\n\n[Service]\n\
              # Without an HSM there is no PIN: this takes the unit's own line back.\nLoadCredential=\n{}\n",
             self.load_credential().join("\n")
         )

@@ -28,7 +28,8 @@ const FROM_TROUSSEAU_EXAMPLES: &str = "Nothing is overwritten, and the old file 
 files of their own under credentials/, which only root can read; credentials.conf hands them to the unit. What has no \
 place in the new configuration is said, and so is what only you can know.
 
-The guide for the whole way, packaging/guides/from-trousseau.md in the source, begins where this ends.
+The guide for the whole way begins where this ends: /usr/share/doc/trousseau/guides/from-trousseau.md, or \
+packaging/guides/from-trousseau.md in the source.
 
 Examples:
   trousseau migrate from-trousseau --config /opt/trousseau-kms/config.yaml --cluster prod-1
@@ -49,7 +50,7 @@ pub(super) struct FromTrousseauArgs {
     output: OutputArgs,
 }
 
-const NEXT: &str = "step 2 of packaging/guides/from-trousseau.md";
+const NEXT: &str = "step 2 of /usr/share/doc/trousseau/guides/from-trousseau.md (packaging/guides/ in the source)";
 
 /// What was done, without a secret in it.
 #[derive(Serialize)]

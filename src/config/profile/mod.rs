@@ -90,7 +90,8 @@ fn is_three_thousand(bits: &u16) -> bool {
 }
 
 /// Where the keys of a profile are explained.
-const REFERENCE: &str = "hsm-profiles/README.md, in the source, has every key of a profile with its meaning";
+const REFERENCE: &str =
+    "`man trousseau-profile`, or hsm-profiles/README.md in the source, has every key with its meaning";
 
 /// The profiles that every binary carries, each with its name, in order: what build.rs found in `hsm-profiles/`. A file
 /// of the same name in the configuration's `hsm-profiles/` goes first.
@@ -117,7 +118,7 @@ impl Profile {
         }
         match std::fs::read_to_string(&path) {
             Ok(text) => {
-                super::refuse_if_writable_by_others(&path)?;
+                super::refuse_if_changeable_by_others(&path)?;
                 Self::parse(name, &path, &text)
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {

@@ -33,6 +33,11 @@ fn a_profile_that_cannot_be_meant_is_refused_with_the_field_and_the_line() {
         ("modes = [\"gcm\"]\nmax-sessions = 1", "max-sessions is less than 2"),
         ("modes = [\"gcm\"]\nrenew-after = 0", "renew-after is 0"),
         ("modes = [\"gcm\"]\nrenew-after = 1\nreinitialize = false", "renew-after contradicts"),
+        ("modes = [\"gcm\"]\n[errors]\nCKR_PIN_INCORRECT = \"token\"", "line 6: CKR_PIN_INCORRECT blames the PIN"),
+        ("modes = [\"gcm\"]\nerrors.CKR_PIN_LOCKED = \"session\"", "line 5: CKR_PIN_LOCKED blames the PIN"),
+        ("modes = [\"gcm\"]\n[errors]\n0x6 = \"pin\"\n0xA3 = \"doubtful\"", "line 7: CKR_PIN_EXPIRED blames the PIN"),
+        ("modes = [\"gcm\"]\n[errors]\nCKR_PIN_INVALID = \"login\"", "it cannot be of class `login`"),
+        ("modes = [\"gcm\"]\n[errors]\nCKR_PIN_LEN_RANGE = \"fatal\"", "it cannot be of class `fatal`"),
     ] {
         let text = GOOD.replace("modes = [\"encrypt\"]", text);
         let error = Profile::parse("name", Path::new("name.toml"), &text).unwrap_err();

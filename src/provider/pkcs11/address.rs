@@ -46,6 +46,11 @@ impl From<String> for NotConnected {
 }
 
 impl NotConnected {
+    /// Whether it may be otherwise in a moment, and to try again costs nothing: no PIN is to blame.
+    pub(super) fn may_pass(&self) -> bool {
+        matches!(self, Self::NotThere(_) | Self::LoginFailed { is_latched: false, .. })
+    }
+
     pub(super) fn reason(&self) -> &str {
         match self {
             Self::NotThere(reason) | Self::Hangs(reason) | Self::LoginFailed { reason, .. } => reason,
@@ -76,10 +81,13 @@ impl Address {
         let session = opened.map_err(|error| format!("no session can be opened: {error}"))?;
         let latch = self.latch(&info);
         let logged_in = latch.log_in(&in_use, slot, &session, &pin);
-        logged_in.map_err(|error| NotConnected::LoginFailed {
+        let was_looked_at = logged_in.map_err(|error| NotConnected::LoginFailed {
             is_latched: error.class(&self.profile.errors) == Class::Pin,
             reason: format!("login failed: {error}"),
         })?;
+        if !was_looked_at {
+            latch.warn_of_another(&pin);
+        }
         Ok(Connected::new(in_use, slot, session, pin, latch, Arc::clone(&self.profile), released))
     }
 

@@ -120,6 +120,11 @@ impl Connected {
         self.in_use.is_renewed()
     }
 
+    /// Nothing less makes its token usable again than that its library is finalized, whoever else uses it.
+    pub(super) fn wants_its_library_anew(&self) {
+        self.in_use.renew_for_one();
+    }
+
     /// The KEKs that were used through this connection. One that is then not to be found means that the token is
     /// gone: some libraries show an empty one in its place, until they are initialized again.
     pub(super) fn proved(&self) -> MutexGuard<'_, BTreeSet<Identity>> {
@@ -129,6 +134,6 @@ impl Connected {
     /// Logs in again after the token forgot the login; a PIN that it then refuses is latched for all.
     pub(super) fn log_in_again(&self) -> Result<(), CallError> {
         let anchor = lock(&self.anchor);
-        self.latch.log_in(&self.in_use, self.slot, &anchor.session, &anchor.pin)
+        self.latch.log_in(&self.in_use, self.slot, &anchor.session, &anchor.pin).map(|_| ())
     }
 }

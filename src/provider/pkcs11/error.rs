@@ -20,6 +20,8 @@ enum Cause {
     /// The module answered so. What that means depends on the token.
     Code(Code),
     Known(Class),
+    /// Refused, as is whatever a token says of one value while the KEK opens another.
+    OfOneValue,
 }
 
 impl CallError {
@@ -33,11 +35,17 @@ impl CallError {
         Self { cause: Cause::Known(class), ..self }
     }
 
+    /// The same failure, which tells of one value alone: the KEK has just proved itself.
+    pub(super) fn of_one_value(self) -> Self {
+        Self { cause: Cause::OfOneValue, ..self }
+    }
+
     /// How it is treated, on tokens with these codes.
     pub(super) fn class(&self, codes: &Codes) -> Class {
         match self.cause {
             Cause::Code(code) => codes.class_of(code),
             Cause::Known(class) => class,
+            Cause::OfOneValue => Class::Refused,
         }
     }
 
@@ -45,6 +53,9 @@ impl CallError {
     pub(super) fn to_kek_error(&self, class: Class, token: &str) -> KekError {
         match class {
             Class::BadInput => KekError::BadInput,
+            Class::Refused if matches!(self.cause, Cause::OfOneValue) => {
+                KekError::OfOneValue(format!("{token}: {self}"))
+            }
             Class::Refused => KekError::Refused(format!("{token}: {self}")),
             _ => KekError::Unavailable(format!("{token}: {self}")),
         }

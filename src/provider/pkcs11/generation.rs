@@ -5,6 +5,7 @@ use std::time::Instant;
 use jiff::Timestamp;
 
 use super::admission::{self, Admitted, KekSpec};
+use super::token::Token;
 use super::{Pkcs11, attributes, exportability};
 use crate::config::{Exportable, Mode};
 use crate::identity::Identity;
@@ -75,11 +76,20 @@ impl Pkcs11 {
     /// Makes the KEK of a plan.
     ///
     /// # Errors
-    /// The token does not do it; nothing is left behind then.
+    /// The token does not do it, and nothing is left behind; or it is lost before it has shown whether the KEK works.
     pub async fn generate(&self, plan: &Plan, deadline: Instant) -> Result<Generated, KekError> {
         let first = self.tokens.first().ok_or_else(|| self.refused("it has no token".into()))?;
         let to_make = plan.spec.clone();
         let kek = first.run(deadline, move |lane| lane.generate(&to_make)).await?;
+        let to_try = kek.clone();
+        match first.run(deadline, move |lane| lane.proves_itself(&to_try)).await {
+            Err(KekError::Refused(reason)) => return Err(self.removed(first, &kek, &reason, deadline).await),
+            Err(error) => {
+                let what = format!("KEK {} was made, and whether it works was not to be learned", kek.identity);
+                return Err(KekError::Unavailable(format!("{what}: {error}: `trousseau key list` tells later")));
+            }
+            Ok(()) => (),
+        }
         let sighting = self.look(deadline).await?;
         let made = sighting.keks.iter().find(|made| made.identity() == kek.identity);
         if let Some(made) = made.filter(|made| made.mode() == plan.mode.as_str()) {
@@ -96,12 +106,17 @@ impl Pkcs11 {
             ),
             None => "it is not to be found".into(),
         };
+        Err(self.removed(first, &kek, &reason, deadline).await)
+    }
+
+    /// Removes a KEK that was just made and does not work, and says so.
+    async fn removed(&self, from: &Token, kek: &KekSpec, reason: &str, deadline: Instant) -> KekError {
         let to_remove = kek.clone();
-        let left = match first.run(deadline, move |lane| lane.remove(&to_remove)).await {
+        let left = match from.run(deadline, move |lane| lane.remove(&to_remove)).await {
             Ok(()) => "it was removed again".to_owned(),
             Err(error) => format!("it could not be removed again: {error}"),
         };
-        Err(self.refused(format!("KEK {} was made and does not work: {reason}; {left}", kek.identity)))
+        self.refused(format!("KEK {} was made and does not work: {reason}; {left}", kek.identity))
     }
 
     fn refused(&self, what: String) -> KekError {

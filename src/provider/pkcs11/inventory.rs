@@ -1,11 +1,13 @@
 //! What a token holds under the KEKs' label: which of it is a KEK, by what the token says and by its reference.
 
+use std::time::Instant;
+
 use cryptoki::object::{Attribute, ObjectHandle};
 use jiff::Timestamp;
 
 use super::admission::{self, Admitted, Decision, Rules, Said};
 use super::error::{CallError, Class};
-use super::lane::{Lane, hex, is_gone};
+use super::lane::{Lane, hex};
 use super::raw;
 use crate::provider::{Attributes, Refused};
 
@@ -24,17 +26,26 @@ pub(super) struct Candidate {
 }
 
 impl Lane {
-    /// Looks at every object with the label, and proves every KEK among them by its reference.
-    pub(super) fn look(&mut self, rules: &Rules, now: Timestamp) -> Result<Inventory, CallError> {
+    /// Looks at every object with the label, and proves every KEK among them by its reference. `is_last`: with a new session
+    /// and login; what still misses one then, misses it for this object alone, if for no other. Ends at the deadline: nobody
+    /// waits for the rest, and a token that is slow has the next look to answer.
+    pub(super) fn look(&mut self, rules: &Rules, deadline: Instant, is_last: bool) -> Result<Inventory, CallError> {
         let mut refused = Vec::new();
-        let found = self.candidates(rules, now, &mut refused)?;
+        let found = self.candidates(rules, deadline, &mut refused)?;
         let mut keks = Vec::new();
         let mut doubtful = None;
         for candidate in found {
+            in_time(deadline)?;
             let spec = rules.spec_of(&candidate.kek);
-            match self.prove(&spec) {
+            let proved = self.prove(&spec);
+            let class = proved.as_ref().err().map(|error| self.class(error));
+            let is_doubtful = match class {
+                Some(Class::Session | Class::Login) => is_last,
+                class => class == Some(Class::Doubtful),
+            };
+            match proved {
                 Ok(()) => keks.push(candidate),
-                Err(error) if matches!(self.class(&error), Class::Refused | Class::BadInput | Class::Doubtful) => {
+                Err(error) if is_doubtful || matches!(class, Some(Class::Refused | Class::BadInput)) => {
                     let reason = error.to_string();
                     refused.push(Refused {
                         key: candidate.key,
@@ -42,14 +53,18 @@ impl Lane {
                         reason,
                         is_ambiguous: false,
                     });
-                    doubtful = doubtful.or((self.class(&error) == Class::Doubtful).then_some(error));
+                    doubtful = doubtful.or(is_doubtful.then_some(error));
                 }
                 Err(error) => return Err(error),
             }
         }
+        // Whether the token is well, another KEK tells: now, and not before.
+        let mut tells = || keks.first().is_some_and(|known| self.prove(&rules.spec_of(&known.kek)).is_ok());
         match doubtful {
-            // No other KEK says that the token is well.
-            Some(error) if keks.is_empty() => Err(error.settled(Class::Token)),
+            Some(error) if !tells() => {
+                self.connected.wants_its_library_anew();
+                Err(error.settled(Class::Token))
+            }
             _ => Ok(Inventory { keks, refused }),
         }
     }
@@ -58,13 +73,14 @@ impl Lane {
     fn candidates(
         &self,
         rules: &Rules,
-        now: Timestamp,
+        deadline: Instant,
         refused: &mut Vec<Refused>,
     ) -> Result<Vec<Candidate>, CallError> {
         let named =
             |id: Option<&[u8]>| format!("key {} with label {}", id.map_or("without id".into(), hex), rules.label);
         let mut objects = Vec::new();
         for handle in self.find_labelled(rules)? {
+            in_time(deadline)?;
             match self.ask(handle) {
                 Ok(said) => objects.push(said),
                 Err(error) if self.class(&error) == Class::Refused => {
@@ -77,7 +93,7 @@ impl Lane {
         let mut candidates = Vec::new();
         let mut gone = self.connected.proved().clone();
         for Decision { id, identity, attributes, verdict, is_ambiguous } in
-            rules.decide(&objects, now).into_iter().flatten()
+            rules.decide(&objects, Timestamp::now()).into_iter().flatten()
         {
             identity.map(|identity| gone.remove(&identity));
             let key = named(id.as_deref());
@@ -87,7 +103,7 @@ impl Lane {
             }
         }
         match gone.first() {
-            Some(kek) if refused.iter().all(|refused| refused.identity.is_some()) => Err(is_gone(*kek)),
+            Some(kek) if refused.iter().all(|refused| refused.identity.is_some()) => Err(self.is_gone(*kek)),
             _ => Ok(candidates),
         }
     }
@@ -104,4 +120,9 @@ impl Lane {
         attributes.extend(raw::allowed_mechanisms(&self.session, object)?);
         Ok(Said(attributes))
     }
+}
+
+fn in_time(deadline: Instant) -> Result<(), CallError> {
+    let late = || CallError::new(Class::Refused, "nobody waits for the end of this look any more");
+    if Instant::now() < deadline { Ok(()) } else { Err(late()) }
 }

@@ -21,7 +21,7 @@ use crate::secret::Dek;
 use crate::sync::read;
 
 /// How long a request waits for a token that was lost only now: less than the API server's own patience.
-const COMING_BACK: Duration = Duration::from_millis(1500);
+const COMING_BACK: Duration = Duration::from_millis(2000);
 
 /// A KEK and the tokens that hold it.
 pub(super) struct Pkcs11Kek {
@@ -62,7 +62,8 @@ impl Pkcs11Kek {
             .filter(|token| token.link.is_connecting())
             .map(|token| Box::pin(token.link.first_attempt()))
             .collect();
-        if !first_attempts.is_empty() && timeout(COMING_BACK, select_all(first_attempts)).await.is_err() {
+        let patience = COMING_BACK.min(deadline.saturating_duration_since(Instant::now()));
+        if !first_attempts.is_empty() && timeout(patience, select_all(first_attempts)).await.is_err() {
             return answer;
         }
         // It may have come back already.
@@ -86,8 +87,9 @@ impl Pkcs11Kek {
             let patience = holders.peek().map(|_| token.patience());
             while let Some(answer) = in_time(patience, asked.next()).await {
                 match answer {
-                    Err(error @ (KekError::Unavailable(_) | KekError::Refused(_) | KekError::Busy(_))) => {
-                        last = Some(error)
+                    Err(error) if error.may_be_its_tokens_alone() => {
+                        // A token where the KEK has just proved itself is the better witness.
+                        last = last.filter(|last| matches!(last, KekError::OfOneValue(_))).or(Some(error));
                     }
                     answer => return answer,
                 }
@@ -111,7 +113,7 @@ fn in_order(mut holders: Vec<Arc<Token>>) -> Vec<Arc<Token>> {
     holders
 }
 
-/// One wrap. It is counted on the thread that has the session, since that may write to the disk.
+/// A wrap that has proved to open again. It is counted on the thread that has the session, since that may write to the disk.
 pub(super) fn counted_wrap(
     lane: &mut Lane,
     spec: &KekSpec,

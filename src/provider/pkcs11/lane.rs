@@ -41,11 +41,20 @@ impl Lane {
         error.class(&self.connected.profile.errors)
     }
 
-    /// Wraps a DEK under the KEK.
+    /// Wraps a DEK under the KEK, and has the token unwrap it again: a bit that flips in what is stored would be noticed
+    /// by nobody until all that hangs on this DEK is to be read. Then the session is replaced, and it is tried once more.
     pub(super) fn wrap(&mut self, kek: &KekSpec, dek: &Dek) -> Result<Vec<u8>, CallError> {
         let handles = self.handles(kek)?;
         self.count(kek);
-        self.wrap_with(kek, handles, dek).map_err(|error| self.of_our_own(error))
+        let wrapped = self.wrap_with(kek, handles, dek).map_err(|error| self.of_our_own(error))?;
+        self.count(kek);
+        self.opens(kek, handles, &wrapped, dek).map_err(|error| match self.class(&error) {
+            Class::BadInput | Class::Doubtful | Class::Refused => {
+                CallError::new(Class::Session, format!("what the token wrapped does not open again: {error}"))
+            }
+            _ => error,
+        })?;
+        Ok(wrapped)
     }
 
     /// Unwraps a DEK that the KEK is said to have wrapped.
@@ -116,19 +125,24 @@ impl Lane {
         Ok(handles)
     }
 
-    /// Where the token makes the IV: it does so each time anew, and in another session too, since some count from the
+    /// Where the token makes the IV: it does so each time anew, and in two new sessions too, since some count from the
     /// same number in each.
     fn check_ivs(&self, kek: &KekSpec, handles: Handles, reference: &Reference) -> Result<(), CallError> {
         if kek.mode != Mode::Gcm || self.connected.profile.gcm_iv == GcmIv::Ours {
             return Ok(());
         }
         let value = Dek::generate()?;
-        let other = Self::open(Arc::clone(&self.connected), Arc::clone(&self.state))?;
+        // This session may have wrapped before, so that its count is ahead of a new one's.
+        let wrapped_anew = || {
+            let other = Self::open(Arc::clone(&self.connected), Arc::clone(&self.state))?;
+            other.wrap_with(kek, other.find(kek)?, &value)
+        };
         let wrapped = [
             unhex(&reference.wrapped)?,
             self.wrap_with(kek, handles, &value)?,
             self.wrap_with(kek, handles, &value)?,
-            other.wrap_with(kek, other.find(kek)?, &value)?,
+            wrapped_anew()?,
+            wrapped_anew()?,
         ];
         let ivs: BTreeSet<_> = wrapped.iter().map(|wrapped| mechanism::iv_of(wrapped)).collect();
         if ivs.len() < wrapped.len() {
@@ -164,7 +178,7 @@ impl Lane {
             ];
             match *self.session.find_objects(&wanted)?.as_slice() {
                 [handle] => Ok(handle),
-                [] if self.connected.proved().contains(&kek.identity) => Err(is_gone(kek.identity)),
+                [] if self.connected.proved().contains(&kek.identity) => Err(self.is_gone(kek.identity)),
                 [] => Err(CallError::new(Class::Refused, format!("the token has no key {}", hex(&id)))),
                 _ => Err(CallError::new(Class::Refused, format!("the token has several keys {}", hex(&id)))),
             }
@@ -175,6 +189,12 @@ impl Lane {
         }
         let key = find(ObjectClass::SECRET_KEY, KeyType::AES, kek.id.clone())?;
         Ok(Handles { key, signing: key })
+    }
+
+    /// A KEK that was used a moment ago is not there.
+    pub(super) fn is_gone(&self, kek: Identity) -> CallError {
+        self.connected.wants_its_library_anew();
+        CallError::new(Class::Token, format!("KEK {kek} was there, and now is not"))
     }
 
     /// The KEK wraps a random value and unwraps it again: its mode works here, and from now on it can be recognised.
@@ -214,11 +234,31 @@ impl Lane {
     fn round_trip(&self, kek: &KekSpec, handles: Handles) -> Result<Reference, CallError> {
         let value = Dek::generate()?;
         let wrapped = self.wrap_with(kek, handles, &value)?;
-        let unwrapped = self.unwrap_with(kek, handles, &wrapped)?;
-        if sha256(&unwrapped) != sha256(&value) {
-            return Err(CallError::new(Class::Refused, "the token unwrapped another value than it had wrapped"));
-        }
+        self.opens(kek, handles, &wrapped, &value)?;
         Ok(Reference { wrapped: hex(&wrapped), sha256: sha256(&value) })
+    }
+
+    /// Has the KEK wrap a random value and unwrap it, whatever it has done before.
+    pub(super) fn try_out(&mut self, kek: &KekSpec) -> Result<(), CallError> {
+        let handles = self.handles(kek)?;
+        self.round_trip(kek, handles).map(drop)
+    }
+
+    /// Whether a KEK that was just made works, and is remembered nowhere yet. If the answer leaves a doubt it does not.
+    pub(super) fn proves_itself(&self, kek: &KekSpec) -> Result<(), CallError> {
+        let tried = self.find(kek).and_then(|handles| self.round_trip(kek, handles));
+        tried.map(drop).map_err(|error| match self.class(&error) {
+            Class::Doubtful | Class::BadInput => error.settled(Class::Refused),
+            _ => error,
+        })
+    }
+
+    /// What was wrapped just now unwraps to what it was.
+    fn opens(&self, kek: &KekSpec, handles: Handles, wrapped: &[u8], dek: &Dek) -> Result<(), CallError> {
+        if mechanism::opens(&self.connected.profile, kek, &self.session, handles, wrapped, dek)? {
+            return Ok(());
+        }
+        Err(CallError::new(Class::Refused, "the token unwrapped another value than it had wrapped"))
     }
 
     fn check_reference(&self, kek: &KekSpec, handles: Handles, reference: &Reference) -> Result<(), CallError> {
@@ -277,16 +317,10 @@ impl Drop for Lane {
 /// a thing of a value that it does not like, whoever stores that value could have it done again and again. So the
 /// caller hears of the token, a replica is asked, and if it really is gone the next call finds that out.
 fn in_spite_of_proof(again: CallError, codes: &Codes) -> CallError {
-    let class = match again.class(codes) {
-        Class::Token | Class::Fatal => Class::Refused,
-        _ => Class::BadInput,
-    };
-    again.settled(class)
-}
-
-/// A KEK that was used a moment ago is not there.
-pub(super) fn is_gone(kek: Identity) -> CallError {
-    CallError::new(Class::Token, format!("KEK {kek} was there, and now is not"))
+    match again.class(codes) {
+        Class::Token | Class::Fatal => again.of_one_value(),
+        _ => again.settled(Class::BadInput),
+    }
 }
 
 fn damaged_state(error: StateError) -> CallError {

@@ -1,20 +1,22 @@
 //! What a token's threads and their callers tell each other of its connection.
 
-use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, watch};
 
 use super::connection::Connected;
 use super::error::{CallError, Class};
-use crate::provider::KekError;
-use crate::sync::lock;
+use crate::provider::{KekError, Losses};
 
 /// A token from which nothing comes back for so long, or that is not there again, counts as out of reach.
 pub(super) const SILENCE: Duration = Duration::from_secs(1);
+
+/// How often one who blocks looks whether it is up.
+const GLANCE: Duration = Duration::from_millis(5);
 
 /// Whether a token can be used. Shared by its supervisor, its workers and their callers.
 pub(super) struct Link {
@@ -22,7 +24,7 @@ pub(super) struct Link {
     pub(super) name: String,
     condition: watch::Sender<Condition>,
     connections: AtomicU64,
-    losses: Mutex<BTreeMap<&'static str, u64>>,
+    losses: Losses,
     wake_supervisor: Sender<()>,
     changed: Arc<Notify>,
 }
@@ -46,7 +48,7 @@ impl Link {
     pub(super) fn new(name: String, changed: Arc<Notify>) -> (Self, Receiver<()>) {
         let (wake_supervisor, woken) = mpsc::channel();
         let condition = watch::Sender::new(Condition::Connecting(None));
-        let (connections, losses) = (AtomicU64::default(), Mutex::default());
+        let (connections, losses) = (AtomicU64::default(), Losses::default());
         (Self { name, condition, connections, losses, wake_supervisor, changed }, woken)
     }
 
@@ -54,6 +56,14 @@ impl Link {
     pub(super) fn connected(&self) -> Option<Arc<Connected>> {
         match &*self.condition.borrow() {
             Condition::Up(connected) => Some(Arc::clone(connected)),
+            Condition::Connecting(_) | Condition::Down(_) => None,
+        }
+    }
+
+    /// Lanes of the connection that are open, if there is one. Holds none up.
+    pub(super) fn lanes(&self) -> Option<usize> {
+        match &*self.condition.borrow() {
+            Condition::Up(connected) => Some(connected.lanes()),
             Condition::Connecting(_) | Condition::Down(_) => None,
         }
     }
@@ -79,7 +89,7 @@ impl Link {
 
     /// How often it was lost, by the class of the failure.
     pub(super) fn losses(&self) -> Vec<(&'static str, u64)> {
-        lock(&self.losses).iter().map(|(class, count)| (*class, *count)).collect()
+        self.losses.counted()
     }
 
     /// Whether the first attempt to connect is under way.
@@ -96,6 +106,20 @@ impl Link {
     pub(super) async fn first_attempt(&self) {
         let mut condition = self.condition.subscribe();
         drop(condition.wait_for(|condition| !matches!(condition, Condition::Connecting(_))).await);
+    }
+
+    /// Blocks until there is a connection.
+    ///
+    /// # Errors
+    /// Why there is none after so long.
+    pub(super) fn wait_until_up(&self, limit: Duration) -> Result<(), KekError> {
+        let began = Instant::now();
+        loop {
+            match self.check() {
+                Err(_) if began.elapsed() < limit => thread::sleep(GLANCE),
+                answer => return answer,
+            }
+        }
     }
 
     /// The supervisor has connected.
@@ -126,7 +150,7 @@ impl Link {
             current
         });
         if first {
-            *lock(&self.losses).entry(class.as_str()).or_default() += 1;
+            self.losses.count(class.as_str());
             self.tell(&reason);
             let _supervisor_gone = self.wake_supervisor.send(());
         }

@@ -72,7 +72,8 @@ impl Latch {
         Self { state: Arc::clone(state), name, token, pin_file, codes, settling: Mutex::default() }
     }
 
-    /// Logs in, unless that would use up one of the token's tries for nothing.
+    /// Logs in, unless that would use up one of the token's tries for nothing. Returns whether the token looked at the PIN;
+    /// it does not while another session of this process is logged in.
     ///
     /// If the disk does not take the latch, only a PIN is tried that has worked on this host, and only while the token
     /// counts no wrong one: a full disk must not keep a host from booting, nor a crash loop lock the token.
@@ -85,10 +86,10 @@ impl Latch {
         slot: Slot,
         session: &Session,
         pin: &SecretString,
-    ) -> Result<(), CallError> {
+    ) -> Result<bool, CallError> {
         // Held while the token is asked: a latch is then nobody else's login under way.
         let lock = self.state.lock_login(&self.name, PATIENCE);
-        if lock.as_ref().is_err_and(|error| error.kind() == ErrorKind::WouldBlock) {
+        if lock.as_ref().is_err_and(|error| error.kind() == ErrorKind::ResourceBusy) {
             return Err(CallError::new(Class::Token, "another process of this host does not end its login to it"));
         }
         let record = self.record()?;
@@ -113,18 +114,31 @@ impl Latch {
         let answer = session.login(UserType::User, Some(pin));
         if answer.is_ok() && tried.hash.is_none() {
             self.settle_later(record, pin.clone(), lock);
-            return Ok(());
+            return Ok(true);
         }
-        // Another session of this process has logged in: the token did not look at the PIN.
         if matches!(answer, Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _))) {
             self.state.keep_pin_record(&self.name, &record);
-            return Ok(());
+            return Ok(false);
         }
         let hash = tried.hash.clone().unwrap_or_else(|| hash_of(&record, pin));
         let counts_none = in_use.token_info(slot).is_ok_and(|info| !counts_wrong_pins(&info));
         let (record, outcome) = self.outcome(record, tried, hash, answer, counts_none);
         self.state.keep_pin_record(&self.name, &record);
-        outcome
+        outcome.map(|()| true)
+    }
+
+    /// Says of a PIN that the token did not look at whether it is another one than worked: it may be wrong, and is tried
+    /// when the token is connected to next.
+    pub(super) fn warn_of_another(&self, pin: &SecretString) {
+        let Ok(record) = self.record() else { return };
+        if record.worked.is_some() && record.worked != Some(hash_of(&record, pin)) {
+            tracing::warn!(
+                token = self.token,
+                "the PIN in {} is not the one that has last worked on this host, and was not tried, since this process \
+                 is logged in already: it will be tried when the token is connected to next. Write the right one there",
+                self.pin_file
+            );
+        }
     }
 
     /// Opens the latch; which PIN has worked is found out while the token is in use already.

@@ -77,6 +77,18 @@ pub(super) fn unwrap(
     Dek::from_bytes(&bytes).ok_or_else(length)
 }
 
+/// Whether what was wrapped unwraps to this DEK.
+pub(super) fn opens(
+    profile: &Profile,
+    kek: &KekSpec,
+    session: &Session,
+    handles: Handles,
+    wrapped: &[u8],
+    dek: &Dek,
+) -> Result<bool, CallError> {
+    Ok(unwrap(profile, kek, session, handles, wrapped)?.expose() == dek.expose())
+}
+
 /// AES-KW or AES-KWP.
 pub(super) fn key_wrap(profile: &Profile, mode: Mode) -> Mechanism<'static> {
     let code = profile.mechanism(mode);

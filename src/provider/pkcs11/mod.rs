@@ -41,6 +41,7 @@ mod wraps;
 
 use std::collections::HashMap;
 use std::future::Future;
+use std::mem;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, mpsc};
 use std::thread;
@@ -49,14 +50,13 @@ use std::time::{Duration, Instant};
 use futures_util::StreamExt;
 use futures_util::future::join_all;
 use futures_util::stream::FuturesUnordered;
-use jiff::Timestamp;
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
 use self::address::Address;
 use self::admission::KekSpec;
 pub use self::admission::LONGEST_WAIT;
-pub use self::exportability::{Like, Outcome, ThrowAway, Trial, Trials};
+pub use self::exportability::{Like, Outcome, ThrowAway, Trial, Trials, TriedOn};
 pub use self::generation::{Generated, Plan};
 use self::inventory::{Candidate, Inventory};
 use self::kek::{Pkcs11Kek, Places};
@@ -73,12 +73,15 @@ use crate::envelope::WrapAlgorithm;
 use crate::identity::Identity;
 use crate::runtime::Leader;
 use crate::state::State;
-use crate::sync::{lock, write};
+use crate::sync::{lock, read, write};
 
 /// How long the end waits for calls into the module.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// How long `pin retry` waits for a token: longer than another login of this host may take.
 const RETRY_PATIENCE: Duration = Duration::from_secs(15);
+
+/// KEKs that a look has found, and where.
+type Found = HashMap<Identity, (KekSpec, Rank, Places)>;
 
 /// Tokens that hold the same KEKs. Its threads end when it is dropped.
 pub struct Pkcs11 {
@@ -138,12 +141,17 @@ impl Pkcs11 {
     /// The operating system gives no thread.
     pub fn new(config: &Pkcs11Config, state: &Arc<State>, leader: &Leader) -> std::io::Result<Self> {
         let changed = Arc::new(Notify::new());
-        let start = |uri: &TokenUri| Token::start(uri.clone(), config, state, leader, Arc::clone(&changed));
-        let tokens = config.tokens.iter().map(start).collect::<Result<_, _>>()?;
         let (name, modes) = (config.name.clone(), config.profile.modes.clone());
         let (longest_algorithm, exportable) = (config.longest_algorithm(), config.exportable);
-        let (state, keks) = (Arc::clone(state), Mutex::default());
-        Ok(Self { name, modes, longest_algorithm, exportable, tokens, state, changed, keks })
+        let (tokens, keks) = (Vec::with_capacity(config.tokens.len()), Mutex::default());
+        let (state, started) = (Arc::clone(state), Arc::clone(&changed));
+        let mut provider = Self { name, modes, longest_algorithm, exportable, tokens, state, changed, keks };
+        // When one cannot be started, those before it are closed with the provider.
+        for uri in &config.tokens {
+            let token = Token::start(uri.clone(), config, &provider.state, leader, Arc::clone(&started))?;
+            provider.tokens.push(token);
+        }
+        Ok(provider)
     }
 
     /// Waits until every token was tried once.
@@ -165,18 +173,22 @@ impl Pkcs11 {
         let _not_again_yet = timeout(SILENCE, token.link.first_attempt()).await;
         // Its replica's look must not wait for one from which nothing comes back.
         let deadline = if token.is_sick() { deadline.min(Instant::now() + SILENCE) } else { deadline };
-        token.run(deadline, move |lane| lane.look(&of.rules, Timestamp::now())).await
+        let mut is_last = false;
+        token.run(deadline, move |lane| lane.look(&of.rules, deadline, mem::replace(&mut is_last, true))).await
     }
 
     async fn look_at_every_token(&self, deadline: Instant) -> Result<Sighting, KekError> {
-        let mut found: HashMap<Identity, (KekSpec, Rank, Places)> = HashMap::new();
+        let mut found = Found::new();
         let (mut refused, mut exceptions) = (Vec::new(), Vec::new());
-        let (mut looked_at, mut out_of_reach) = (Vec::new(), Vec::new());
+        let (mut looked_at, mut out_of_reach, mut unheard) = (Vec::new(), Vec::new(), Vec::new());
         let looks = join_all(self.tokens.iter().map(|token| self.look_at(token, deadline))).await;
         for (token, look) in self.tokens.iter().zip(looks) {
             let inventory = match look {
                 Ok(inventory) => inventory,
                 Err(error) => {
+                    if matches!(error, KekError::Busy(_) | KekError::Deadline(_)) {
+                        unheard.push(token);
+                    }
                     out_of_reach.push(error);
                     continue;
                 }
@@ -202,12 +214,28 @@ impl Pkcs11 {
         if out_of_reach.is_empty() {
             refused.extend(self.nowhere(|identity| found.contains_key(&identity) || has(&refused, identity)));
         }
+        self.keep_what_is_known_of(&unheard, &mut found);
         for (_, _, places) in found.values_mut() {
             let lacks = |token: &Arc<Token>| !places.holders.iter().any(|(holder, _)| Arc::ptr_eq(holder, token));
             places.lacking = looked_at.iter().filter(|token| lacks(token)).map(|token| Arc::clone(token)).collect();
         }
         let keks = found.into_values().map(|(name, rank, places)| self.known(name, rank, places)).collect();
         Ok(Sighting { keks, refused, out_of_reach, exceptions })
+    }
+
+    /// Leaves the KEKs of tokens that were only too busy or too slow for this look where they were.
+    fn keep_what_is_known_of(&self, unheard: &[&Arc<Token>], found: &mut Found) {
+        let place = |token: &Arc<Token>| self.tokens.iter().position(|own| Arc::ptr_eq(own, token));
+        for kek in self.keks().values() {
+            let mut kept = read(&kek.places).holders.clone();
+            kept.retain(|(holder, _)| unheard.iter().any(|token| Arc::ptr_eq(holder, token)));
+            if !kept.is_empty() {
+                let anew = || (KekSpec::clone(&kek.spec), kek.rank.clone(), Places::default());
+                let (_, _, places) = found.entry(kek.spec.identity).or_insert_with(anew);
+                places.holders.extend(kept);
+                places.holders.sort_by_key(|(holder, _)| place(holder));
+            }
+        }
     }
 
     /// The keys that the configuration admits, and that nobody shows.
@@ -263,6 +291,10 @@ impl Provider for Pkcs11 {
 
     fn longest_algorithm(&self) -> WrapAlgorithm {
         self.longest_algorithm
+    }
+
+    fn how_to_rotate(&self) -> String {
+        format!("trousseau key generate --provider {}", self.name)
     }
 
     fn settled(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {

@@ -12,18 +12,18 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::error::CallError;
 use super::raw::token_info::TokenInfos;
 use super::slots::Slots;
+use crate::disk;
 use crate::sync::lock;
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
-use cryptoki::error::Error;
+use cryptoki::error::{Error, RvError};
 use cryptoki::slot::{Slot, TokenInfo};
 
 /// Every library that this process has loaded; none is ever unloaded, since some leave threads behind.
@@ -31,6 +31,8 @@ static LOADED: Mutex<BTreeMap<PathBuf, Arc<Module>>> = Mutex::new(BTreeMap::new(
 
 /// How long whoever wants the library waits for others to give it up, when it is to be initialized anew.
 const RENEWAL_PATIENCE: Duration = Duration::from_secs(1);
+/// How often all give it up, at most, because one token wants that.
+const RENEWED_FOR_ONE: Duration = Duration::from_secs(60);
 /// How long a process that ends may take for it.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -50,10 +52,14 @@ struct InUseBy {
     users: usize,
     /// Some libraries refuse C_Finalize; then they stay initialized.
     initialized: bool,
+    /// The last C_Initialize failed, on whatever way it got.
+    half_way: bool,
     /// It is never finalized.
     stays: bool,
     /// Everybody is to give it up, so that it is finalized and initialized anew.
     renewed: bool,
+    /// When they last were to, because one token wanted that.
+    renewed_for_one: Option<Instant>,
 }
 
 /// The right to call an initialized library. Sessions must be closed before it is dropped.
@@ -70,15 +76,30 @@ impl Module {
         let waiting = module.given_up.wait_timeout_while(lock(&module.in_use), RENEWAL_PATIENCE, awaited);
         let (mut state, _) = waiting.unwrap_or_else(PoisonError::into_inner);
         if !state.initialized {
-            module
-                .library
-                .initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK))
-                .map_err(|error| initialize_error(path, error))?;
+            module.initialize(&mut state.half_way).map_err(|error| initialize_error(path, error))?;
         }
         let (users, stays) = (state.users + 1, state.stays || !reinitialize);
-        *state = InUseBy { users, initialized: true, stays, renewed: false };
+        let renewed_for_one = state.renewed_for_one;
+        *state = InUseBy { users, initialized: true, half_way: false, stays, renewed: false, renewed_for_one };
         drop(state);
         Ok(InUse(module))
+    }
+
+    /// C_Initialize. A library whose last one failed `half_way` may take itself for initialized from then on (kryoptic
+    /// does, after one while its token was being made); only C_Finalize ends that. In any other case whoever
+    /// initialized it, such as p11-kit in this process, needs it so.
+    fn initialize(&self, half_way: &mut bool) -> Result<(), Error> {
+        let initialize = || self.library.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK));
+        let is_already =
+            |done: &Result<(), Error>| matches!(done, Err(Error::Pkcs11(RvError::CryptokiAlreadyInitialized, _)));
+        let mut done = initialize();
+        if *half_way && is_already(&done) {
+            done = self.library.clone().finalize().and_then(|()| initialize());
+        }
+        if !is_already(&done) {
+            *half_way = done.is_err();
+        }
+        done
     }
 
     /// Whether the library at `path` has had its last user, and must not be initialized again.
@@ -96,7 +117,7 @@ impl Module {
         if let Some(module) = loaded.get(&path) {
             return Ok(Arc::clone(module));
         }
-        refuse_if_writable_by_others(&path)?;
+        refuse_if_changeable_by_others(&path)?;
         let library = Pkcs11::new(&path).map_err(|error| load_error(&path, &error))?;
         let token_infos = TokenInfos::load(&path).map_err(|error| load_error(&path, &error))?;
         let module = Arc::new(Self {
@@ -135,6 +156,15 @@ impl InUse {
         lock(&self.0.in_use).renewed = true;
     }
 
+    /// The same, since one token is of no use until then. Where another one is, that is worth a moment of it now and then,
+    /// and no more.
+    pub(super) fn renew_for_one(&self) {
+        let mut state = lock(&self.0.in_use);
+        if !state.stays && state.renewed_for_one.is_none_or(|last| last.elapsed() > RENEWED_FOR_ONE) {
+            (state.renewed, state.renewed_for_one) = (true, Some(Instant::now()));
+        }
+    }
+
     /// Whether everybody is to give it up for a moment.
     pub(super) fn is_renewed(&self) -> bool {
         lock(&self.0.in_use).renewed
@@ -155,8 +185,10 @@ impl Drop for InUse {
         self.0.given_up.notify_all();
         if state.users == 0 && !state.stays {
             let finalized = self.0.library.clone().finalize();
-            state.initialized = finalized.is_err();
-            if let Err(error) = finalized {
+            // One that has lost its state by itself says so, and waits for C_Initialize.
+            let is_not = matches!(finalized, Err(Error::Pkcs11(RvError::CryptokiNotInitialized, _)));
+            state.initialized = finalized.is_err() && !is_not;
+            if let (Err(error), false) = (finalized, is_not) {
                 tracing::warn!("{}: the module stays initialized", CallError::from(error));
             }
         }
@@ -175,13 +207,10 @@ pub fn leave(reason: &dyn fmt::Display) -> ! {
 }
 
 /// Whoever can change the library runs as us.
-fn refuse_if_writable_by_others(path: &Path) -> Result<(), String> {
-    let mode = path.metadata().map_err(|error| format!("module {}: {error}", path.display()))?.mode();
-    if mode & 0o022 == 0 {
-        return Ok(());
-    }
-    let path = path.display();
-    Err(format!("module {path} can be changed by others: its mode is {:04o}: chmod go-w {path}", mode & 0o7777))
+fn refuse_if_changeable_by_others(path: &Path) -> Result<(), String> {
+    let metadata = path.metadata().map_err(|error| format!("module {}: {error}", path.display()))?;
+    disk::refuse_if_changeable_by_others(path, &metadata)
+        .map_err(|(what, remedy)| format!("module {} {what}: {remedy}", path.display()))
 }
 
 fn load_error(path: &Path, error: &Error) -> String {

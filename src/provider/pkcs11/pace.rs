@@ -5,8 +5,20 @@ use std::time::{Duration, Instant};
 
 use crate::sync::lock;
 
-/// What a quick job takes on average, at most. To have a worker do it costs some 50 µs of CPU.
-const QUICK: Duration = Duration::from_micros(100);
+/// What a quick job takes, at most. An Encrypt is two calls. To have a worker do it costs some 50 µs of CPU, and on machines
+/// that wake threads slowly, where the calls take longer too, twice that and more.
+const QUICK: Duration = Duration::from_micros(200);
+/// A token is quick no more when so many jobs took longer, less one for every two that did not: one in three may be
+/// preempted.
+const STRIKES: u32 = 4;
+/// It may be quick again when the quickest of so many jobs was. The others may have waited for each other: for the cores,
+/// or for the library's own locks.
+const TRIAL: u32 = 16;
+/// After it was called quick for less than this it is thought slow for so long, and twice as long each time that happens
+/// again.
+const SHORT: Duration = Duration::from_millis(100);
+const LEAST_SLOW: Duration = Duration::from_millis(5);
+const MOST_SLOW: Duration = Duration::from_secs(1);
 /// What a job is thought to take before any has ended.
 const UNKNOWN: Duration = Duration::from_millis(1);
 /// Another token is asked after so many times what the slowest job of late took, within these bounds.
@@ -27,12 +39,15 @@ const RECENT: usize = 100;
 pub(super) struct Pace(Mutex<Inner>);
 
 struct Inner {
+    quick: Quick,
     average: Duration,
     last: Duration,
     recent: [Duration; RECENT],
     ended: usize,
     under_way: Vec<UnderWay>,
     begun: u64,
+    /// A later typical job than all below this number has come back: what still hangs of those is not waited for.
+    overtaken: u64,
     /// When a typical job last ended, or the first of those under way began.
     moved: Instant,
 }
@@ -50,6 +65,8 @@ pub(super) struct Kind {
     pub(super) is_typical: bool,
     /// A worker does it, and not the leader.
     pub(super) is_workers: bool,
+    /// Of the queue, when its session was opened, or would have been.
+    pub(super) round: u64,
 }
 
 /// A job that was begun.
@@ -61,12 +78,14 @@ pub(super) struct Begun {
 impl Pace {
     pub(super) fn new() -> Self {
         Self(Mutex::new(Inner {
+            quick: Quick::new(Instant::now()),
             average: UNKNOWN,
             last: Duration::ZERO,
             recent: [Duration::ZERO; RECENT],
             ended: 0,
             under_way: Vec::new(),
             begun: 0,
+            overtaken: 0,
             moved: Instant::now(),
         }))
     }
@@ -93,8 +112,10 @@ impl Pace {
         }
         let now = Instant::now();
         inner.moved = now;
+        inner.overtaken = inner.overtaken.max(number + 1);
         let took = now.saturating_duration_since(at);
         inner.last = took;
+        inner.quick.took(took, now);
         // A job that was only preempted once must not make the token slow.
         let counted = took.min(inner.average.max(QUICK) * 4);
         inner.average = inner.average * 7 / 8 + counted / 8;
@@ -110,12 +131,14 @@ impl Pace {
 
     /// Whether the token answers sooner than a thread is woken.
     pub(super) fn is_quick(&self) -> bool {
-        self.inner().average < QUICK
+        self.inner().quick.is_quick
     }
 
     /// It is not as quick as it was thought.
     pub(super) fn is_slow(&self) {
-        self.inner().average = UNKNOWN;
+        let mut inner = self.inner();
+        inner.average = UNKNOWN;
+        inner.quick.turn(false, Instant::now());
     }
 
     /// How long a job takes on average.
@@ -138,8 +161,12 @@ impl Pace {
     /// For how long nothing has come back, if that is longer than it should be.
     pub(super) fn hung_for(&self) -> Option<Duration> {
         let inner = self.inner();
-        let still = inner.moved.elapsed();
-        (inner.is_awaited() && still > inner.patience().max(inner.slowest() * 2)).then_some(still)
+        inner.silent_for().filter(|_| inner.is_awaited())
+    }
+
+    /// Whether nothing has come back for long, asked for or not.
+    pub(super) fn is_silent(&self) -> bool {
+        self.inner().silent_for().is_some()
     }
 
     /// Jobs that have begun and not ended.
@@ -149,10 +176,12 @@ impl Pace {
 
     /// Workers' jobs that are long overdue.
     pub(super) fn stuck(&self) -> usize {
-        let inner = self.inner();
-        let grace = GRACE.max(inner.slowest() * 2);
-        let is_stuck = |job: &&UnderWay| job.kind.is_workers && job.deadline.elapsed() > grace;
-        inner.under_way.iter().filter(is_stuck).count()
+        self.inner().overdue(|job| job.kind.is_workers)
+    }
+
+    /// Jobs that are long overdue, of this round or of all; the leader's among them.
+    pub(super) fn overdue(&self, round: Option<u64>) -> usize {
+        self.inner().overdue(|job| round.is_none_or(|round| job.kind.round == round))
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -160,9 +189,70 @@ impl Pace {
     }
 }
 
+/// Whether a token answers sooner than a thread is woken.
+struct Quick {
+    is_quick: bool,
+    since: Instant,
+    /// How long it is thought slow.
+    slow_for: Duration,
+    /// While it is quick: two for each job that took longer, less one for each that did not.
+    strikes: u32,
+    /// While it is slow: jobs that have ended, and the least that one took.
+    ended: u32,
+    least: Duration,
+}
+
+impl Quick {
+    const fn new(now: Instant) -> Self {
+        let (strikes, ended, least) = (0, 0, Duration::MAX);
+        Self { is_quick: false, since: now, slow_for: Duration::ZERO, strikes, ended, least }
+    }
+
+    fn took(&mut self, took: Duration, now: Instant) {
+        if self.is_quick {
+            self.strikes = if took < QUICK { self.strikes.saturating_sub(1) } else { self.strikes + 2 };
+            if self.strikes >= 2 * STRIKES {
+                self.turn(false, now);
+            }
+            return;
+        }
+        self.ended = self.ended.saturating_add(1);
+        self.least = self.least.min(took);
+        if self.ended >= TRIAL && now.saturating_duration_since(self.since) >= self.slow_for {
+            if self.least < QUICK {
+                self.turn(true, now);
+            } else {
+                (self.ended, self.least) = (0, Duration::MAX);
+            }
+        }
+    }
+
+    fn turn(&mut self, is_quick: bool, now: Instant) {
+        let slow_for = match (self.is_quick, is_quick) {
+            (true, false) if now.saturating_duration_since(self.since) < SHORT => {
+                (self.slow_for * 2).clamp(LEAST_SLOW, MOST_SLOW)
+            }
+            (true, false) => Duration::ZERO,
+            _ => self.slow_for,
+        };
+        *self = Self { is_quick, slow_for, ..Self::new(now) };
+    }
+}
+
 impl Inner {
+    /// Whether an answer would tell how the token is.
     fn is_awaited(&self) -> bool {
-        self.under_way.iter().any(|job| job.kind.is_typical)
+        self.under_way.iter().any(|job| job.kind.is_typical && job.number >= self.overtaken)
+    }
+
+    fn overdue(&self, counts: impl Fn(&UnderWay) -> bool) -> usize {
+        let grace = GRACE.max(self.slowest() * 2);
+        self.under_way.iter().filter(|job| counts(job) && job.deadline.elapsed() > grace).count()
+    }
+
+    fn silent_for(&self) -> Option<Duration> {
+        let still = self.moved.elapsed();
+        (still > self.patience().max(self.slowest() * 2)).then_some(still)
     }
 
     fn slowest(&self) -> Duration {
@@ -178,7 +268,7 @@ impl Inner {
 mod tests {
     use super::*;
 
-    const TYPICAL: Kind = Kind { is_typical: true, is_workers: true };
+    const TYPICAL: Kind = Kind { is_typical: true, is_workers: true, round: 0 };
 
     #[test]
     fn a_token_is_hung_while_nothing_comes_back_and_a_job_is_stuck_once_it_is_long_overdue() {
@@ -195,9 +285,14 @@ mod tests {
         let overdue = pace.begin(Instant::now() - GRACE * 2, TYPICAL);
         let leaders = pace.begin(Instant::now() - GRACE * 2, Kind { is_workers: false, ..TYPICAL });
         assert!(pace.hung_for().is_some() && pace.stuck() == 1, "another one proves nothing before it comes back");
-        for job in [overdue, late, leaders] {
+        pace.end(late, true);
+        lock(&pace.0).moved -= LEAST_PATIENCE * 2;
+        assert!(pace.hung_for().is_some(), "a later one is awaited");
+        for job in [overdue, leaders] {
             pace.end(job, true);
         }
+        lock(&pace.0).moved -= LEAST_PATIENCE * 2;
+        assert!(pace.hung_for().is_none() && pace.is_silent(), "the first still hangs, and the token is well");
         assert!(pace.hung_for().is_none() && pace.stuck() == 0);
         pace.end(call, true);
         pace.end(look, true);
@@ -244,8 +339,29 @@ mod tests {
             take(Duration::from_micros(10), later);
         }
         assert_eq!(pace.patience(), LEAST_PATIENCE);
-        assert!(pace.is_quick());
-        pace.is_slow();
-        assert!(!pace.is_quick());
+    }
+
+    #[test]
+    fn a_token_is_quick_as_long_as_most_jobs_are_and_again_when_one_of_many_was() {
+        let (us, ms) = (Duration::from_micros, Duration::from_millis);
+        let start = Instant::now();
+        let mut quick = Quick::new(start);
+        let mut take = |at: Duration, jobs: &[u64]| {
+            jobs.iter().for_each(|took| quick.took(us(*took), start + at));
+            quick.is_quick
+        };
+        assert!(!take(ms(0), &[20; 15]), "little is known yet");
+        assert!(take(ms(0), &[20]));
+        assert!(take(ms(60), &[20, 20, 900].repeat(100)), "one in three is preempted");
+        assert!(!take(ms(70), &[900; 4]));
+        assert!(!take(ms(74), &[20; 100]), "for 5 ms, since it was quick for so short a time");
+        assert!(take(ms(75), &[20]));
+        assert!(!take(ms(76), &[900; 4]));
+        assert!(!take(ms(85), &[20; 100]), "for 10 ms the second time");
+        assert!(take(ms(86), &[20]));
+        assert!(!take(ms(1200), &[900; 4]));
+        assert!(!take(ms(1200), &[400; 200]), "none is quick");
+        assert!(!take(ms(1200), &[400; 7]));
+        assert!(take(ms(1200), &[60]), "the others waited for each other");
     }
 }

@@ -4,8 +4,9 @@
 //! its deadline, and a caller that goes away takes its place in the queue along. While the token is so quick that a
 //! worker would take longer to wake, the thread that leads the runtime makes the calls, in a session of its own.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use super::connection::Connected;
@@ -31,19 +32,23 @@ pub(super) struct Pool {
     link: Arc<Link>,
     state: Arc<State>,
     leader: Leader,
-    /// The leader's own session, while no call is made in it.
-    leaders: Mutex<Seat>,
+    /// The leader's own session; `None` while a call is made in it.
+    leaders: Mutex<Option<Seat>>,
     pub(super) pace: Pace,
     /// Of requests' calls.
     pub(super) times: Arc<Times>,
     sessions: usize,
     /// Worker threads, those whose call does not return among them.
     workers: AtomicUsize,
+    /// The token gave the last session that was asked for to nobody.
+    is_starved: AtomicBool,
     codes: Codes,
 }
 
 /// How long a worker without a session leaves the jobs to those that have one.
 const NO_SESSION: Duration = Duration::from_secs(5);
+/// The same, while the leader makes a call in a session that may be the only one.
+const LEADERS_CALL: Duration = Duration::from_millis(20);
 
 /// The token has no session left for this worker.
 struct NoSession;
@@ -63,12 +68,13 @@ impl Pool {
             link,
             state,
             leader,
-            leaders: Mutex::default(),
+            leaders: Mutex::new(Some(Seat::default())),
             pace: Pace::new(),
             times: Arc::default(),
             codes,
             sessions,
             workers: AtomicUsize::new(0),
+            is_starved: AtomicBool::new(false),
         }
     }
 
@@ -87,7 +93,7 @@ impl Pool {
         if self.would_be_late(before, deadline) {
             return Err(busy());
         }
-        if !(is_typical && self.pace.is_quick() && self.leader.send(Arc::clone(self) as Arc<dyn Errand>)) {
+        if !(is_typical && self.pace.is_quick() && self.leader_will_come()) {
             self.queue.wake();
         }
         match tokio::time::timeout_at(deadline.into(), answered).await {
@@ -96,10 +102,20 @@ impl Pool {
         }
     }
 
-    /// Whether those that wait already will take until the deadline.
+    fn leader_will_come(self: &Arc<Self>) -> bool {
+        self.queue.promise();
+        let comes = self.leader.send(Arc::clone(self) as Arc<dyn Errand>);
+        if !comes {
+            self.queue.keeps_promise();
+        }
+        comes
+    }
+
+    /// Whether a job would be done too late, since others wait before it: each session has one under way, which may have
+    /// just begun, then its share of those, then this one.
     fn would_be_late(&self, before: usize, deadline: Instant) -> bool {
-        let calls = u32::try_from(before.div_ceil(self.sessions.max(1))).unwrap_or(u32::MAX);
-        calls > 0 && Instant::now() + self.pace.average().saturating_mul(calls) > deadline
+        let calls = u32::try_from(before / self.sessions.max(1) + 2).unwrap_or(u32::MAX);
+        before > 0 && Instant::now() + self.pace.average().saturating_mul(calls) > deadline
     }
 
     /// Requests in the queue.
@@ -110,7 +126,7 @@ impl Pool {
     /// Sessions by what they do; one more is the leader's.
     pub(super) fn sessions(&self) -> Vec<(&'static str, usize)> {
         let (busy, stuck) = (self.pace.under_way(), self.pace.stuck());
-        let open = self.link.connected().map_or(0, |connected| connected.lanes());
+        let open = self.link.lanes().unwrap_or_default();
         vec![("busy", busy.saturating_sub(stuck)), ("stuck", stuck), ("idle", open.saturating_sub(busy))]
     }
 
@@ -135,14 +151,24 @@ impl Pool {
         wanted.saturating_sub(workers)
     }
 
-    /// Whether no worker is left whose call returns, and none may be added.
+    /// Whether no worker is left whose call returns, and none may be added, or would be given a session.
     pub(super) fn is_hopeless(&self) -> bool {
-        self.pace.stuck() >= self.most_workers() && self.pace.hung_for().is_some()
+        // A connection's sessions are those of its round; calls of an earlier one may hang for ever beside them.
+        let nobody_calls = |lanes| lanes == 0 || self.pace.overdue(Some(self.queue.round())) >= lanes;
+        let is_starved = self.pace.overdue(None) > 0
+            && self.is_starved.load(Ordering::Relaxed)
+            && self.link.lanes().is_none_or(nobody_calls);
+        (is_starved || self.pace.stuck() >= self.most_workers()) && self.pace.is_silent()
+    }
+
+    /// A new connection has got a session: whether others get theirs is to be seen.
+    pub(super) fn is_not_starved(&self) {
+        self.is_starved.store(false, Ordering::Relaxed);
     }
 
     /// Answers what waits, when no worker will.
     pub(super) fn refuse_all(&self) {
-        while let Some(Next::Job(_, mut job)) = self.queue.try_next(self.queue.round()) {
+        while let Some(Next::Job(_, mut job)) = self.queue.try_next(self.queue.round(), |_| true) {
             if let Err(error) = self.link.check() {
                 job.refuse(error);
             }
@@ -162,7 +188,7 @@ impl Pool {
             match self.queue.next(seat.round) {
                 Next::Job(ticket, job) => {
                     let Ok(job) = self.serve(ticket, job, &mut seat) else {
-                        self.queue.pause(seat.round, NO_SESSION);
+                        self.make_room(seat.round);
                         continue;
                     };
                     job.deliver();
@@ -191,7 +217,7 @@ impl Pool {
         if !job.is_wanted() {
             return Ok(job);
         }
-        let kind = Kind { is_typical: job.is_typical(), is_workers: seat.is_workers };
+        let kind = Kind { is_typical: job.is_typical(), is_workers: seat.is_workers, round: seat.round };
         let begun = self.pace.begin(job.deadline(), kind);
         let since = Instant::now();
         let seated = self.try_twice(&mut *job, &mut seat.lane);
@@ -209,7 +235,8 @@ impl Pool {
         }
     }
 
-    /// Each class of failure has its one treatment here.
+    /// Each class of failure has its one treatment here. The session of a lost connection is closed only in the round that
+    /// its loss has begun, when the job has its answer: the call for it may not return.
     fn try_twice(&self, job: &mut dyn Job, lane: &mut Option<Lane>) -> Result<(), NoSession> {
         let mut again = true;
         loop {
@@ -233,9 +260,12 @@ impl Pool {
                     true
                 }
                 Class::Login if again => self.log_in_again(lane),
-                Class::Login => false,
-                Class::Token | Class::Doubtful => {
-                    if let Some(gone) = lane.take() {
+                Class::Login | Class::Token | Class::Doubtful => {
+                    if let Some(gone) = lane {
+                        if class == Class::Login {
+                            // Some libraries keep a lost login, or say that it is there, until C_Finalize.
+                            gone.connected.wants_its_library_anew();
+                        }
                         self.is_lost(&gone.connected, &error, class);
                     }
                     false
@@ -252,35 +282,48 @@ impl Pool {
     }
 
     /// Logs in again. If that fails the connection is given up: the supervisor knows how to treat a PIN.
-    fn log_in_again(&self, lane: &mut Option<Lane>) -> bool {
+    fn log_in_again(&self, lane: &Option<Lane>) -> bool {
         let Some(connected) = lane.as_ref().map(|lane| Arc::clone(&lane.connected)) else { return false };
         let login = connected.log_in_again();
         if let Err(error) = &login {
-            *lane = None;
             self.is_lost(&connected, error, Class::Login);
         }
         login.is_ok()
     }
 
     fn others_have_sessions(&self) -> bool {
-        self.link.connected().is_some_and(|connected| connected.lanes() > 0)
+        self.link.lanes().is_some_and(|lanes| lanes > 0)
     }
 
     fn open(&self) -> Result<Lane, CallError> {
         let lost = || CallError::new(Class::Session, "the token was lost while the request waited");
         let connected = self.link.connected().ok_or_else(lost)?;
-        Lane::open(Arc::clone(&connected), Arc::clone(&self.state)).inspect_err(|error| {
-            // Without a lane, nobody else can say that the connection is no good.
-            if let class @ (Class::Token | Class::Doubtful) = error.class(&self.codes) {
-                self.is_lost(&connected, error, class);
-            }
-        })
+        let opened = Lane::open(Arc::clone(&connected), Arc::clone(&self.state));
+        let class = opened.as_ref().err().map(|error| error.class(&self.codes));
+        self.is_starved.store(class == Some(Class::Session), Ordering::Relaxed);
+        // Without a lane, nobody else can say that the connection is no good.
+        if let (Err(error), Some(class @ (Class::Token | Class::Doubtful))) = (&opened, class) {
+            self.is_lost(&connected, error, class);
+        }
+        opened
     }
 
     /// Makes every worker give its session up, unless somebody else has done so.
     fn is_lost(&self, connected: &Arc<Connected>, error: &CallError, class: Class) {
         if self.link.is_lost(connected, error, class) {
             self.give_up_sessions();
+        }
+    }
+
+    /// For a worker that has no session: the leader gives up its own, since it is asked only while the token is quick.
+    /// The leader never takes a worker's, so the two do not take turns. If others have theirs the worker leaves the jobs to
+    /// them.
+    fn make_room(&self, round: u64) {
+        let leaders = lock(&self.leaders).as_mut().map(|seat| seat.lane.take());
+        match leaders {
+            Some(Some(lane)) => drop(lane), // calls into the module, with nothing locked
+            Some(None) => self.queue.pause(round, NO_SESSION),
+            None => self.queue.pause(round, LEADERS_CALL),
         }
     }
 
@@ -300,29 +343,39 @@ impl Pool {
         self.queue.is_closed()
     }
 
+    /// By a thread of its own: whoever asks for this may not wait for a call into the module, which may not return.
     fn empty_leaders_seat(&self) {
-        let seat = std::mem::take(&mut *lock(&self.leaders));
-        drop(seat); // calls into the module, with nothing locked
+        let lane = lock(&self.leaders).as_mut().and_then(|seat| seat.lane.take());
+        if let Some(lane) = lane {
+            let _closed_here_then = thread::Builder::new().name("close".into()).spawn(move || drop(lane));
+        }
     }
 
     /// Keeps the session for the leader's next call, unless every session was given up since.
     fn keep(&self, seat: Seat) {
         let mut leaders = lock(&self.leaders);
-        if self.queue.goes_on(seat.round) {
-            *leaders = seat;
-        }
+        let gone = if self.queue.goes_on(seat.round) {
+            leaders.replace(seat) // of another thread, which led while this one was held up
+        } else {
+            leaders.get_or_insert_default();
+            Some(seat)
+        };
+        drop(leaders);
+        drop(gone); // calls into the module, with nothing locked
     }
 }
 
 impl Errand for Pool {
     fn run(&self) -> Option<Box<dyn Deliver>> {
+        self.queue.keeps_promise();
         if !self.pace.is_quick() {
             self.queue.wake();
             return None;
         }
-        let mut seat = std::mem::take(&mut *lock(&self.leaders));
+        let mut seat = lock(&self.leaders).take().unwrap_or_default();
         loop {
-            match self.queue.try_next(seat.round) {
+            // A look at a token is dozens of calls: those are a worker's.
+            match self.queue.try_next(seat.round, |job| job.is_typical()) {
                 Some(Next::Job(ticket, job)) => {
                     let job = self.serve(ticket, job, &mut seat);
                     self.keep(seat);
@@ -346,6 +399,7 @@ impl Errand for Pool {
 
     fn pass_on(&self) {
         self.pace.is_slow();
+        self.queue.breaks_promises();
         self.queue.wake();
     }
 }

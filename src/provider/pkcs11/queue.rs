@@ -22,6 +22,8 @@ struct Inner<J> {
     next_ticket: u64,
     round: u64,
     closed: bool,
+    /// Jobs, of those that wait, that somebody else will come for with [`Queue::try_next`]: no worker takes the last so many.
+    promised: usize,
     /// Workers that wait: to wake one is a system call, which nobody needs while all are at work.
     idle: usize,
 }
@@ -43,12 +45,19 @@ pub(super) enum Next<J> {
 
 impl<J> Queue<J> {
     pub(super) fn new(capacity: usize) -> Self {
-        let inner = Inner { jobs: VecDeque::with_capacity(capacity), next_ticket: 0, round: 0, closed: false, idle: 0 };
+        let inner = Inner {
+            jobs: VecDeque::with_capacity(capacity),
+            next_ticket: 0,
+            round: 0,
+            closed: false,
+            promised: 0,
+            idle: 0,
+        };
         Self { inner: Mutex::new(inner), arrived: Condvar::new(), turned: Condvar::new(), capacity }
     }
 
-    /// Adds a job at the end, for a worker ([`Queue::wake`]) or for [`Queue::try_next`], and returns how many wait
-    /// before it. Hands it back when the queue is full or closed.
+    /// Adds a job at the end, for a worker ([`Queue::wake`]) or for whoever promises to come ([`Queue::promise`]), and
+    /// returns how many wait before it. Hands it back when the queue is full or closed.
     pub(super) fn push(&self, job: J) -> Result<(Ticket, usize), J> {
         let mut inner = self.lock();
         if inner.closed || inner.jobs.len() >= self.capacity {
@@ -64,6 +73,22 @@ impl<J> Queue<J> {
     /// How many wait.
     pub(super) fn len(&self) -> usize {
         self.lock().jobs.len()
+    }
+
+    /// Somebody will come for one job: [`Queue::keeps_promise`].
+    pub(super) fn promise(&self) {
+        self.lock().promised += 1;
+    }
+
+    /// Whoever promised to come is there, or will not come.
+    pub(super) fn keeps_promise(&self) {
+        let mut inner = self.lock();
+        inner.promised = inner.promised.saturating_sub(1);
+    }
+
+    /// Nobody comes of those who promised to: all that waits is the workers'.
+    pub(super) fn breaks_promises(&self) {
+        self.lock().promised = 0;
     }
 
     /// Has a worker see to what waits, if one is idle.
@@ -98,11 +123,13 @@ impl<J> Queue<J> {
         inner.jobs.remove(place).map(|(_, job)| job)
     }
 
-    /// Waits for the next job, or for a round later than the caller's. Jobs that wait come before the end.
+    /// Waits for the next job that is promised to nobody, or for a round later than the caller's. Jobs that wait come before
+    /// the end.
     pub(super) fn next(&self, round: u64) -> Next<J> {
         let mut inner = self.lock();
         loop {
-            if let Some(next) = inner.next(round) {
+            let is_promised = inner.jobs.len() <= inner.promised && inner.round == round && !inner.closed;
+            if let Some(next) = (!is_promised).then(|| inner.next(round, |_| true)).flatten() {
                 return next;
             }
             inner.idle += 1;
@@ -111,9 +138,9 @@ impl<J> Queue<J> {
         }
     }
 
-    /// What [`Queue::next`] would return at once.
-    pub(super) fn try_next(&self, round: u64) -> Option<Next<J>> {
-        self.lock().next(round)
+    /// What [`Queue::next`] would return at once, if nothing were promised and no other jobs waited than those that fit.
+    pub(super) fn try_next(&self, round: u64, fits: impl Fn(&J) -> bool) -> Option<Next<J>> {
+        self.lock().next(round, fits)
     }
 
     /// The round that goes on.
@@ -152,11 +179,12 @@ impl<J> Queue<J> {
 }
 
 impl<J> Inner<J> {
-    fn next(&mut self, round: u64) -> Option<Next<J>> {
+    fn next(&mut self, round: u64, fits: impl Fn(&J) -> bool) -> Option<Next<J>> {
         if self.round != round {
             return Some(Next::Round(self.round));
         }
-        let job = self.jobs.pop_front().map(|(ticket, job)| Next::Job(ticket, job));
+        let place = self.jobs.iter().position(|(_, job)| fits(job));
+        let job = place.and_then(|place| self.jobs.remove(place)).map(|(ticket, job)| Next::Job(ticket, job));
         job.or_else(|| self.closed.then_some(Next::Closed))
     }
 }
@@ -187,6 +215,36 @@ mod tests {
         assert!(matches!(queue.next(1), Next::Job(_, 3)), "given back, it is the oldest again");
         assert!(matches!(queue.next(1), Next::Job(_, 5)));
         assert_eq!(queue.next(1), Next::Closed);
+    }
+
+    #[test]
+    fn workers_leave_what_is_promised_until_nobody_comes_for_it() {
+        let queue = Queue::new(3);
+        std::thread::scope(|scope| {
+            queue.promise();
+            assert_eq!(queue.push(1).ok().map(|(_, before)| before), Some(0));
+            let worker = scope.spawn(|| (queue.next(0), queue.next(0)));
+            assert!(queue.push(2).is_ok());
+            queue.wake();
+            while queue.len() > 1 {
+                std::thread::yield_now();
+            }
+            assert_eq!(queue.len(), 1, "one is promised");
+            queue.breaks_promises();
+            queue.wake();
+            let Ok((Next::Job(_, 1), Next::Job(_, 2))) = worker.join() else { panic!("in their order") };
+        });
+        queue.promise();
+        queue.keeps_promise();
+        assert!(queue.push(3).is_ok());
+        assert!(matches!(queue.next(0), Next::Job(_, 3)));
+        assert!((4..6).all(|job| queue.push(job).is_ok()));
+        assert!(matches!(queue.try_next(0, |job| job % 2 == 1), Some(Next::Job(_, 5))), "what fits is not held up");
+        assert_eq!(queue.try_next(0, |job| job % 2 == 1), None);
+        assert!(matches!(queue.next(0), Next::Job(_, 4)));
+        queue.promise();
+        queue.close();
+        assert_eq!(queue.next(0), Next::Closed, "the end is not waited for");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::io;
 use std::sync::Mutex;
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cryptoki::slot::{Slot, TokenInfo};
 
@@ -24,7 +24,7 @@ type Answer = Result<TokenInfo, CallError>;
 
 /// The slots that have not answered, by number, and where their answers will come: one thread waits in each.
 #[derive(Default)]
-pub(super) struct Slots(Mutex<BTreeMap<u64, Receiver<Answer>>>);
+pub(super) struct Slots(Mutex<BTreeMap<u64, Receiver<(Instant, Answer)>>>);
 
 impl Slots {
     /// Asks every slot with a token. `None`: it does not answer.
@@ -37,27 +37,33 @@ impl Slots {
         let mut silent = lock(&self.0);
         let mut said = Vec::with_capacity(slots.len());
         for slot in slots {
-            let (asked, patience) = match silent.remove(&slot.id()) {
-                Some(asked) => (asked, Duration::ZERO),
-                None => (start(in_use.clone(), slot).map_err(|error| format!("no thread: {error}"))?, PATIENCE),
+            let late = silent.remove(&slot.id()).map(|asked| (asked.recv_timeout(Duration::ZERO), asked));
+            let (answer, asked) = match late {
+                // An answer that nobody came for may be of a token that is in the slot no more.
+                Some((answer, asked)) if answer.as_ref().map_or(true, |(at, _)| at.elapsed() < PATIENCE) => {
+                    (answer, asked)
+                }
+                _ => {
+                    let asked = start(in_use.clone(), slot).map_err(|error| format!("no thread: {error}"))?;
+                    (asked.recv_timeout(PATIENCE), asked)
+                }
             };
-            let answer = asked.recv_timeout(patience).ok();
-            if answer.is_none() {
+            if answer.is_err() {
                 silent.insert(slot.id(), asked);
             }
-            said.push((slot, answer));
+            said.push((slot, answer.ok().map(|(_, said)| said)));
         }
         Ok(said)
     }
 }
 
-/// A thread that asks the slot. When its answer is there, it has let the library go.
-fn start(in_use: InUse, slot: Slot) -> io::Result<Receiver<Answer>> {
+/// A thread that asks the slot. When its answer is there, with its instant, it has let the library go.
+fn start(in_use: InUse, slot: Slot) -> io::Result<Receiver<(Instant, Answer)>> {
     let (answer, answers) = mpsc::channel();
     let ask = move || {
         let said = in_use.token_info(slot);
         drop(in_use);
-        let _the_end = answer.send(said);
+        let _the_end = answer.send((Instant::now(), said));
     };
     thread::Builder::new().name("slot".into()).spawn(ask)?;
     Ok(answers)

@@ -13,10 +13,10 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use super::Pkcs11;
-use super::admission::Rules;
+use super::admission::{KekSpec, Rules};
 use super::attributes::{self, EXAMINED};
 use super::error::CallError;
-use super::exportability::{self, Kind, Trials};
+use super::exportability::{self, Kind, Trials, Tried, TriedOn};
 use super::lane::Lane;
 use super::token::Token;
 use crate::config::Mode;
@@ -90,7 +90,9 @@ pub struct KeyFacts {
 pub struct ModeFacts {
     /// The mode.
     pub mode: &'static str,
-    /// Why it does not work, if it does not.
+    /// On what; `null`: there was nothing.
+    pub tried_on: Option<TriedOn>,
+    /// Why it does not work, or could not be tried.
     pub failure: Option<String>,
 }
 
@@ -105,7 +107,7 @@ pub struct Survey {
     /// What it says of itself that it should not, each with what to do.
     #[serde(skip)]
     pub complaints: Vec<(&'static str, &'static str)>,
-    /// What became of each mode of the profile when it was used. The mode `oaep` is not tried.
+    /// What became of each mode of the profile when it was used.
     pub modes: Vec<ModeFacts>,
     /// The keys under the KEKs' label.
     pub keys: Vec<KeyFacts>,
@@ -124,35 +126,58 @@ impl Pkcs11 {
         }))
         .await
     }
+
+    /// Which of the tokens that answer are one and the same under two URIs, for people: they only look like replicas.
+    pub async fn named_twice(&self, deadline: Instant) -> Vec<String> {
+        let names = join_all(self.tokens.iter().map(|token| {
+            token.run(deadline, |lane| {
+                let info = lane.connected.token_info()?;
+                Ok([info.manufacturer_id(), info.model(), info.serial_number(), info.label()].map(text))
+            })
+        }));
+        let mut first: BTreeMap<[String; 4], &str> = BTreeMap::new();
+        let mut twice = Vec::new();
+        for (token, name) in self.tokens.iter().zip(names.await) {
+            let Ok(name) = name else { continue };
+            match first.get(&name) {
+                Some(other) => twice.push(format!("{} is {other} once more, and no replica of it", token.link.name)),
+                None => drop(first.insert(name, &token.link.name)),
+            }
+        }
+        twice
+    }
 }
 
 impl Lane {
-    fn survey(&self, of: &Token, may_write: bool) -> Result<Survey, CallError> {
+    fn survey(&mut self, of: &Token, may_write: bool) -> Result<Survey, CallError> {
         let keys = self.key_facts(&of.rules, Timestamp::now())?;
         // As the KEKs are that are there; as the next one would be, if there is none.
         let mut like: Vec<Kind> = Vec::new();
-        for (key, mode) in &keys {
+        for (key, kek) in &keys {
             let is_set = |name| key.attributes.get(name) == Some(&Some(Value::Flag(true)));
-            let kind = mode.map(|mode| Kind { mode, modifiable: is_set("MODIFIABLE"), copyable: is_set("COPYABLE") });
+            let (modifiable, copyable) = (is_set("MODIFIABLE"), is_set("COPYABLE"));
+            let kind = kek.as_ref().map(|kek| Kind { mode: kek.mode, modifiable, copyable });
             like.extend(kind.filter(|kind| !like.contains(kind)));
         }
         if like.is_empty() {
             like.extend(of.rules.profile.modes.first().map(|mode| Kind::made_by_us(*mode)));
         }
-        let modes = of.rules.profile.modes.iter().filter(|mode| **mode != Mode::Oaep);
+        let (keys, keks): (Vec<_>, Vec<_>) = keys.into_iter().unzip();
+        let keks: Vec<KekSpec> = keks.into_iter().flatten().collect();
+        let modes = of.rules.profile.modes.iter();
         Ok(Survey {
             name: of.link.name.clone(),
             token: self.token_facts()?,
             complaints: self.connected.complaints()?,
-            modes: modes.map(|mode| self.mode_facts(*mode)).collect::<Result<_, _>>()?,
+            modes: modes.map(|mode| self.mode_facts(*mode, &keks, may_write)).collect::<Result<_, _>>()?,
             exportability: exportability::try_every_way(self, &like, may_write)?,
-            keys: keys.into_iter().map(|(key, _)| key).collect(),
+            keys,
         })
     }
 
-    fn mode_facts(&self, mode: Mode) -> Result<ModeFacts, CallError> {
-        let failure = exportability::try_mode(self, mode)?;
-        Ok(ModeFacts { mode: mode.as_str(), failure })
+    fn mode_facts(&mut self, mode: Mode, keks: &[KekSpec], may_write: bool) -> Result<ModeFacts, CallError> {
+        let Tried { on, failure } = exportability::try_mode(self, mode, keks, may_write)?;
+        Ok(ModeFacts { mode: mode.as_str(), tried_on: on, failure })
     }
 
     /// What the token and its module say of themselves.
@@ -175,8 +200,8 @@ impl Lane {
         })
     }
 
-    /// What the token says of every key with the KEKs' label, and the mode of those that are KEKs.
-    fn key_facts(&self, rules: &Rules, now: Timestamp) -> Result<Vec<(KeyFacts, Option<Mode>)>, CallError> {
+    /// What the token says of every key with the KEKs' label, and those that are KEKs.
+    fn key_facts(&self, rules: &Rules, now: Timestamp) -> Result<Vec<(KeyFacts, Option<KekSpec>)>, CallError> {
         let objects = self.find_labelled(rules)?;
         let said: Vec<_> = objects.iter().map(|object| self.ask(*object)).collect::<Result<_, _>>()?;
         let decisions = rules.decide(&said, now);
@@ -193,7 +218,7 @@ impl Lane {
                 Some(Err(reason)) => (None, Some(reason)),
                 None => (None, None), // a part of a pair
             };
-            let mode = kek.as_ref().map(|kek| kek.mode);
+            let spec = kek.as_ref().map(|kek| rules.spec_of(kek));
             let facts = KeyFacts {
                 identity,
                 id: said.id().map(base16ct::lower::encode_string),
@@ -201,7 +226,7 @@ impl Lane {
                 refused,
                 attributes,
             };
-            keys.push((facts, mode));
+            keys.push((facts, spec));
         }
         Ok(keys)
     }

@@ -11,10 +11,13 @@ use super::lane::Lane;
 use crate::provider::KekError;
 use crate::secret::Dek;
 
+/// How long a token is waited for that is being connected to anew, because its module leaks or it was lost.
+const RETURN: Duration = Duration::from_secs(5);
+
 /// What a token does for a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
-    /// Wrapping a DEK, for Encrypt.
+    /// Wrapping a DEK and unwrapping it again, for Encrypt.
     Wrap,
     /// Unwrapping it, for Decrypt.
     Unwrap,
@@ -32,7 +35,7 @@ impl Pkcs11 {
         let kek = highest.ok_or_else(|| refused("it has no KEK"))?;
         let holders = kek.holders();
         let token = holders.first().ok_or_else(|| refused("no token holds its KEK"))?;
-        token.link.check()?;
+        token.link.wait_until_up(RETURN)?;
         let connected = token.link.connected().ok_or_else(|| refused("its token was lost"))?;
         let failed = |error: CallError| error.to_kek_error(error.class(&connected.profile.errors), &token.link.name);
         let dek = Dek::generate().map_err(|error| failed(error.into()))?;

@@ -24,8 +24,13 @@ use crate::runtime::Leader;
 use crate::state::State;
 use crate::sync::lock;
 
-/// When a token that is not there is looked for again, the first time.
-const SECOND_GLANCE: Duration = Duration::from_millis(100);
+/// When a token that is not usable is looked at again, where that may be for a moment only: another process may be
+/// writing the token's file.
+const GLANCE_AGAIN: Duration = Duration::from_millis(100);
+/// How often at the start: a verb has no second chance.
+const GLANCES_AT_THE_START: u32 = 1;
+/// How often when a connection that was well is made anew: meanwhile requests wait, and nobody is told of an outage.
+const GLANCES_TO_RENEW: u32 = 8;
 /// How often a token that is not there is looked for, and the workers of one that is are counted.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// The longest pause after a failed login.
@@ -52,6 +57,15 @@ pub(super) struct Token {
     is_spent: AtomicBool,
     /// The last PIN was refused, and is not tried again.
     is_latched: AtomicBool,
+}
+
+/// Why a connection has ended.
+#[derive(PartialEq)]
+enum Gone {
+    /// It was lost, or the pool is closed.
+    Lost,
+    /// It was well.
+    ToBeRenewed,
 }
 
 impl Token {
@@ -90,11 +104,12 @@ impl Token {
             is_spent: AtomicBool::new(false),
             is_latched: AtomicBool::new(false),
         });
-        for _ in 0..provider.sessions {
-            token.start_worker(&running)?;
-        }
         let theirs = running.clone();
-        token.spawn("token", &running, move |token| token.supervise(&woken, &theirs))?;
+        let workers = (0..provider.sessions).try_for_each(|_| token.start_worker(&running));
+        let started =
+            workers.and_then(|()| token.spawn("token", &running, move |token| token.supervise(&woken, &theirs)));
+        // Those that were started would hold it for ever.
+        started.inspect_err(|_| token.pool.close())?;
         Ok(token)
     }
 
@@ -207,7 +222,8 @@ impl Token {
     pub(super) fn hopeless(&self) -> Option<String> {
         let name = &self.link.name;
         if self.pool.is_hopeless() {
-            return Some(format!("{name}: {} calls do not return", self.pool.most_workers()));
+            let stuck = self.pool.pace.overdue(None).min(self.pool.most_workers());
+            return Some(format!("{name}: {stuck} calls do not return"));
         }
         if self.is_spent.load(Ordering::Relaxed) {
             return Some(format!("{name}: its module cannot be initialized again in one process"));
@@ -219,7 +235,7 @@ impl Token {
 
     /// Keeps the token connected until the pool is closed.
     fn supervise(self: &Arc<Self>, woken: &Receiver<()>, running: &Sender<()>) {
-        let (mut failed_logins, mut first) = (0, true);
+        let (mut failed_logins, mut glances) = (0, GLANCES_AT_THE_START);
         // The last connection, while a call holds it open that does not return.
         let mut before: Option<Receiver<()>> = None;
         while !self.pool.is_closed() {
@@ -230,12 +246,12 @@ impl Token {
             let began = Instant::now();
             lock(&self.waiting_since).get_or_insert(began);
             let (mut connected, mut released) = connect();
-            if first && matches!(connected, Err(NotConnected::NotThere(_))) {
-                // Another process may be writing the token's file at this moment, and a verb has no second chance.
-                let _closed = woken.recv_timeout(SECOND_GLANCE);
-                (connected, released) = connect();
+            for _ in 0..std::mem::take(&mut glances) {
+                if connected.as_ref().is_err_and(NotConnected::may_pass) && !self.pool.is_closed() {
+                    let _closed = woken.recv_timeout(GLANCE_AGAIN);
+                    (connected, released) = connect();
+                }
             }
-            first = false;
             let unreleased = before.as_ref().is_some_and(|before| before.try_recv() == Err(TryRecvError::Empty));
             let waits = unreleased || matches!(connected, Err(NotConnected::Hangs(_)));
             if connected.is_ok() || !waits {
@@ -249,8 +265,11 @@ impl Token {
                     failed_logins = 0;
                     self.is_latched.store(false, Ordering::Relaxed);
                     self.is_spent.store(false, Ordering::Relaxed);
+                    self.pool.is_not_starved();
                     self.link.is_up(connected);
-                    self.watch(woken, running);
+                    if self.watch(woken, running) == Gone::ToBeRenewed {
+                        glances = GLANCES_TO_RENEW;
+                    }
                     // Only when its last session is closed can the library be initialized anew.
                     if released.recv_timeout(RELEASE_PATIENCE) == Err(RecvTimeoutError::Timeout) {
                         before = Some(released);
@@ -276,8 +295,9 @@ impl Token {
 
     /// Sees to it that enough workers work and that the module does not grow without end; until the connection is lost
     /// or given up, or the pool is closed.
-    fn watch(self: &Arc<Self>, woken: &Receiver<()>, running: &Sender<()>) {
-        while woken.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
+    fn watch(self: &Arc<Self>, woken: &Receiver<()>, running: &Sender<()>) -> Gone {
+        // The end may have been told before: once, to whoever then connected.
+        while !self.pool.is_closed() && woken.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
             if self.pool.is_hopeless() {
                 self.link.is_down("does not answer: no call into the module returns");
                 self.pool.give_up_sessions();
@@ -287,7 +307,7 @@ impl Token {
                     let _closed = woken.recv_timeout(LOOK_EVERY);
                     self.pool.refuse_all();
                 }
-                return;
+                return Gone::Lost;
             }
             for _ in 0..self.pool.missing_workers() {
                 tracing::warn!(token = self.link.name, "a call does not return: another session takes its place");
@@ -296,9 +316,10 @@ impl Token {
             if self.link.connected().is_some_and(|connected| connected.is_to_be_renewed(self.renew_after)) {
                 self.link.is_renewed();
                 self.pool.give_up_sessions();
-                return;
+                return Gone::ToBeRenewed;
             }
         }
+        Gone::Lost
     }
 }
 
@@ -308,4 +329,27 @@ fn pause_after(failed_logins: u32) -> Duration {
     let mut random = [0];
     let _no_jitter = getrandom::fill(&mut random);
     pause - pause * u32::from(random[0]) / 1024
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pause_after_a_failed_login_doubles_up_to_its_bound_less_a_random_part() {
+        for (failed_logins, most) in
+            [(0, 250), (1, 250), (2, 500), (3, 1000), (4, 2000), (5, 4000), (6, 5000), (33, 5000), (u32::MAX, 5000)]
+        {
+            let most = Duration::from_millis(most);
+            let pauses: Vec<Duration> = (0..64).map(|_| pause_after(failed_logins)).collect();
+            // A quarter at most: less than what it doubles by.
+            let is_good = |pause: &Duration| (most * 3 / 4..=most).contains(pause);
+            assert!(pauses.iter().all(is_good), "{failed_logins}: {pauses:?}");
+            let is_another = |pair: &[Duration]| pair.first() != pair.last();
+            assert!(
+                pauses.windows(2).any(is_another),
+                "{failed_logins}: many hosts would ask at one moment: {pauses:?}"
+            );
+        }
+    }
 }

@@ -9,8 +9,9 @@ use sha2::Sha256;
 use crate::state::{PinRecord, RefusedPin};
 
 /// PBKDF2-HMAC-SHA256: some 15 ms on a processor with SHA instructions, 50 ms on another. PINs are short, and who has
-/// this file can try them all; what guards it is its mode, 0600.
-const ROUNDS: u32 = 100_000;
+/// this file can try them all; what guards it is its mode, 0600. Without optimization so many took half a second of each
+/// start, of which tests have hundreds.
+const ROUNDS: u32 = if cfg!(debug_assertions) { 1_000 } else { 100_000 };
 /// How long a PIN that has worked on this host is not tried after a second login in a row that was interrupted.
 const INTERRUPTION: SignedDuration = SignedDuration::from_secs(60);
 
@@ -69,9 +70,15 @@ pub(super) fn reason(refused: &RefusedPin, again: bool, pin_file: &str) -> Strin
     if again {
         return format!("{told}: it is tried once more");
     }
-    format!(
-        "{told}: write the right PIN into {pin_file}; this one is not tried again, unless you say `trousseau pin retry`"
-    )
+    let answered = |code: &str| refused.answer.as_ref().is_some_and(|answer| answer.ends_with(code));
+    let remedy = if answered("CKR_PIN_LOCKED") {
+        "unlock it with the vendor's tools".to_owned()
+    } else if answered("CKR_PIN_EXPIRED") {
+        format!("set a new PIN with the vendor's tools and write it into {pin_file}")
+    } else {
+        format!("write the right PIN into {pin_file}")
+    };
+    format!("{told}: {remedy}; this one is not tried again, unless you say `trousseau pin retry`")
 }
 
 /// Whether the token has seen a wrong PIN since its last login, as far as it tells.

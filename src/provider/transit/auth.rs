@@ -166,13 +166,7 @@ impl Login {
     /// The fingerprint of what would be shown now.
     fn files(&self) -> String {
         let secret = |file: &Credential| file.read_file().map(|read| fingerprint(&[read.expose_secret()]));
-        let files = match &self.auth.method {
-            Method::Token { token } => vec![secret(token)],
-            Method::AppRole { role_id, secret_id, .. } => vec![secret(role_id), secret(secret_id)],
-            Method::Cert { key, .. } => vec![secret(key)], // a new certificate comes with a new key
-            Method::Jwt { jwt, .. } => vec![secret(jwt)],
-        };
-        files.into_iter().map(Result::unwrap_or_default).collect()
+        self.auth.method.secrets().into_iter().map(|(_, file)| secret(file).unwrap_or_default()).collect()
     }
 
     fn is_kept_by_others(&self) -> bool {
@@ -236,7 +230,11 @@ impl Login {
         match self.log_in(unwrapped).await {
             Err(why) if !token.has_ended() => {
                 tracing::warn!(provider = self.name, ?why, "the token ends soon, and another one cannot be had");
-                tokio::time::sleep(AGAIN.max(token.lasts.unwrap_or_default() / 20)).await;
+                // Long enough that a day's token is not asked for each second; a person may show another secret sooner.
+                tokio::select! {
+                    () = self.another_is_shown(AGAIN.max(token.lasts.unwrap_or_default() / 20), GLANCE) => (),
+                    () = self.due.notified() => (),
+                }
             }
             got => self.set(got),
         }
@@ -272,5 +270,68 @@ impl Token {
     /// Whether a renewed lease of so many seconds shows that its greatest age is near.
     fn is_capped_at(&self, seconds: u64) -> bool {
         self.lasts.is_some_and(|lasts| Duration::from_secs(seconds) < lasts * 9 / 10)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+    use crate::config::Config;
+
+    fn token(lasts: Option<Duration>) -> Arc<Token> {
+        Arc::new(Token { secret: SecretString::from("s.it"), got: Instant::now(), lasts, renewable: false })
+    }
+
+    /// A login at an address where nobody listens, by a token file.
+    fn login(directory: &std::path::Path) -> Login {
+        let at = directory.display();
+        let text = format!(
+            "version = \"v1\"\n[keyring]\ncluster = \"test\"\nstate = \"{at}\"\n[[provider]]\nname = \"vault\"\n\
+             type = \"transit\"\naddress = \"https://127.0.0.1:1\"\nkey = \"kek\"\n\
+             auth = {{ method = \"token\", token-file = \"{at}/token\" }}\n"
+        );
+        for (file, text) in [("token", "s.another"), ("trousseau.toml", &text)] {
+            fs::write(directory.join(file), text).unwrap();
+            fs::set_permissions(directory.join(file), fs::Permissions::from_mode(0o600)).unwrap();
+        }
+        let config = Config::load(&directory.join("trousseau.toml")).unwrap();
+        let config = config.transit().next().unwrap();
+        let state = Arc::new(State::open(directory).unwrap());
+        Login::new(config, "it".into(), &Arc::new(Client::new(config)), &state)
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_a_token_to_end_hears_that_it_was_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let login = login(directory.path());
+        let token = token(lasting(768 * 3600));
+        login.set(Ok(Arc::clone(&token)));
+        let refused = async {
+            let soon = Instant::now() + Duration::from_millis(100);
+            drop(login.replace(&token, soon).await);
+        };
+        let mut unwrapped = None;
+        let renewed = async { tokio::join!(login.renew(&token, &mut unwrapped), refused) };
+        assert!(tokio::time::timeout(Duration::from_secs(20), renewed).await.is_ok(), "it sleeps for 38 hours");
+    }
+
+    #[test]
+    fn no_lease_is_too_long_to_reckon_with() {
+        for (seconds, lasts) in [
+            (0, None),
+            (1, Some(1)),
+            (768 * 3600, Some(768 * 3600)),
+            (u64::from(u32::MAX) + 1, Some(u32::MAX.into())),
+            (u64::MAX, Some(u32::MAX.into())),
+        ] {
+            let token = token(lasting(seconds));
+            assert_eq!(token.lasts, lasts.map(Duration::from_secs), "{seconds}");
+            assert!(token.renew_in() <= Duration::from_secs(u32::MAX.into()), "{seconds}");
+            assert!(!token.has_ended() && !token.is_capped_at(u64::MAX), "{seconds}");
+        }
     }
 }

@@ -2,11 +2,13 @@
 //! no redirect and knows no proxy: a token goes to the address of the configuration and nowhere else.
 
 use std::error::Error;
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use http::{HeaderValue, Method, Request, StatusCode, Uri};
+use http::{HeaderName, HeaderValue, Method, Request, StatusCode, Uri};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::Bytes;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
@@ -20,7 +22,9 @@ use secrecy::{ExposeSecret, SecretString};
 use zeroize::Zeroizing;
 
 use super::fault::Fault;
+use super::index::Index;
 use crate::config::{Credential, Method as AuthMethod, TransitConfig};
+use crate::disk;
 use crate::sync::lock;
 
 /// An answer of more bytes than this is not one of Transit's: a key of thousands of versions has fewer.
@@ -31,6 +35,8 @@ const CONNECT: Duration = Duration::from_secs(2);
 const PING: Duration = Duration::from_secs(2);
 /// A call that was given at least so long and had no answer says something about its connection.
 const LONG: Duration = Duration::from_millis(500);
+/// See [`super::index`].
+const INDEX: HeaderName = HeaderName::from_static("x-vault-index");
 
 type Http = legacy::Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
 
@@ -41,6 +47,8 @@ pub(super) struct Client {
     certificate: Option<(PathBuf, Credential)>,
     /// Made when it is first needed, and anew when it hangs.
     http: Mutex<Option<Http>>,
+    /// The newest that an answer told.
+    index: Mutex<Option<Index>>,
 }
 
 /// One call. A path begins behind `/v1/`.
@@ -49,6 +57,9 @@ pub(super) struct Call<'c> {
     pub(super) path: &'c str,
     pub(super) namespace: Option<&'c str>,
     pub(super) token: Option<&'c SecretString>,
+    /// To a standby that did not know what others do: one that has not come as far as the newest answer so far is to ask
+    /// the active node.
+    pub(super) is_for_the_newest: bool,
     /// JSON; it may hold a data key.
     pub(super) body: Zeroizing<Vec<u8>>,
 }
@@ -66,7 +77,13 @@ impl Client {
             AuthMethod::Cert { cert, key, .. } => Some((cert.clone(), key.clone())),
             _ => None,
         };
-        Self { address: config.address.clone(), ca_file: config.ca_file.clone(), certificate, http: Mutex::default() }
+        Self {
+            address: config.address.clone(),
+            ca_file: config.ca_file.clone(),
+            certificate,
+            http: Mutex::default(),
+            index: Mutex::default(),
+        }
     }
 
     /// Has the next call make a new connection, with certificates that are read anew.
@@ -90,6 +107,7 @@ impl Client {
                 Fault::Unreachable(why(&error))
             })?;
             let status = response.status();
+            self.learn(status, response.headers().get(INDEX));
             if status.is_redirection() {
                 let to = response.headers().get(http::header::LOCATION).and_then(|to| to.to_str().ok());
                 return Err(Fault::Redirect(to.unwrap_or("nowhere").chars().take(200).collect()));
@@ -102,7 +120,7 @@ impl Client {
                     false => Fault::Unreachable(chain(error.as_ref())),
                 })?;
                 if let Some(data) = frame.data_ref() {
-                    body.extend_from_slice(data);
+                    extend(&mut body, data);
                 }
             }
             Ok(Answer { status, body })
@@ -124,12 +142,35 @@ impl Client {
         if let Some(namespace) = call.namespace {
             request = request.header("x-vault-namespace", namespace);
         }
+        if call.is_for_the_newest {
+            request = request.header("x-vault-inconsistent", "forward-active-node");
+            if let Some(index) = &*lock(&self.index) {
+                request = request.header(INDEX, index.header());
+            }
+        }
         if let Some(token) = call.token {
             let mut token = HeaderValue::from_str(token.expose_secret()).map_err(|_| Fault::TokenRefused)?;
             token.set_sensitive(true); // h2 keeps it out of its table, and Debug does not show it
             request = request.header("x-vault-token", token);
         }
         request.body(Full::new(Bytes::from_owner(call.body))).map_err(|error| internal(&error))
+    }
+
+    /// Keeps the newest index, unless a node says that it has not come so far: if it was restored, none ever will.
+    fn learn(&self, status: StatusCode, told: Option<&HeaderValue>) {
+        let mut index = lock(&self.index);
+        if status == StatusCode::PRECONDITION_FAILED {
+            *index = None;
+            return;
+        }
+        // Most answers tell what is known: nothing was written since.
+        let news = told.filter(|told| index.as_ref().is_none_or(|known| known.header() != *told));
+        if let Some(told) = news.and_then(Index::of) {
+            *index = Some(match index.take() {
+                Some(before) => before.or_later(told),
+                None => told,
+            });
+        }
     }
 
     fn http(&self) -> Result<Http, Fault> {
@@ -190,9 +231,25 @@ impl Client {
     }
 }
 
-fn certificates(file: &PathBuf) -> Result<Vec<CertificateDer<'static>>, String> {
+/// Adds bytes. A vector that grew by itself would leave what it held in its old place.
+fn extend(body: &mut Zeroizing<Vec<u8>>, data: &[u8]) {
+    let length = body.len() + data.len();
+    if length > body.capacity() {
+        let mut larger = Zeroizing::new(Vec::with_capacity(2 * length));
+        larger.extend_from_slice(body);
+        *body = larger; // and the old one is wiped
+    }
+    body.extend_from_slice(data);
+}
+
+/// Who vouches for the server, or for us: nobody else may decide that.
+fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     let wrong = |error: &dyn std::fmt::Display| format!("{}: {error}", file.display());
-    let pem = std::fs::read(file).map_err(|error| wrong(&error))?;
+    let (mut from, mut pem) = (File::open(file).map_err(|error| wrong(&error))?, Vec::new());
+    let metadata = from.metadata().map_err(|error| wrong(&error))?;
+    disk::refuse_if_changeable_by_others(file, &metadata)
+        .map_err(|(what, remedy)| wrong(&format!("{what}: {remedy}")))?;
+    from.read_to_end(&mut pem).map_err(|error| wrong(&error))?;
     let found: Vec<_> =
         CertificateDer::pem_slice_iter(&pem).collect::<Result<_, _>>().map_err(|error| wrong(&error))?;
     if found.is_empty() { Err(wrong(&"no certificate in PEM")) } else { Ok(found) }
@@ -222,4 +279,17 @@ fn chain(error: &(dyn Error + 'static)) -> String {
         next = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_is_what_came_however_it_grew() {
+        let mut body = Zeroizing::new(Vec::with_capacity(3));
+        let frames: [&[u8]; 5] = [b"", b"ab", b"cdefghijkl", b"m", &[b'x'; 5000]];
+        frames.iter().for_each(|frame| extend(&mut body, frame));
+        assert_eq!(*body, frames.concat());
+    }
 }

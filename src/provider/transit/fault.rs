@@ -39,6 +39,24 @@ pub(super) enum Fault {
     Other(String),
 }
 
+impl Fault {
+    /// In a word, for whoever counts what happened.
+    pub(super) const fn class(&self) -> &'static str {
+        match self {
+            Self::Unreachable(_) => "unreachable",
+            Self::Late => "late",
+            Self::Sealed => "sealed",
+            Self::Broken(_) => "broken",
+            Self::Redirect(_) => "redirect",
+            Self::RateLimited => "rate-limited",
+            Self::Behind => "behind",
+            Self::TokenRefused => "login",
+            Self::BadCiphertext => "bad-input",
+            Self::Denied | Self::NoKey | Self::NoMount(_) | Self::TooOld | Self::Other(_) => "refused",
+        }
+    }
+}
+
 /// How a successful answer is wrapped up.
 #[derive(Deserialize)]
 pub(super) struct Data<T> {

@@ -65,6 +65,11 @@ impl Key {
         self.keys.iter().map(|(number, created)| Version { number: *number, created: *created }).collect()
     }
 
+    /// Whether its server knows a version of this number, or did.
+    pub(super) const fn reaches(&self, version: u32) -> bool {
+        version <= self.latest_version
+    }
+
     /// Why none of its versions can be a KEK, and what to do.
     pub(super) fn unfit(&self, policy: Exportable) -> Option<String> {
         if self.of_type != TYPE {
@@ -134,5 +139,44 @@ impl Key {
         let mut versions = before.map(|before| before.versions.clone()).unwrap_or_default();
         versions.extend(self.keys.iter().map(|(number, created)| (*number, *created)));
         SeenKey { key: name.to_owned(), versions }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn key(versions: &[(u32, i64)], latest_version: u32) -> Key {
+        let keys: serde_json::Map<_, _> =
+            versions.iter().map(|(number, created)| (number.to_string(), (*created).into())).collect();
+        let said = serde_json::json!({"type": TYPE, "keys": keys, "latest_version": latest_version});
+        serde_json::from_value(said).unwrap()
+    }
+
+    /// What was known of a key, what is said of it now, and what is known then: versions, each with its creation.
+    type Case<'c> = (&'c str, Option<(&'c [(u32, i64)], u32)>, (&'c [(u32, i64)], u32), (&'c [(u32, i64)], u32));
+
+    #[test]
+    fn a_standby_that_lags_takes_no_version_away() {
+        let cases: &[Case<'_>] = &[
+            ("the first time", None, (&[(1, 10)], 1), (&[(1, 10)], 1)),
+            ("the same", Some((&[(1, 10)], 1)), (&[(1, 10)], 1), (&[(1, 10)], 1)),
+            ("rotated", Some((&[(1, 10)], 1)), (&[(1, 10), (2, 20)], 2), (&[(1, 10), (2, 20)], 2)),
+            ("one behind", Some((&[(1, 10), (2, 20)], 2)), (&[(1, 10)], 1), (&[(1, 10), (2, 20)], 2)),
+            ("two behind", Some((&[(1, 10), (2, 20), (3, 30)], 3)), (&[(1, 10)], 1), (&[(1, 10), (2, 20), (3, 30)], 3)),
+            // min_decryption_version was raised, and then a standby lags: what it does say counts.
+            ("behind and raised", Some((&[(1, 10), (2, 20), (3, 30)], 3)), (&[(2, 20)], 2), (&[(2, 20), (3, 30)], 3)),
+            ("raised, not behind", Some((&[(1, 10), (2, 20)], 2)), (&[(2, 20)], 2), (&[(2, 20)], 2)),
+            // Another key of that name is recognised by what is said now.
+            ("behind and made anew", Some((&[(1, 10), (2, 20)], 2)), (&[(1, 99)], 1), (&[(1, 99), (2, 20)], 2)),
+        ];
+        for (case, before, (said, latest), (known, newest)) in cases {
+            let before = before.map(|(versions, latest)| key(versions, latest));
+            let now = key(said, *latest).with_newer_of(before.as_ref());
+            let versions: Vec<_> = now.versions().iter().map(|version| (version.number, version.created)).collect();
+            assert_eq!((versions.as_slice(), now.latest_version), (*known, *newest), "{case}");
+            assert!(now.reaches(*newest) && !now.reaches(newest + 1), "{case}");
+        }
     }
 }

@@ -12,7 +12,7 @@ use super::auth::{Login, NoToken};
 use super::client::{Answer, Call, Client};
 use super::fault::Fault;
 use crate::config::TransitConfig;
-use crate::provider::{KekError, Times, Vitals};
+use crate::provider::{KekError, Losses, Times, Vitals};
 use crate::sync::lock;
 
 /// Requests under way at a time: more would wait at Vault, and longer than anybody wants.
@@ -43,6 +43,8 @@ pub(super) struct Link {
     times: Arc<Times>,
     /// How often it was there, or there again.
     returns: AtomicU64,
+    /// How often it was lost, by the class of what was wrong.
+    losses: Losses,
     /// Why nothing is asked of Vault at the moment.
     outage: Mutex<Option<KekError>>,
     /// Wakes whoever tries whether it has come back.
@@ -88,6 +90,7 @@ impl Link {
             calls: Semaphore::new(MOST_CALLS),
             times: Arc::default(),
             returns: AtomicU64::new(1),
+            losses: Losses::default(),
             outage: Mutex::default(),
             opened: Notify::new(),
             doubted: Mutex::default(),
@@ -127,7 +130,7 @@ impl Link {
             is_up: outage.is_none(),
             is_latched: matches!(outage, Some(KekError::Unauthenticated(_))),
             connections: self.returns.load(Ordering::Relaxed),
-            losses: Vec::new(),
+            losses: self.losses.counted(),
             sessions: vec![("busy", MOST_CALLS - self.calls.available_permits())],
             waiting: 0,
             times: Arc::clone(&self.times),
@@ -161,11 +164,15 @@ impl Link {
         if matches!(ask, Ask::Encrypt | Ask::Decrypt) {
             self.times.call.record(began.elapsed());
         }
+        // That it lags behind one ciphertext says nothing of the others, and whoever writes etcd can plant such a one.
+        let is_behind = matches!(answer, Err(Trouble::Fault(Fault::Behind)));
+        let class = answer.as_ref().err().map_or("", Trouble::class);
         let answer = answer.map_err(|trouble| self.explain(trouble, ask));
         match &answer {
-            Err(error @ (KekError::Unavailable(_) | KekError::Unauthenticated(_))) => self.open(error.clone()),
+            _ if is_behind => (),
+            Err(error @ (KekError::Unavailable(_) | KekError::Unauthenticated(_))) => self.open(class, error.clone()),
             Err(error @ KekError::Deadline(_)) if began.elapsed() >= HANGS => {
-                self.open(KekError::Unavailable(error.to_string()));
+                self.open(class, KekError::Unavailable(error.to_string()));
             }
             Err(KekError::Deadline(_) | KekError::Busy(_)) => (),
             Ok(_) | Err(_) => self.close(),
@@ -193,7 +200,7 @@ impl Link {
             Ask::Read | Ask::Encrypt | Ask::Decrypt => self.path(ask),
         };
         let mut token = self.login.token(deadline).await?;
-        let (mut attempt, mut is_new) = (1, false);
+        let (mut attempt, mut is_new, mut is_behind) = (1, false, false);
         loop {
             let call = Call {
                 method: method.clone(),
@@ -201,6 +208,7 @@ impl Link {
                 // The health is of no namespace.
                 namespace: self.namespace.as_deref().filter(|_| !matches!(ask, Ask::Health)),
                 token: Some(token.secret()),
+                is_for_the_newest: is_behind,
                 body: body.clone(),
             };
             let fault = match self.client.call(call, deadline).await.and_then(Answer::checked) {
@@ -216,6 +224,7 @@ impl Link {
                 // A connection that broke, a standby that lags, a quota: soon it may be well.
                 Fault::Unreachable(_) if attempt < 2 => (),
                 Fault::Behind | Fault::RateLimited | Fault::TokenRefused if attempt < ATTEMPTS => {
+                    is_behind |= !matches!(fault, Fault::RateLimited);
                     tokio::time::sleep(BREATH * attempt).await;
                 }
                 _ => return Err(Trouble::Fault(fault)),
@@ -275,13 +284,16 @@ impl Link {
 
     /// An answer of another form than Transit's.
     pub(super) fn strange(&self) -> KekError {
-        let place = self.place();
-        KekError::Unavailable(format!("{place} answered something that is not Transit's: is a proxy in between?"))
+        let (name, place) = (&self.name, self.place());
+        KekError::Unavailable(format!(
+            "provider {name}: {place} answered something that is not Transit's: is a proxy in between?"
+        ))
     }
 
-    fn open(&self, why: KekError) {
+    fn open(&self, class: &'static str, why: KekError) {
         let mut outage = lock(&self.outage);
         if outage.is_none() {
+            self.losses.count(class);
             tracing::warn!(provider = self.name, %why, "Vault is out of reach");
             self.opened.notify_one();
         }
@@ -300,6 +312,16 @@ impl Link {
 enum Trouble {
     NoToken(NoToken),
     Fault(Fault),
+}
+
+impl Trouble {
+    fn class(&self) -> &'static str {
+        match self {
+            Self::NoToken(NoToken::Refused(_)) => Fault::TokenRefused.class(),
+            Self::NoToken(NoToken::NotYet) => Fault::Late.class(),
+            Self::NoToken(NoToken::Unreachable(fault)) | Self::Fault(fault) => fault.class(),
+        }
+    }
 }
 
 impl From<NoToken> for Trouble {

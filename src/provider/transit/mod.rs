@@ -2,11 +2,12 @@
 //!
 //! From top to bottom: this room knows the key and its versions ([`key`]); each is a [`kek`]; [`link`] makes calls with
 //! a token, again where that helps, and knows whether anybody answers; [`auth`] gets that token and keeps it fresh;
-//! [`fault`] is what an answer means; [`client`] is HTTP.
+//! [`fault`] is what an answer means; [`client`] is HTTP, and [`index`] how far a node has come.
 
 mod auth;
 mod client;
 mod fault;
+mod index;
 mod kek;
 mod key;
 mod link;
@@ -62,6 +63,7 @@ pub struct Transit {
 struct Core {
     name: String,
     key: String,
+    rotation: String,
     delay: SignedDuration,
     exportable: Exportable,
     /// What its files in the state directory are called.
@@ -84,6 +86,7 @@ impl Transit {
         let core = Arc::new(Core {
             name: config.name.clone(),
             key: config.key.clone(),
+            rotation: config.rotation(),
             delay: config.activation_delay,
             exportable: config.exportable,
             file,
@@ -180,6 +183,18 @@ impl Core {
         Ok(sighting)
     }
 
+    /// Whoever writes etcd chooses the version of an old ciphertext: one that the key does not have is not waited for.
+    async fn decrypt_old(&self, old: &Ciphertext, deadline: Instant) -> Result<Plaintext, KekError> {
+        let has_it = |key: &Key| key.reaches(old.version());
+        if !lock(&self.last).as_ref().is_some_and(has_it) {
+            self.link.check()?;
+            if !has_it(&self.read(deadline).await?) {
+                return Err(KekError::BadInput);
+            }
+        }
+        kek::decrypt_old(&self.link, old, deadline).await
+    }
+
     fn kek(&self, key: &Key, version: Version) -> Arc<dyn Kek> {
         Arc::new(TransitKek {
             identity: self.identity(version),
@@ -245,6 +260,15 @@ impl Provider for Transit {
         WrapAlgorithm::Transit
     }
 
+    fn how_to_rotate(&self) -> String {
+        self.core.rotation.clone()
+    }
+
+    /// Its KEKs are versions of one key, which is refused as a whole.
+    fn how_to_begin(&self) -> Option<String> {
+        None
+    }
+
     fn pace(&self) -> Pace {
         let within = self.core.delay.unsigned_abs() / LOOKS_IN_DELAY;
         // With no delay at all, nobody counts on an instant.
@@ -268,7 +292,7 @@ impl Provider for Transit {
     }
 
     fn decrypt_old(&self, old: Ciphertext, deadline: Instant) -> Answer<'_, Plaintext> {
-        Box::pin(async move { kek::decrypt_old(&self.core.link, &old, deadline).await })
+        Box::pin(async move { self.core.decrypt_old(&old, deadline).await })
     }
 
     fn hopeless(&self) -> Option<String> {

@@ -3,6 +3,11 @@ package apiserver
 import (
 	"errors"
 	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -29,7 +34,12 @@ func provider(apiVersion, name, socket string) string {
 func TestSecrets(t *testing.T) {
 	const secrets = 1000
 	c := newCluster(t)
-	plugin, first := harness.StartPlugin(t)
+	plugin := harness.NewPlugin(t)
+	watched := harness.FreeAddress(t)
+	plugin.Configure(plugin.HSM(), fmt.Sprintf("[observe]\nhttp = %q\n", watched))
+	first := plugin.Generate()
+	plugin.Start()
+	plugin.AwaitReady()
 	v2 := provider("v2", providerName, plugin.Socket)
 
 	server := c.start(v2)
@@ -38,6 +48,7 @@ func TestSecrets(t *testing.T) {
 	server.readsAll(secrets)
 	old := harness.KeyID(t, harness.Cluster, first.ID)
 	c.allUnder(old, secrets)
+	hash := server.sharesKeyIDHash(watched)
 
 	t.Log("cold start of the API server")
 	server = c.restart(server, secrets, v2)
@@ -85,7 +96,49 @@ func TestSecrets(t *testing.T) {
 	c.allUnder(renewed, secrets)
 
 	t.Log("cold start after the rotation")
-	c.restart(server, secrets, v2)
+	server = c.restart(server, secrets, v2)
+	if server.sharesKeyIDHash(watched) == hash {
+		t.Errorf("%s is the hash of the new key_id, and was the old one's", hash)
+	}
+}
+
+// sharesKeyIDHash is the hash of the only key_id of which this API server knows, by its own metrics. The plugin that is
+// watched at this address must show the same.
+func (s *server) sharesKeyIDHash(watched string) string {
+	s.Helper()
+	own, err := s.Discovery().RESTClient().Get().AbsPath("/metrics").DoRaw(s.Context())
+	if err != nil {
+		s.Fatalf("the API server's metrics: %v", err)
+	}
+	seen := keyIDHashes("apiserver_envelope_encryption_key_id_hash_total", own)
+	shown := keyIDHashes("trousseau_key_id_info", fetch(s.T, "http://"+watched+"/metrics"))
+	if len(seen) != 1 || !maps.Equal(seen, shown) {
+		s.Fatalf("the API server knows the hashes %v, and the plugin shows %v", seen, shown)
+	}
+	return slices.Collect(maps.Keys(seen))[0]
+}
+
+// keyIDHashes are the values of the label `key_id_hash` in this metric's samples.
+func keyIDHashes(metric string, text []byte) map[string]bool {
+	hashes := map[string]bool{}
+	for _, sample := range regexp.MustCompile(`(?m)^`+metric+`\{.*?\bkey_id_hash="([^"]*)"`).FindAllSubmatch(text, -1) {
+		hashes[string(sample[1])] = true
+	}
+	return hashes
+}
+
+func fetch(t *testing.T, address string) []byte {
+	t.Helper()
+	response, err := http.Get(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatalf("%s: %v", address, err)
+	}
+	return body
 }
 
 // awaitKeyID waits until the API server writes under this key_id. Meanwhile no request may fail.

@@ -74,11 +74,38 @@ func TestEitherServiceAway(t *testing.T) {
 	}
 }
 
-// TestMoveToAnotherService goes the way of packaging/guides/to-another-service.md, from a token to OpenBao, under one
-// running plugin and one running API server. Another control plane's plugin is always a step behind.
+// service is one to which a plugin moves from its token.
+type service struct {
+	provider func(more ...string) string // its `[[provider]]`
+	makeKEK  func()                      // once it is in the configuration
+}
+
+// TestMoveToAnotherService goes the way of packaging/guides/to-another-service.md from a token.
 func TestMoveToAnotherService(t *testing.T) {
+	for _, to := range []struct {
+		what string
+		make func(*testing.T, *harness.Plugin) service
+	}{
+		{"OpenBao", func(t *testing.T, _ *harness.Plugin) service {
+			return service{harness.StartOpenBao(t).Provider("kek"), func() {}} // the key is one
+		}},
+		{"another vendor's token", func(_ *testing.T, p *harness.Plugin) service {
+			token := p.AddOtherToken()
+			provider := func(more ...string) string { return token.Provider("other", more...) }
+			return service{provider, func() { p.Generate("--provider", "other") }}
+		}},
+	} {
+		t.Run(to.what, func(t *testing.T) {
+			p := harness.NewPlugin(t)
+			p.Generate()
+			move(t, p, to.make(t, p))
+		})
+	}
+}
+
+// move does it under one running plugin and one running API server. Another control plane's plugin is always a step behind.
+func move(t *testing.T, p *harness.Plugin, to service) {
 	const secrets = 200
-	p, _, vault := twoServices(t)
 	other := p.Beside()
 	for _, plugin := range []*harness.Plugin{p, other} {
 		plugin.Start()
@@ -91,10 +118,11 @@ func TestMoveToAnotherService(t *testing.T) {
 	server.create(secrets)
 
 	oldest := newCaller(t, p).first() // under the KEK in the token alone
-	step := func(what string, providers ...string) {
+	step := func(what string, makeKEK func(), providers ...string) {
 		t.Log(what)
 		load := startLoad(server, p, oldest)
 		p.Configure(providers...)
+		makeKEK()
 		p.Reload()
 		load.more(100)
 		load.stop()
@@ -112,18 +140,19 @@ func TestMoveToAnotherService(t *testing.T) {
 		c.allUnder(p.KeyID(), secrets)
 		c.sealedFor(map[int]int{recipients: secrets})
 	}
+	none := func() {}
 	before := p.KeyID()
-	step("add", p.HSM(), vault())
+	step("add", to.makeKEK, p.HSM(), to.provider())
 	rewriteAll(2)
 	both := p.KeyID()
-	step("seal = false", p.HSM("seal = false"), vault())
+	step("seal = false", none, p.HSM("seal = false"), to.provider())
 	rewriteAll(1)
 	after := p.KeyID()
 	if before == both || both == after || after == before {
 		t.Errorf("a key_id has come back: %s, %s, %s", before, both, after)
 	}
 	oldest = newCaller(t, p).first() // which takes the place of the other one, as the rewritings did
-	step("remove", vault())
+	step("remove", none, to.provider())
 	p.Token.Hide(t)
 	server.mustChange(0)
 	server = c.restart(server, secrets, v2)

@@ -74,7 +74,7 @@ func refusesEveryLength(t *testing.T, ciphertext []byte, open open) {
 	dataAtFault(t, "one byte appended", err, codes.InvalidArgument)
 }
 
-// dataAtFault wants this code, and a text that does not blame the token.
+// dataAtFault wants this code, and a text that does not blame the provider.
 func dataAtFault(t *testing.T, what string, err error, want codes.Code) *status.Status {
 	t.Helper()
 	answer, _ := status.FromError(err)
@@ -87,13 +87,13 @@ func dataAtFault(t *testing.T, what string, err error, want codes.Code) *status.
 	return answer
 }
 
-// tokenAtFault wants UNAVAILABLE, and a text that blames the token; for a Decrypt also that the object is intact.
+// tokenAtFault wants UNAVAILABLE, and a text that blames the provider and names its token; for a Decrypt also that the object is intact.
 func tokenAtFault(t *testing.T, what string, err error) {
 	t.Helper()
 	answer, _ := status.FromError(err)
 	text := answer.Message()
-	if answer.Code() != codes.Unavailable || !strings.Contains(text, "token") {
-		t.Errorf("%s: want UNAVAILABLE and a text that blames the token, got %v: %q", what, answer.Code(), text)
+	if answer.Code() != codes.Unavailable || !strings.HasPrefix(text, "the provider is at fault") || !strings.Contains(text, "token") {
+		t.Errorf("%s: want UNAVAILABLE and a text that blames the provider and names its token, got %v: %q", what, answer.Code(), text)
 	}
 	if what == "Decrypt" && !strings.Contains(text, "intact") {
 		t.Errorf("%s: the text does not say that the object is intact: %q", what, text)

@@ -89,7 +89,7 @@ func TestEncryptionConfig(t *testing.T) {
 			printed := printFor(t, name)
 			validate(t, printed)
 			wired := read(t, fragmentOf(printed))
-			saved := regexp.MustCompile(`Save this file as (\S+?),? `).FindSubmatch(printed)
+			saved := regexp.MustCompile(`trousseau encryption-config … >(\S+?)\)`).FindSubmatch(printed)
 			if saved == nil || string(saved[1]) != wired.file {
 				t.Errorf("the file is saved as %q and looked for at %q", saved, wired.file)
 			}

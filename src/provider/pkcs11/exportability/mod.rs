@@ -7,9 +7,12 @@
 mod pairs;
 mod stand;
 
+use std::sync::Arc;
+
 use serde::Serialize;
 
 use self::stand::{Stand, ways};
+use super::admission::KekSpec;
 use super::error::CallError;
 use super::lane::Lane;
 use crate::config::Mode;
@@ -110,6 +113,27 @@ impl ThrowAway {
     }
 }
 
+/// On what a mode was tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TriedOn {
+    /// A key that was made for it, and destroyed.
+    ThrowAwayKey,
+    /// A KEK: pairs of RSA keys are slow to make.
+    Kek,
+}
+
+impl TriedOn {
+    /// In words.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::ThrowAwayKey => "a throw-away key",
+            Self::Kek => "a KEK",
+        }
+    }
+}
+
 /// Every way that was tried on a token.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -178,18 +202,36 @@ pub(super) fn way_out(lane: &Lane, mode: Mode) -> Result<Option<String>, CallErr
     Ok(out.map(|trial| format!("{}: {}", trial.way, trial.what)))
 }
 
-/// Has a throw-away key of this mode wrap a value and unwrap it, since what a token's flags say proves nothing: why that
-/// does not work, if it does not.
+/// On what a mode was tried, if it was, and why it does not work, if it does not.
+pub(super) struct Tried {
+    pub(super) on: Option<TriedOn>,
+    pub(super) failure: Option<String>,
+}
+
+/// Has a key of this mode wrap a value and unwrap it, since what a token's flags say proves nothing: a throw-away key, or
+/// one of these KEKs if such a key is slow to make and nothing may be written.
 ///
 /// # Errors
 /// The token is out of reach.
-pub(super) fn try_mode(lane: &Lane, mode: Mode) -> Result<Option<String>, CallError> {
+pub(super) fn try_mode(lane: &mut Lane, mode: Mode, keks: &[KekSpec], may_write: bool) -> Result<Tried, CallError> {
+    let connected = Arc::clone(&lane.connected);
     // One of its own: what a session has done must not change what is found out of a KEK in it.
-    let session = lane.connected.open_session()?;
-    let stand = Stand::new(&session, &lane.connected.profile);
-    match stand.throw_away(Kind::made_by_us(mode), false) {
-        Ok((key, _)) if stand.opens_its_own(&key)? => Ok(None),
-        Ok(_) => Ok(Some("the token does not unwrap what it has wrapped".into())),
-        Err(error) => stand.refused(error).map(Some),
-    }
+    let session = connected.open_session()?;
+    let stand = Stand::new(&session, &connected.profile);
+    let kind = Kind::made_by_us(mode);
+    let (on, works) = match keks.iter().find(|kek| kek.mode == mode) {
+        // To make two pairs takes some tokens longer than doctor waits.
+        Some(kek) if mode == Mode::Oaep && !may_write => (Some(TriedOn::Kek), lane.try_out(kek).map(|()| true)),
+        _ => match stand.throw_away(kind, may_write) {
+            Ok((key, object)) => (Some(TriedOn::ThrowAwayKey), stand.opens_its_own(kind, &key, object)),
+            Err(error) => (stand.has_made_one().then_some(TriedOn::ThrowAwayKey), Err(error)),
+        },
+    };
+    let failure = match works {
+        Ok(true) => None,
+        Ok(false) => Some("the token does not unwrap what it has wrapped".into()),
+        Err(error) => Some(stand.refused(error)?),
+    };
+    stand.clear(None)?;
+    Ok(Tried { on, failure })
 }

@@ -45,10 +45,14 @@ pub(super) fn session_object() -> Vec<Attribute> {
     ]
 }
 
+/// What a private key shows of its public one.
+pub(super) fn said(session: &Session, private: ObjectHandle) -> Result<Said, CallError> {
+    Ok(Said(session.get_attributes(private, &[AttributeType::Modulus, AttributeType::PublicExponent])?))
+}
+
 /// The public key that a private one shows.
 pub(super) fn public_key(session: &Session, private: ObjectHandle) -> Result<PublicKey, CallError> {
-    let said = Said(session.get_attributes(private, &[AttributeType::Modulus, AttributeType::PublicExponent])?);
-    oaep::public_key(&said).map_err(|what| CallError::new(Class::Refused, what))
+    oaep::public_key(&said(session, private)?).map_err(|what| CallError::new(Class::Refused, what))
 }
 
 /// Whether these bytes are that private number of this public key; `None` if only the others could tell.

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use cryptoki::mechanism::Mechanism;
 use cryptoki::mechanism::aead::GcmParams;
@@ -13,6 +14,7 @@ use zeroize::Zeroizing;
 use super::super::admission::KekSpec;
 use super::super::error::{CallError, Class};
 use super::super::mechanism::Handles;
+use super::super::oaep::Pair;
 use super::super::{attributes, mechanism, oaep, raw};
 use super::{Kind, Outcome, ThrowAway, pairs};
 use crate::config::{Mode, Profile};
@@ -95,7 +97,6 @@ impl Stand<'_> {
         let [handle, ..] = objects;
         let mut objects = objects.to_vec();
         objects.dedup();
-        self.made.borrow_mut().extend(&objects);
         let known_by = match kind.mode {
             Mode::Oaep => KnownBy::Public(pairs::public_key(self.session, handle)?),
             _ => {
@@ -109,25 +110,28 @@ impl Stand<'_> {
 
     /// As a KEK is made, but for what is said otherwise. The key that is to stay inside is the first.
     fn generate(&self, spec: &KekSpec, kind: Kind, in_token: bool) -> Result<[ObjectHandle; 2], CallError> {
-        let loosened = |mut template: Vec<Attribute>| {
-            for attribute in &mut template {
-                match attribute {
-                    Attribute::Token(token) => *token = in_token,
-                    Attribute::Modifiable(modifiable) => *modifiable = kind.modifiable,
-                    Attribute::Copyable(copyable) => *copyable = kind.copyable,
-                    _ => (),
-                }
-            }
-            template
-        };
         if spec.mode == Mode::Oaep {
-            let [public, private] = oaep::templates(self.profile, spec, true).map(loosened);
-            let made = self.session.generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, &public, &private)?;
-            return Ok([made.1, made.0]);
+            return self.generate_pair(spec, kind, in_token, true);
         }
-        let template = loosened(attributes::template(self.profile, spec));
+        let template = loosened(attributes::template(self.profile, spec), kind, in_token);
         let key = self.session.generate_key(&Mechanism::AesKeyGen, &template)?;
+        self.made.borrow_mut().push(key);
         Ok([key, key])
+    }
+
+    /// The pair that decrypts, or the one that signs.
+    fn generate_pair(
+        &self,
+        spec: &KekSpec,
+        kind: Kind,
+        in_token: bool,
+        decrypts: bool,
+    ) -> Result<[ObjectHandle; 2], CallError> {
+        let templates = oaep::templates(self.profile, spec, decrypts);
+        let [public, private] = templates.map(|template| loosened(template, kind, in_token));
+        let made = self.session.generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, &public, &private)?;
+        self.made.borrow_mut().extend([made.1, made.0]);
+        Ok([made.1, made.0])
     }
 
     /// The answer of a token that is well and will not do this; any other error goes on.
@@ -152,20 +156,30 @@ impl Stand<'_> {
         Ok(destroyed.into_iter().collect::<Result<(), _>>()?)
     }
 
-    /// Whether a throw-away key unwraps what it has wrapped.
-    pub(super) fn opens_its_own(&self, key: &Key) -> Result<bool, CallError> {
-        match &key.known_by {
-            KnownBy::Wrapped { value, wrapped } => self.opens(key, key.handle, value, wrapped),
-            KnownBy::Public(_) => Ok(false),
+    pub(super) fn has_made_one(&self) -> bool {
+        !self.made.borrow().is_empty()
+    }
+
+    /// Whether a throw-away key unwraps what it has wrapped. A pair is given another one for that, which signs.
+    pub(super) fn opens_its_own(&self, kind: Kind, key: &Key, object: ThrowAway) -> Result<bool, CallError> {
+        if let KnownBy::Wrapped { value, wrapped } = &key.known_by {
+            return self.opens(key, key.handle, value, wrapped);
         }
+        let [signing, _] = self.generate_pair(&key.spec, kind, object == ThrowAway::TokenObject, false)?;
+        let [encryption, verification] = [key.handle, signing].map(|key| pairs::said(self.session, key));
+        let pair = Pair::new(&key.spec.id, &encryption?, &verification?);
+        let pair = Arc::new(pair.map_err(|what| CallError::new(Class::Refused, what))?);
+        let spec = KekSpec { identity: pair.identity, pair: Some(pair), ..key.spec.clone() };
+        let value = Dek::generate()?;
+        let handles = Handles { key: key.handle, signing };
+        let wrapped = mechanism::wrap(self.profile, &spec, self.session, handles, &value)?;
+        mechanism::opens(self.profile, &spec, self.session, handles, &wrapped, &value)
     }
 
     /// Whether the key behind a handle unwraps what the throw-away key has wrapped, and so is the same.
     fn opens(&self, key: &Key, handle: ObjectHandle, value: &Dek, wrapped: &[u8]) -> Result<bool, CallError> {
-        match mechanism::unwrap(self.profile, &key.spec, self.session, of_one(handle), wrapped) {
-            Ok(unwrapped) => Ok(unwrapped.expose() == value.expose()),
-            Err(error) => self.refused(error).map(|_| false),
-        }
+        let opens = mechanism::opens(self.profile, &key.spec, self.session, of_one(handle), wrapped, value);
+        opens.or_else(|error| self.refused(error).map(|_| false))
     }
 
     /// Whether these bytes are the key's; `None` if that cannot be told.
@@ -338,6 +352,19 @@ impl Drop for Stand<'_> {
     fn drop(&mut self) {
         let _the_first_error_is_told = self.clear(None);
     }
+}
+
+/// The template of a KEK, for a throw-away key of this kind.
+fn loosened(mut template: Vec<Attribute>, kind: Kind, in_token: bool) -> Vec<Attribute> {
+    for attribute in &mut template {
+        match attribute {
+            Attribute::Token(token) => *token = in_token,
+            Attribute::Modifiable(modifiable) => *modifiable = kind.modifiable,
+            Attribute::Copyable(copyable) => *copyable = kind.copyable,
+            _ => (),
+        }
+    }
+    template
 }
 
 /// Every mechanism that wraps a key by AES: the profile's own, and of the standard's those that these are not.

@@ -137,6 +137,7 @@ impl Login {
             path: "auth/token/lookup-self",
             namespace: self.namespace.as_deref(),
             token: Some(&secret),
+            is_for_the_newest: false,
             body: Zeroizing::default(),
         };
         let answer = self.client.call(call, Instant::now() + PATIENCE).await.and_then(Answer::checked);
@@ -208,6 +209,7 @@ impl Login {
             path: "",
             namespace: self.namespace.as_deref(),
             token,
+            is_for_the_newest: false,
             body: Zeroizing::new(b"{}".to_vec()),
         }
     }
@@ -276,8 +278,9 @@ impl Token {
     }
 }
 
+/// For ever, where it is zero. No token lasts longer than a century; what says so must not overflow.
 pub(super) fn lasting(seconds: u64) -> Option<Duration> {
-    (seconds > 0).then(|| Duration::from_secs(seconds))
+    (seconds > 0).then(|| Duration::from_secs(seconds.min(u32::MAX.into())))
 }
 
 fn read(credential: &Credential) -> Result<SecretString, NoToken> {

@@ -82,7 +82,19 @@ func (p *Plugin) AddToken() {
 	p.Env = append(p.Env, p.Token.Env...)
 }
 
-// Beside is another control plane's plugin, with the same token and configuration, and a state of its own.
+// AddOtherToken makes another vendor's token, in which there is no KEK, for a provider of its own.
+func (p *Plugin) AddOtherToken() *Token {
+	p.t.Helper()
+	profile := "kryoptic"
+	if p.Token.Profile == profile {
+		profile = "softhsm"
+	}
+	token := newToken(p.t, MakeDir(p.t, filepath.Join(p.Dir, "other")), profile)
+	p.Env = append(p.Env, token.Env...)
+	return token
+}
+
+// Beside is another control plane's plugin, with the same tokens and configuration, and a state of its own.
 func (p *Plugin) Beside() *Plugin {
 	p.t.Helper()
 	other := BarePlugin(p.t)
@@ -115,21 +127,7 @@ func (p *Plugin) State() string {
 }
 
 // HSM is the `[[provider]]` of the token, with more lines of it.
-func (p *Plugin) HSM(more ...string) string {
-	module := ""
-	if p.Token.Module != "" {
-		module = fmt.Sprintf("module = %q\n", p.Token.Module)
-	}
-	return fmt.Sprintf(`[[provider]]
-name = "hsm"
-type = "pkcs11"
-profile = %q
-%stokens = ["pkcs11:token=%s"]
-pin-file = %q
-sessions = 4
-%s
-`, p.Token.Profile, module, tokenLabel, p.Token.PINFile, strings.Join(more, "\n"))
-}
+func (p *Plugin) HSM(more ...string) string { return p.Token.Provider("hsm", more...) }
 
 // StartPlugin is the usual beginning of a test: a plugin that serves with one KEK.
 func StartPlugin(t testing.TB) (*Plugin, Key) {

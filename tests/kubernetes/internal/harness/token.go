@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -25,13 +26,19 @@ type Token struct {
 // NewToken makes the token that TROUSSEAU_TEST_TOKEN names: softhsm (the default) or kryoptic.
 func NewToken(t testing.TB, dir string) *Token {
 	t.Helper()
+	return newToken(t, dir, cmp.Or(os.Getenv("TROUSSEAU_TEST_TOKEN"), "softhsm"))
+}
+
+func newToken(t testing.TB, dir, profile string) *Token {
+	t.Helper()
 	token := &Token{
+		Profile: profile,
 		PINFile: filepath.Join(dir, "pin"),
 		store:   MakeDir(t, filepath.Join(dir, "token")),
 		aside:   MakeDir(t, filepath.Join(dir, "token-aside")),
 	}
 	conf := filepath.Join(dir, "token.conf")
-	switch token.Profile = cmp.Or(os.Getenv("TROUSSEAU_TEST_TOKEN"), "softhsm"); token.Profile {
+	switch profile {
 	case "softhsm":
 		token.Env = []string{"SOFTHSM2_CONF=" + conf}
 		WriteFile(t, conf, fmt.Sprintf("directories.tokendir = %s\nobjectstore.backend = file\nlog.level = ERROR\n", token.store))
@@ -42,7 +49,7 @@ func NewToken(t testing.TB, dir string) *Token {
 		token.Env = []string{"KRYOPTIC_CONF=" + conf}
 		WriteFile(t, conf, fmt.Sprintf("[[slots]]\nslot = 1\ndbtype = \"sqlite\"\ndbargs = %q\n", filepath.Join(token.store, "token.sql")))
 	default:
-		t.Fatalf("TROUSSEAU_TEST_TOKEN=%s: softhsm and kryoptic are known", token.Profile)
+		t.Fatalf("TROUSSEAU_TEST_TOKEN=%s: softhsm and kryoptic are known", profile)
 	}
 	token.initialize(t)
 	return token
@@ -61,6 +68,23 @@ func (token *Token) initialize(t testing.TB) {
 	if output, err := command.CombinedOutput(); err != nil {
 		t.Fatalf("softhsm2-util: %v\n%s", err, output)
 	}
+}
+
+// Provider is the `[[provider]]` of the token under this name, with more lines of it.
+func (token *Token) Provider(name string, more ...string) string {
+	module := ""
+	if token.Module != "" {
+		module = fmt.Sprintf("module = %q\n", token.Module)
+	}
+	return fmt.Sprintf(`[[provider]]
+name = %q
+type = "pkcs11"
+profile = %q
+%stokens = ["pkcs11:token=%s"]
+pin-file = %q
+sessions = 4
+%s
+`, name, token.Profile, module, tokenLabel, token.PINFile, strings.Join(more, "\n"))
 }
 
 // Hide takes the token away from processes that look for it from now on.

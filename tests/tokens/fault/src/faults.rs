@@ -63,10 +63,11 @@ pub fn intercept(call: &Call, forward: impl FnOnce(&Context) -> CK_RV) -> CK_RV 
     let context = Context { call, rules: &rules, token };
     let code = before(&context).unwrap_or_else(|| {
         let code = resized(&context).unwrap_or_else(|| forward(&context));
-        if code == CKR_OK {
-            flip(&context);
+        if code != CKR_OK {
+            return code;
         }
-        code
+        flip(&context);
+        half_way(&context).unwrap_or(CKR_OK)
     });
     log(call.function, context.token.as_deref(), code);
     code
@@ -113,6 +114,14 @@ fn end_operation(call: &Call, code: CK_RV) {
         let mut length = thrown_away.len() as CK_ULONG;
         let _whatever = (output.elsewhere)(thrown_away.as_mut_ptr(), &mut length);
     }
+}
+
+/// What is answered though the call was made.
+fn half_way(context: &Context) -> Option<CK_RV> {
+    context.about().find_map(|rule| match rule.action {
+        Action::HalfWay(code) => rule.fires().map(|_| code),
+        _ => None,
+    })
 }
 
 fn while_it_is_there(rule: &Rule) {

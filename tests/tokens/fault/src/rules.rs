@@ -13,6 +13,8 @@ use crate::{codes, table};
 pub enum Action {
     /// Answer this, and do not forward.
     Return(CK_RV),
+    /// Make the call, and answer this all the same.
+    HalfWay(CK_RV),
     /// Wait at least so long, and less than so long.
     Delay(Duration, Duration),
     /// Wait until the rule is gone.
@@ -206,10 +208,8 @@ fn parse_action<'a, 'b>(function: Option<&str>, words: &'a [&'b str]) -> Result<
         false => Err(format!("this is for one of {}", table::WITH_OUTPUT.join(", "))),
     };
     match words {
-        ["return", code, rest @ ..] => {
-            let code = codes::parse(code).ok_or(format!("{code} is neither a CKR_ name nor a number like 0x30"))?;
-            Ok((Action::Return(code), rest))
-        }
+        ["return", code, rest @ ..] => Ok((Action::Return(parse_code(code)?), rest)),
+        ["half-way", code, rest @ ..] => Ok((Action::HalfWay(parse_code(code)?), rest)),
         ["delay", time, rest @ ..] => {
             let (from, to) = time.split_once("..").unwrap_or((time, time));
             let (from, to) = (parse_time(from)?, parse_time(to)?);
@@ -254,6 +254,10 @@ fn parse_action<'a, 'b>(function: Option<&str>, words: &'a [&'b str]) -> Result<
         [word, ..] => Err(format!("{word} is no action, or lacks what it needs")),
         [] => Err("there is no action".into()),
     }
+}
+
+fn parse_code(code: &str) -> Result<CK_RV, String> {
+    codes::parse(code).ok_or(format!("{code} is neither a CKR_ name nor a number like 0x30"))
 }
 
 fn parse<T: std::str::FromStr>(number: &str) -> Result<T, String> {

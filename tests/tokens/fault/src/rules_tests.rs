@@ -13,6 +13,7 @@ fn good_lines() {
         ("C_Decrypt return 0x80000201 token second", Action::Return(0x8000_0201)),
         ("  C_Decrypt   delay 5ms probability 0.1", Action::Delay(ms(5), ms(5))),
         ("C_Decrypt delay 300us..2s", Action::Delay(Duration::from_micros(300), ms(2000))),
+        ("C_Finalize half-way CKR_DEVICE_ERROR times 1", Action::HalfWay(0x30)),
         ("C_Login hang", Action::Hang),
         ("C_Encrypt crash after 3", Action::Crash),
         ("C_EncryptInit lose-sessions times 1", Action::LoseSessions),
