@@ -16,24 +16,22 @@ use crate::sync::lock;
 /// What last went wrong with each KEK, until something goes right.
 #[derive(Default)]
 pub struct Health {
-    faults: Mutex<BTreeMap<Identity, Fault>>,
+    faults: Mutex<Faults>,
     proofs: Mutex<BTreeMap<Identity, Timestamp>>,
     worse: Notify,
 }
 
+/// What is wrong with a KEK: with all that it does, or with one work that fails while the other succeeds. Each is kept
+/// for itself, so that a token that was away for a moment does not make one forget what is refused, or too slow.
+type Faults = BTreeMap<(Identity, Option<Work>), String>;
+
 /// What a KEK was to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Work {
     /// [`Kek::wrap_dek`](crate::provider::Kek::wrap_dek).
     Wrap,
     /// [`Kek::unwrap_dek`](crate::provider::Kek::unwrap_dek).
     Unwrap,
-}
-
-struct Fault {
-    what: String,
-    /// The work that fails, where success with the other one proves nothing of it: it is refused, or too slow.
-    work: Option<Work>,
 }
 
 impl Health {
@@ -45,9 +43,8 @@ impl Health {
         match outcome {
             Ok(_) | Err(KekError::BadInput) => {
                 let mut faults = self.faults();
-                if faults.get(&kek).is_some_and(|fault| fault.work.is_none_or(|failed| failed == work)) {
-                    faults.remove(&kek);
-                }
+                faults.remove(&(kek, None));
+                faults.remove(&(kek, Some(work)));
             }
             Err(KekError::Busy(_) | KekError::Deadline(_) | KekError::OfOneValue(_)) => (),
             Err(error @ (KekError::Denied(_) | KekError::Refused(_))) => self.fails_at(kek, work, error),
@@ -57,16 +54,20 @@ impl Health {
 
     /// Remembers that a KEK cannot be used.
     pub fn fault(&self, kek: Identity, error: &KekError) {
-        self.insert(kek, Fault { what: error.to_string(), work: None });
+        self.insert(kek, None, error);
     }
 
-    /// Remembers that a KEK cannot be used for this, whatever else works.
+    /// Remembers that a KEK cannot be used for this: success with the other work proves nothing of it.
     pub fn fails_at(&self, kek: Identity, work: Work, error: &KekError) {
-        self.insert(kek, Fault { what: error.to_string(), work: Some(work) });
+        self.insert(kek, Some(work), error);
     }
 
-    fn insert(&self, kek: Identity, fault: Fault) {
-        if self.faults().insert(kek, fault).is_none() {
+    fn insert(&self, kek: Identity, work: Option<Work>, error: &KekError) {
+        let mut faults = self.faults();
+        let was_well = fault_of(&faults, kek).is_none();
+        faults.insert((kek, work), error.to_string());
+        drop(faults);
+        if was_well {
             self.worse.notify_one();
         }
     }
@@ -88,10 +89,43 @@ impl Health {
 
     /// What is wrong with a KEK, if anything is.
     pub fn fault_of(&self, kek: Identity) -> Option<String> {
-        self.faults().get(&kek).map(|fault| fault.what.clone())
+        fault_of(&self.faults(), kek).cloned()
     }
 
-    fn faults(&self) -> MutexGuard<'_, BTreeMap<Identity, Fault>> {
+    fn faults(&self) -> MutexGuard<'_, Faults> {
         lock(&self.faults)
+    }
+}
+
+/// What concerns all its work comes first.
+fn fault_of(faults: &Faults, kek: Identity) -> Option<&String> {
+    [None, Some(Work::Wrap), Some(Work::Unwrap)].iter().find_map(|work| faults.get(&(kek, *work)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_failed_proves_that_it_works_again() {
+        use Work::{Unwrap, Wrap};
+        let (done, away) = (|| Ok(()), || Err(KekError::Unavailable("away".into())));
+        let denied = || Err(KekError::Denied("denied".into()));
+        // (what happens to one KEK, what is then wrong with it)
+        let cases: [(&[(Work, Result<(), KekError>)], Option<&str>); 8] = [
+            (&[], None),
+            (&[(Wrap, away())], Some("away")),
+            (&[(Wrap, away()), (Unwrap, done())], None),
+            (&[(Wrap, denied())], Some("denied")),
+            (&[(Wrap, denied()), (Unwrap, done())], Some("denied")),
+            (&[(Wrap, denied()), (Wrap, done())], None),
+            (&[(Wrap, denied()), (Unwrap, away())], Some("away")),
+            (&[(Wrap, denied()), (Unwrap, away()), (Unwrap, done())], Some("denied")),
+        ];
+        for (number, (events, wrong)) in cases.into_iter().enumerate() {
+            let (health, kek) = (Health::default(), Identity::from_bytes([u8::try_from(number).unwrap(); 16]));
+            events.iter().for_each(|(work, outcome)| health.note(kek, *work, outcome));
+            assert_eq!(health.fault_of(kek).as_deref(), wrong, "case {number}");
+        }
     }
 }
