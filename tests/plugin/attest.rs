@@ -32,7 +32,7 @@ pub fn run(host: &Host, library: &Path, rules: &str, arguments: &[&str]) -> Outp
     drop(faults.command()); // it writes the configuration
     let mut command = host.command(arguments);
     command.arg("--config").arg(host.path("trousseau.toml"));
-    command.env("TROUSSEAU_FAULT_MODULE", host.token.family.module());
+    command.env("TROUSSEAU_FAULT_MODULE", host.token.family.own_module());
     command.env("TROUSSEAU_FAULT_RULES", host.path("rules")).output().unwrap()
 }
 

@@ -274,7 +274,7 @@ fn a_token_that_hangs_does_not_hold_it_up_for_ever() {
     faults.set("C_GenerateKey hang");
     drop(faults.command()); // it writes the configuration
     let mut command = host.command(&["doctor", "--output", "json", "--config"]);
-    command.arg(host.path("trousseau.toml")).env("TROUSSEAU_FAULT_MODULE", host.token.family.module());
+    command.arg(host.path("trousseau.toml")).env("TROUSSEAU_FAULT_MODULE", host.token.family.own_module());
     let began = Instant::now();
     let done = command.env("TROUSSEAU_FAULT_RULES", host.path("rules")).output().unwrap();
     assert!(began.elapsed() < Duration::from_secs(90), "{:?}", began.elapsed());

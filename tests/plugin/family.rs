@@ -87,7 +87,24 @@ impl Family {
         skips(self == Self::OpenCryptoki, "it must not be initialized again: a token that was lost ends the process")
     }
 
+    /// Who makes the IV of AES-GCM, in the words of a profile, where the module that makes faults dresses the token so.
+    pub fn gcm_iv(self) -> Option<String> {
+        env::var("TROUSSEAU_TEST_GCM_IV").ok()
+    }
+
+    /// Whether it is dressed so already. It says so: for tests that dress it themselves.
+    pub fn is_dressed(self) -> bool {
+        skips(self.gcm_iv().is_some(), "TROUSSEAU_TEST_GCM_IV dresses it already")
+    }
+
+    /// What the plugin loads.
     pub fn module(self) -> PathBuf {
+        let dress = || env::var_os("TROUSSEAU_FAULT_LIB").expect("TROUSSEAU_TEST_GCM_IV needs TROUSSEAU_FAULT_LIB").into();
+        self.gcm_iv().map_or_else(|| self.own_module(), |_| dress())
+    }
+
+    /// The token's own, without its dress.
+    pub fn own_module(self) -> PathBuf {
         match self {
             Self::SoftHsm => "/usr/lib/softhsm/libsofthsm2.so".into(),
             Self::Kryoptic => env::var_os("TROUSSEAU_KRYOPTIC_MODULE")

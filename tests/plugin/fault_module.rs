@@ -54,7 +54,7 @@ impl Faults<'_> {
         let mut command = self.host.command(verb);
         command.arg("--config").arg(self.host.path("trousseau.toml")).stdin(Stdio::null());
         command
-            .env("TROUSSEAU_FAULT_MODULE", self.host.token.family.module())
+            .env("TROUSSEAU_FAULT_MODULE", self.host.token.family.own_module())
             .env("TROUSSEAU_FAULT_RULES", self.host.path("rules"));
         command
     }

@@ -3,6 +3,8 @@
 //! `TROUSSEAU_TEST_TOKEN` chooses the token: `softhsm` (default), `kryoptic` with `TROUSSEAU_KRYOPTIC_MODULE`,
 //! `opencryptoki` (as root) or `tpm2`. A test that does not apply to a token says why, and is skipped.
 //! `TROUSSEAU_TEST_MODE` chooses the mode of KEKs where a test does not: one of the profile's, by default its first.
+//! `TROUSSEAU_TEST_GCM_IV` dresses a token with AES keys as one that makes the IV of AES-GCM itself: `written`,
+//! `prepended` or `appended`, by the module that makes faults.
 #![allow(
     missing_docs,
     unreachable_pub,

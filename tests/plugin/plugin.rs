@@ -62,6 +62,9 @@ impl Host {
             v1beta1: true,
         };
         host.write_secret("pin", PIN);
+        if host.token.family.gcm_iv().is_some() {
+            host.write_profile("");
+        }
         host
     }
 
@@ -149,7 +152,8 @@ sessions = {sessions}"#,
         let kept =
             |line: &&str| !["renew-after", "reinitialize", "omit-attributes"].iter().any(|key| line.starts_with(key));
         let shipped = shipped.lines().take_while(|line| !line.starts_with('[')).filter(kept);
-        let text = format!("{}\n{more}\n", shipped.collect::<Vec<_>>().join("\n"));
+        let dress = self.token.family.gcm_iv().map(|habit| format!("gcm-iv = \"{habit}\"\n")).unwrap_or_default();
+        let text = format!("{}\n{dress}{more}\n", shipped.collect::<Vec<_>>().join("\n"));
         self.write_secret(&name, &text);
         text
     }

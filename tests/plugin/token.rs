@@ -157,6 +157,11 @@ impl Token {
                 (variables, Some(Service::start(command, &service, "ready")))
             }
         };
+        let mut variables = variables;
+        if let Some(habit) = family.gcm_iv() {
+            variables.push(("TROUSSEAU_FAULT_MODULE", family.own_module().into()));
+            variables.push(("TROUSSEAU_FAULT_DRESS", format!("C_EncryptInit gcm {habit}").into()));
+        }
         Self { family, directory: directory.to_owned(), variables, service }
     }
 
@@ -228,7 +233,7 @@ impl Token {
     }
 
     fn errand(&self) -> Errand {
-        Errand { module: self.family.module(), tokens: vec![], keys: vec![], remove: vec![], wrong_pins: 0 }
+        Errand { module: self.family.own_module(), tokens: vec![], keys: vec![], remove: vec![], wrong_pins: 0 }
     }
 
     /// Has the child do it; returns what it printed.
