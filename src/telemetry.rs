@@ -6,8 +6,10 @@ use std::io::IsTerminal;
 use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{fmt, registry, reload};
 
 use crate::sync::lock;
 
@@ -16,7 +18,7 @@ use crate::sync::lock;
 const LOG_VARIABLE: &str = "TROUSSEAU_LOG";
 
 /// Replaces the filter of the running process.
-type Exchange = Box<dyn Fn(EnvFilter) -> bool + Send + Sync>;
+type Exchange = Box<dyn Fn(Targets) -> bool + Send + Sync>;
 
 static EXCHANGE: OnceLock<Exchange> = OnceLock::new();
 
@@ -24,23 +26,17 @@ static EXCHANGE: OnceLock<Exchange> = OnceLock::new();
 pub fn init(default: &str) {
     let wish = wish();
     let is_heeded = is_level(&wish);
-    let filter = EnvFilter::new(if is_heeded { &wish } else { default });
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let filter = if is_heeded { &wish } else { default }.parse();
+    let (filter, handle) = reload::Layer::new(filter.unwrap_or(Targets::new().with_default(LevelFilter::INFO)));
     // Of a log that cannot be written it would tell the same log, and end the process when that fails too.
-    let builder = builder.log_internal_errors(false);
-    let exchange: Exchange = if std::io::stderr().is_terminal() {
-        let builder = builder.compact().with_filter_reloading();
-        let handle = builder.reload_handle();
-        builder.init();
-        Box::new(move |filter| handle.reload(filter).is_ok())
+    let lines = fmt::layer().with_writer(std::io::stderr).with_target(false).log_internal_errors(false);
+    let lines = if std::io::stderr().is_terminal() {
+        lines.compact().boxed()
     } else {
-        let builder = builder.json().flatten_event(true).with_current_span(false).with_span_list(false);
-        let builder = builder.with_filter_reloading();
-        let handle = builder.reload_handle();
-        builder.init();
-        Box::new(move |filter| handle.reload(filter).is_ok())
+        lines.json().flatten_event(true).with_current_span(false).with_span_list(false).boxed()
     };
-    drop(EXCHANGE.set(exchange)); // it was set before only if logging was
+    registry().with(filter).with(lines).init();
+    drop(EXCHANGE.set(Box::new(move |filter| handle.reload(filter).is_ok()))); // it was set before only if logging was
     if !wish.is_empty() && !is_heeded {
         tracing::warn!(TROUSSEAU_LOG = wish, "this is no log filter and is ignored: write for example debug");
     }
@@ -60,7 +56,7 @@ pub fn set_level(level: &str) {
 #[must_use]
 pub fn is_level(level: &str) -> bool {
     let is_word = |part: &str| !part.is_empty() && (part.contains('=') || part.parse::<LevelFilter>().is_ok());
-    level.split(',').all(|part| is_word(part.trim())) && level.parse::<EnvFilter>().is_ok()
+    level.split(',').all(|part| is_word(part.trim())) && level.parse::<Targets>().is_ok()
 }
 
 fn wish() -> String {
