@@ -147,10 +147,11 @@ runner=()
 tested() {
     local output=$work/output name failed
     ! "${runner[@]}" cargo test --locked --no-fail-fast "$@" 2>&1 | tee "$output" || return 0
-    mapfile -t failed < <(sed -n 's/^test \(.*\) \.\.\. FAILED$/\1/p' "$output")
+    mapfile -t failed < <(sed -n 's/^test \([^ ]*\) \.\.\. FAILED$/\1/p' "$output" | sort -u)
     ((${#failed[@]} > 0 && ${#failed[@]} < 4)) || return 1
     for name in "${failed[@]}"; do
-        "${runner[@]}" cargo test --locked -- --exact "$name" || return 1
+        "${runner[@]}" cargo test --locked -- --exact "$name" 2>&1 | tee "$output" || return 1
+        grep -q '^test result: ok\. 1 passed' "$output" || return 1
         printf '%s\n' "$name" >>"$work/unsteady"
     done
 }

@@ -86,7 +86,7 @@ fn a_state_directory_that_takes_nothing_does_not_keep_a_host_from_booting() {
     plugin.wait_until("it is healthy", |plugin| plugin.status().is_ok());
     plugin.decrypt(&sealed, &key_id).unwrap();
     plugin.round_trip();
-    assert!(plugin.log().contains("it is kept in memory"), "{}", plugin.log());
+    plugin.wait_until("the log says so", |plugin| plugin.log().contains("it is kept in memory"));
     let doctor = over_read_only_state(&host, "doctor").output().unwrap();
     let said = String::from_utf8_lossy(&doctor.stdout).into_owned();
     assert!(doctor.status.code() == Some(1) && said.contains("mounted for writing"), "{said}");

@@ -29,6 +29,9 @@ pub const PIN: &str = "horse739";
 /// With which openCryptoki's tokens come.
 const SO_PIN: &str = "87654321";
 
+/// A token's service takes no longer.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// A token's files, and the environment by which a module finds them.
 #[derive(Clone)]
 pub struct Token {
@@ -53,7 +56,7 @@ impl Service {
         while !directory.join(ready).exists() {
             let log = || fs::read_to_string(directory.join("service.log")).unwrap();
             assert!(service.0.try_wait().unwrap().is_none(), "{command:?} ended:\n{}", log());
-            assert!(began.elapsed() < Duration::from_secs(30), "{command:?} is not ready:\n{}", log());
+            assert!(began.elapsed() < PATIENCE, "{command:?} is not ready:\n{}", log());
             thread::sleep(Duration::from_millis(20));
         }
         Arc::new(service)
@@ -244,9 +247,17 @@ impl Token {
             .env(ERRAND, serde_json::to_string(errand).unwrap())
             .output()
             .unwrap();
-        let log = String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
-        assert!(done.status.success(), "the token's child failed:\n{log}");
+        let log = String::from_utf8_lossy(&[&done.stdout[..], &done.stderr].concat()).into_owned();
+        // Not at the beginning of a line, where it would look like a test's.
+        let told = || (log.clone() + &self.service_logs()).replace('\n', "\n  ");
+        assert!(done.status.success(), "the token's child failed:\n  {}", told());
         log
+    }
+
+    /// What the token's service has said.
+    fn service_logs(&self) -> String {
+        let read = |name| fs::read_to_string(self.directory.join("service").join(name)).unwrap_or_default();
+        ["service.log", "abrmd.log"].map(read).concat()
     }
 }
 
@@ -284,11 +295,11 @@ fn child() {
     library.finalize().unwrap();
 }
 
-/// openCryptoki's daemon has its socket before it answers there.
+/// openCryptoki's daemon has its socket before it answers there; a TPM's is slow on a busy machine.
 fn initialize(library: &Pkcs11) {
     let began = Instant::now();
     while let Err(error) = library.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK)) {
-        assert!(began.elapsed() < Duration::from_secs(5), "{error}");
+        assert!(began.elapsed() < PATIENCE, "{error}");
         thread::sleep(Duration::from_millis(50));
     }
 }

@@ -24,9 +24,9 @@ const END_HEADERS: u8 = 4;
 const INITIAL_WINDOW_SIZE: u16 = 4;
 const DEFAULT_WINDOW: usize = 65_535;
 
-/// A trickle ends after this time, or when the plugin has given no window for a second.
-const LONGEST: Duration = Duration::from_secs(5);
-const NO_WINDOW: Duration = Duration::from_secs(1);
+/// A trickle ends after this time, or when the plugin has given no window for three seconds.
+const LONGEST: Duration = Duration::from_secs(15);
+const NO_WINDOW: Duration = Duration::from_secs(3);
 const API_SERVER_TIMEOUT: Duration = Duration::from_secs(3);
 
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {

@@ -12,12 +12,12 @@ trap finish EXIT
 trap 'exit 0' TERM INT
 
 mkdir -- "$directory"/{tpm,store}
-# until_there FILE PID: waits while the process lives.
-until_there() {
-    local tries
-    for ((tries = 0; tries < 200; tries++)); do
-        [[ ! -e $1 ]] || return 0
-        kill -0 "$2" 2>/dev/null || return 1
+# until_it PID COMMAND...: waits until the command succeeds, while the process lives.
+until_it() {
+    local tries pid=$1
+    for ((tries = 0; tries < 600; tries++)); do
+        ! "${@:2}" >/dev/null 2>&1 || return 0
+        kill -0 "$pid" 2>/dev/null || return 1
         sleep 0.05
     done
     return 1
@@ -30,22 +30,25 @@ for ((tries = 0; tries < 20; tries++)); do
         --server "type=tcp,port=$port,bindaddr=127.0.0.1" --ctrl "type=tcp,port=$((port + 1)),bindaddr=127.0.0.1" \
         --flags not-need-init,startup-clear &
     swtpm=$!
-    until_there "$directory/swtpm.pid" "$swtpm" && break
+    until_it "$swtpm" test -e "$directory/swtpm.pid" && break
+    kill "$swtpm" 2>/dev/null || true # the port is taken
+    wait "$swtpm" || true
 done
 started+=("$swtpm")
+
+# call NAME OBJECT METHOD ARGUMENT...: asks somebody on the bus.
+call() { dbus-send "--bus=unix:path=$directory/bus" --print-reply --reply-timeout=20000 "--dest=$1" "${@:2}"; }
 dbus-daemon --session --nofork "--address=unix:path=$directory/bus" &
 started+=($!)
-until_there "$directory/bus" $!
+until_it "$!" call org.freedesktop.DBus /org/freedesktop/DBus org.freedesktop.DBus.GetId
+
+# It has its name before it serves, and before it has spoken to the TPM: so a connection is made.
 DBUS_SESSION_BUS_ADDRESS=unix:path=$directory/bus tpm2-abrmd --session --allow-root \
     "--tcti=swtpm:host=127.0.0.1,port=$port" >"$directory/abrmd.log" 2>&1 &
-abrmd=$!
-started+=("$abrmd")
-for ((tries = 0; tries < 200; tries++)); do
-    if dbus-send "--bus=unix:path=$directory/bus" --print-reply --dest=org.freedesktop.DBus /org/freedesktop/DBus \
-        org.freedesktop.DBus.NameHasOwner string:com.intel.tss2.Tabrmd 2>/dev/null | grep -q 'boolean true'; then
-        touch -- "$directory/ready"
-        break
-    fi
-    sleep 0.05
-done
+started+=($!)
+if ! until_it "$!" call com.intel.tss2.Tabrmd /com/intel/tss2/Tabrmd/Tcti com.intel.tss2.TctiTabrmd.CreateConnection; then
+    cat -- "$directory/abrmd.log" >&2
+    exit 1
+fi
+touch -- "$directory/ready"
 wait -n

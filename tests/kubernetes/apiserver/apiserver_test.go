@@ -19,7 +19,7 @@ const (
 	providerName = "trousseau" // part of the data in etcd
 
 	// The API server asks for the Status every 20 s while its /readyz is polled.
-	noticeLimit = 45 * time.Second
+	noticeLimit = 90 * time.Second
 	// Its gRPC client's back-off after an outage of half a minute, and more on a busy machine.
 	healLimit = 90 * time.Second
 	// A plugin looks for new KEKs every 30 s; then the API server has to ask.

@@ -22,7 +22,7 @@ import (
 
 const (
 	maximumCiphertext = 1024             // what the API server stores at most
-	rotationLimit     = 45 * time.Second // a plugin looks for new KEKs every 30 s
+	rotationLimit     = 90 * time.Second // a plugin looks for new KEKs every 30 s
 	healLimit         = 30 * time.Second
 )
 

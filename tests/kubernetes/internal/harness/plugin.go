@@ -22,7 +22,7 @@ import (
 // Cluster is the name that every test's plugin gives to its cluster.
 const Cluster = "test-1"
 
-const readyLimit = 20 * time.Second
+const readyLimit = 60 * time.Second
 
 // Plugin is the real plugin, with a configuration and a state of its own.
 type Plugin struct {
