@@ -99,7 +99,8 @@ impl Family {
 
     /// What the plugin loads.
     pub fn module(self) -> PathBuf {
-        let dress = || env::var_os("TROUSSEAU_FAULT_LIB").expect("TROUSSEAU_TEST_GCM_IV needs TROUSSEAU_FAULT_LIB").into();
+        let dress =
+            || env::var_os("TROUSSEAU_FAULT_LIB").expect("TROUSSEAU_TEST_GCM_IV needs TROUSSEAU_FAULT_LIB").into();
         self.gcm_iv().map_or_else(|| self.own_module(), |_| dress())
     }
 
