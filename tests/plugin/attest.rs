@@ -161,7 +161,7 @@ fn a_provider_of_type_transit_is_named_and_not_examined() {
 pub fn host_of_pairs() -> Host {
     let host = Host::new();
     if !host.token.family.modes().contains(&"oaep") {
-        std::fs::create_dir(host.path("hsm-profiles")).unwrap();
+        std::fs::create_dir_all(host.path("hsm-profiles")).unwrap();
         let profile =
             "title = \"pairs\"\nstatus = \"tested\"\nmodule-paths = []\nmodes = [\"oaep\"]\nrsa-bits = 2048\n";
         host.write_secret(&format!("hsm-profiles/{}.toml", host.token.family.profile()), profile);

@@ -97,6 +97,11 @@ impl Family {
         skips(self.gcm_iv().is_some(), "TROUSSEAU_TEST_GCM_IV dresses it already")
     }
 
+    /// Whether one session is not enough for it. It says so.
+    pub fn needs_two_sessions(self) -> bool {
+        skips(self.gcm_iv().is_some(), "that the IVs which it makes differ is seen in a second session")
+    }
+
     /// What the plugin loads.
     pub fn module(self) -> PathBuf {
         let dress =

@@ -64,6 +64,7 @@ impl Host {
         host.write_secret("pin", PIN);
         if host.token.family.gcm_iv().is_some() {
             host.write_profile("");
+            host.set_mode(&format!("hsm-profiles/{}.toml", host.token.family.profile()), 0o644);
         }
         host
     }
@@ -152,7 +153,8 @@ sessions = {sessions}"#,
         let kept =
             |line: &&str| !["renew-after", "reinitialize", "omit-attributes"].iter().any(|key| line.starts_with(key));
         let shipped = shipped.lines().take_while(|line| !line.starts_with('[')).filter(kept);
-        let dress = self.token.family.gcm_iv().map(|habit| format!("gcm-iv = \"{habit}\"\n")).unwrap_or_default();
+        let dress = self.token.family.gcm_iv().filter(|_| !more.contains("gcm-iv"));
+        let dress = dress.map(|habit| format!("gcm-iv = \"{habit}\"\n")).unwrap_or_default();
         let text = format!("{}\n{dress}{more}\n", shipped.collect::<Vec<_>>().join("\n"));
         self.write_secret(&name, &text);
         text
