@@ -10,15 +10,13 @@
 //! November 2026, two cores, by `chrt`: p99.9 of the answer 3.8 ms, of a timer 2.1 ms.
 #![allow(clippy::print_stdout)]
 
-use std::error::Error;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
+mod host;
+
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
 use futures_util::future::join_all;
-use rustix::process::{Pid, Signal, kill_process};
-use tempfile::TempDir;
+use host::{Host, PATIENCE, Result};
 use tokio::time::sleep;
 use trousseau::service::client::Client;
 
@@ -31,36 +29,18 @@ const REST: Duration = Duration::from_secs(1);
 const SESSIONS: u32 = 160;
 const CALLERS: u32 = 128;
 const ROUNDS: usize = 32;
-const PATIENCE: Duration = Duration::from_secs(30);
-
-type Result<T> = std::result::Result<T, Box<dyn Error>>;
-
-/// A process of ours. It is asked to end, and waited for, when this is dropped.
-struct Process(Child);
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ended = kill_process(Pid::from_child(&self.0), Signal::TERM);
-        let _status = self.0.wait();
-    }
-}
-
-fn start(command: &mut Command, log: &Path) -> Result<Process> {
-    let log = fs::File::options().create(true).append(true).open(log)?;
-    Ok(Process(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn()?))
-}
 
 /// Waits until the plugin is well.
-async fn connect(socket: &Path, log: &Path) -> Result<Client> {
+async fn connect(host: &Host) -> Result<Client> {
     let began = Instant::now();
     loop {
-        if let Ok(mut client) = Client::connect(socket, PATIENCE).await
+        if let Ok(mut client) = Client::connect(&host.path("kms.sock"), PATIENCE).await
             && client.status().await.is_ok()
         {
             return Ok(client);
         }
         if began.elapsed() > PATIENCE {
-            return Err(format!("nobody serves:\n{}", fs::read_to_string(log)?).into());
+            return Err(host.nobody_serves());
         }
         sleep(Duration::from_millis(5)).await;
     }
@@ -95,35 +75,13 @@ async fn overstays(mut client: Client, begin_after: Duration) -> Result<(Vec<Dur
 fn main() -> Result<()> {
     let library =
         env::var("TROUSSEAU_FAULT_LIB").map_err(|_| "TROUSSEAU_FAULT_LIB: see tests/tokens/build.sh fault")?;
-    let binary = env::var_os("TROUSSEAU_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_trousseau").into());
-    let directory = TempDir::new()?;
-    let path = |name: &str| directory.path().join(name);
-    let (socket, log, file) = (path("kms.sock"), path("log"), path("trousseau.toml"));
-    let command = |arguments: &[&str]| {
-        let mut command = Command::new(&binary);
-        command.args(arguments).env_remove("STATE_DIRECTORY").env("SOFTHSM2_CONF", path("softhsm2.conf"));
-        command
-    };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let developed = start(command(&["dev", "--dir"]).arg(directory.path()), &log)?;
-    drop(runtime.block_on(connect(&socket, &log))?);
-    drop(developed);
-    let configuration = fs::read_to_string(&file)?.replace(r#"cluster = "dev""#, r#"cluster = "bench""#);
+    let host = Host::new(|| Ok(env!("CARGO_BIN_EXE_trousseau").into()))?;
     let pkcs11 = format!("type = \"pkcs11\"\nmodule = {library:?}\nsessions = {SESSIONS}");
-    let configuration = configuration.replace(r#"type = "pkcs11""#, &pkcs11);
-    fs::write(&file, configuration)?;
-    let faulty = |arguments: &[&str]| {
-        let mut command = command(arguments);
-        command.arg("--config").arg(&file).env("TROUSSEAU_FAULT_RULES", path("rules"));
-        command
-    };
-    let generate = ["key", "generate", "--mode", "gcm", "--activate-in", "0s", "--unsynchronized-clock-ok"];
-    if !faulty(&generate).stdout(Stdio::null()).status()?.success() {
-        return Err("no KEK was made".into());
-    }
-    let _serving = start(&mut faulty(&["serve"]), &log)?;
-    let client = runtime.block_on(connect(&socket, &log))?;
-    fs::write(path("rules"), RULES)?;
+    host.change(r#"type = "pkcs11""#, &pkcs11)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let _serving = host.serve()?;
+    let client = runtime.block_on(connect(&host))?;
+    fs::write(host.path("rules"), RULES)?;
     thread::sleep(REST); // until a round trip that was under way has ended
     let between = (DEADLINE + REST) / CALLERS;
     let lanes = (0..CALLERS).map(|lane| overstays(client.clone(), between * lane));

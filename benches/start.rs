@@ -4,104 +4,39 @@
 //! Goals are printed, not enforced: a shared machine changes its speed.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
+mod host;
+
 use std::env;
-use std::error::Error;
 use std::fs;
 use std::iter::repeat_with;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::thread;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
 use cryptoki::session::UserType;
 use futures_util::future::try_join_all;
-use rustix::process::{Pid, Signal, kill_process};
-use tempfile::TempDir;
+use host::{Host, PATIENCE, Result};
 use tokio::runtime::Runtime;
 use trousseau::config::Config;
 use trousseau::service::client::{Client, ClientError};
 
 const STARTS: usize = 20;
-/// A loop without it would take one of the plugin's cores.
-const GLANCE: Duration = Duration::from_micros(100);
 const ASK_AGAIN: Duration = Duration::from_millis(1);
 const REQUESTS: usize = 50_000;
 const IN_FLIGHT: usize = 16;
-const PATIENCE: Duration = Duration::from_secs(30);
-
-type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 /// Names the configuration to the process that logs in and does nothing else.
 const ALONE: &str = "TROUSSEAU_BENCH_ALONE";
 
-/// A token and a configuration for it.
-struct Bench {
-    binary: PathBuf,
-    directory: TempDir,
-}
-
-/// A process of ours. It is asked to end, and waited for, when this is dropped.
-struct Process(Child);
+struct Bench(Host);
 
 impl Bench {
-    /// `trousseau dev` makes the token; a keyring of another name has the one KEK in gcm mode.
-    fn new() -> Result<Self> {
-        let binary = env::var_os("TROUSSEAU_BIN").map_or_else(release, |binary| Ok(binary.into()))?;
-        let bench = Self { binary, directory: TempDir::new()? };
-        let developed = bench.start(bench.command(&["dev", "--dir"]).arg(bench.directory.path()))?;
-        bench.connect()?;
-        drop(developed);
-        let configuration = fs::read_to_string(bench.path("trousseau.toml"))?;
-        fs::write(bench.path("trousseau.toml"), configuration.replace(r#"cluster = "dev""#, r#"cluster = "bench""#))?;
-        let generate = ["key", "generate", "--mode", "gcm", "--activate-in", "0s", "--unsynchronized-clock-ok"];
-        let made = bench.configured(&generate).stdout(Stdio::null()).status()?;
-        if made.success() { Ok(bench) } else { Err(format!("no KEK was made: {made}").into()) }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(&self.binary);
-        command.args(arguments).env_remove("STATE_DIRECTORY");
-        command
-    }
-
-    fn configured(&self, arguments: &[&str]) -> Command {
-        let mut command = self.command(arguments);
-        command.arg("--config").arg(self.path("trousseau.toml")).env("SOFTHSM2_CONF", self.path("softhsm2.conf"));
-        command
-    }
-
-    fn start(&self, command: &mut Command) -> Result<Process> {
-        let log = fs::File::create(self.path("log"))?;
-        Ok(Process(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn()?))
-    }
-
-    fn serve(&self) -> Result<Process> {
-        self.start(&mut self.configured(&["serve"]))
-    }
-
-    /// Waits until the socket takes connections.
-    fn connect(&self) -> Result<PathBuf> {
-        let (socket, began) = (self.path("kms.sock"), Instant::now());
-        while UnixStream::connect(&socket).is_err() {
-            if began.elapsed() > PATIENCE {
-                return Err(format!("nobody listens:\n{}", fs::read_to_string(self.path("log"))?).into());
-            }
-            thread::sleep(GLANCE);
-        }
-        Ok(socket)
-    }
-
     /// From exec to the answer to the first Status, in milliseconds.
     fn first_status(&self, runtime: &Runtime) -> Result<f64> {
         let began = Instant::now();
-        let _serving = self.serve()?;
-        let socket = self.connect()?;
+        let _serving = self.0.serve()?;
+        let socket = self.0.connect()?;
         runtime.block_on(async { Client::connect(&socket, PATIENCE).await?.status().await })?;
         Ok(began.elapsed().as_secs_f64() * 1e3)
     }
@@ -110,8 +45,8 @@ impl Bench {
     /// KEK has proved itself, it is refused.
     fn first_encrypt(&self, runtime: &Runtime) -> Result<f64> {
         let began = Instant::now();
-        let _serving = self.serve()?;
-        let socket = self.connect()?;
+        let _serving = self.0.serve()?;
+        let socket = self.0.connect()?;
         runtime.block_on(async {
             let mut client = Client::connect(&socket, PATIENCE).await?;
             while let Err(refused) = client.encrypt(vec![7; 32]).await {
@@ -129,15 +64,15 @@ impl Bench {
     fn library_alone(&self) -> Result<f64> {
         let began = Instant::now();
         let mut alone = Command::new(env::current_exe()?);
-        alone.env("SOFTHSM2_CONF", self.path("softhsm2.conf")).env(ALONE, self.path("trousseau.toml"));
+        alone.env("SOFTHSM2_CONF", self.0.path("softhsm2.conf")).env(ALONE, self.0.path("trousseau.toml"));
         let done = alone.status()?;
         if done.success() { Ok(began.elapsed().as_secs_f64() * 1e3) } else { Err(format!("the login: {done}").into()) }
     }
 
     /// Resident memory after many requests, and its peak, in MiB.
     fn memory(&self, runtime: &Runtime) -> Result<(f64, f64)> {
-        let serving = self.serve()?;
-        runtime.block_on(load(&self.connect()?))?;
+        let serving = self.0.serve()?;
+        runtime.block_on(load(&self.0.connect()?))?;
         let status = fs::read_to_string(format!("/proc/{}/status", serving.0.id()))?;
         let mib = |name: &str| -> Option<f64> {
             let kib: f64 =
@@ -152,13 +87,6 @@ impl Bench {
 fn release() -> Result<PathBuf> {
     let built = Command::new(env!("CARGO")).args(["build", "--release", "--locked"]).status()?;
     if built.success() { Ok(env!("CARGO_BIN_EXE_trousseau").into()) } else { Err(format!("cargo: {built}").into()) }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        kill_process(Pid::from_child(&self.0), Signal::TERM).unwrap();
-        self.0.wait().unwrap();
-    }
 }
 
 /// So many Encrypts and so many Decrypts over one connection, a fixed number of them under way at a time.
@@ -201,13 +129,13 @@ fn main() -> Result<()> {
         return log_in_alone(configuration.as_ref());
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let bench = Bench::new()?;
+    let bench = Bench(Host::new(release)?);
     let alone = starts(|| bench.library_alone())?;
     let status = starts(|| bench.first_status(&runtime))?;
     let encrypt = starts(|| bench.first_encrypt(&runtime))?;
     let (resident, peak) = bench.memory(&runtime)?;
-    let size = fs::metadata(&bench.binary)?.len() as f64 / 1e6;
-    println!("{}", bench.binary.display());
+    let size = fs::metadata(&bench.0.binary)?.len() as f64 / 1e6;
+    println!("{}", bench.0.binary.display());
     println!("{:<25} {alone}", "the token's library alone");
     for (what, figure, goal) in [
         ("first Status after exec", status, "10 ms"),

@@ -106,13 +106,15 @@ fn fault_of(faults: &Faults, kek: Identity) -> Option<&String> {
 mod tests {
     use super::*;
 
+    type Event = (Work, Result<(), KekError>);
+
     #[test]
     fn only_what_failed_proves_that_it_works_again() {
         use Work::{Unwrap, Wrap};
         let (done, away) = (|| Ok(()), || Err(KekError::Unavailable("away".into())));
         let denied = || Err(KekError::Denied("denied".into()));
         // (what happens to one KEK, what is then wrong with it)
-        let cases: [(&[(Work, Result<(), KekError>)], Option<&str>); 8] = [
+        let cases: [(&[Event], Option<&str>); 8] = [
             (&[], None),
             (&[(Wrap, away())], Some("away")),
             (&[(Wrap, away()), (Unwrap, done())], None),
@@ -122,8 +124,8 @@ mod tests {
             (&[(Wrap, denied()), (Unwrap, away())], Some("away")),
             (&[(Wrap, denied()), (Unwrap, away()), (Unwrap, done())], Some("denied")),
         ];
-        for (number, (events, wrong)) in cases.into_iter().enumerate() {
-            let (health, kek) = (Health::default(), Identity::from_bytes([u8::try_from(number).unwrap(); 16]));
+        for (number, (events, wrong)) in (0..).zip(cases) {
+            let (health, kek) = (Health::default(), Identity::from_bytes([number; 16]));
             events.iter().for_each(|(work, outcome)| health.note(kek, *work, outcome));
             assert_eq!(health.fault_of(kek).as_deref(), wrong, "case {number}");
         }

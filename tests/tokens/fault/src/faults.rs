@@ -86,6 +86,7 @@ fn before(context: &Context) -> Option<CK_RV> {
     for rule in context.about() {
         // The others are done elsewhere, each where it can be.
         if rule.action.comes_before()
+            && (!rule.is_of_results || gives_bytes(context.call))
             && let Some(drawn) = rule.fires()
         {
             match rule.action {
@@ -102,6 +103,11 @@ fn before(context: &Context) -> Option<CK_RV> {
         }
     }
     None
+}
+
+/// Whether it is not a query for the length.
+fn gives_bytes(call: &Call) -> bool {
+    call.output.as_ref().is_some_and(|output| !output.bytes.is_null())
 }
 
 /// A call that gives bytes ends the operation that an earlier one began, unless it only asks for more room (PKCS#11

@@ -86,6 +86,8 @@ pub struct Rule {
     after: u64,
     times: Option<u64>,
     probability: f64,
+    /// Not about calls that only ask how long their bytes would be.
+    pub is_of_results: bool,
     pub token: Option<String>,
     seed: u64,
     counters: Arc<Counters>,
@@ -173,13 +175,17 @@ fn parse_rule(text: String, function: &str, words: &[&str]) -> Result<Rule, Stri
     };
     let (action, qualifiers) = parse_action(function, words)?;
     let counters = Arc::default();
-    let mut rule =
-        Rule { text, function, action, after: 0, times: None, probability: 1.0, token: None, seed: 0, counters };
+    let (after, times, probability, is_of_results, token, seed) = (0, None, 1.0, false, None, 0);
+    let mut rule = Rule { text, function, action, after, times, probability, is_of_results, token, seed, counters };
     let counts = !rule.action.always_applies();
     let mut pairs = qualifiers.chunks_exact(2);
     for pair in &mut pairs {
         match *pair {
             ["token", label] => rule.token = Some(label.to_owned()),
+            ["of", "results"] if rule.action.comes_before() => {
+                gives_bytes(rule.function)?;
+                rule.is_of_results = true;
+            }
             ["after", number] if counts => rule.after = parse(number)?,
             ["times", number] if counts => rule.times = Some(parse(number)?),
             ["probability", number] if counts => {
@@ -203,10 +209,7 @@ fn parse_action<'a, 'b>(function: Option<&str>, words: &'a [&'b str]) -> Result<
         true => Ok(action),
         false => Err(format!("this is for {wanted} only")),
     };
-    let with_output = |action| match function.is_some_and(|name| table::WITH_OUTPUT.contains(&name)) {
-        true => Ok(action),
-        false => Err(format!("this is for one of {}", table::WITH_OUTPUT.join(", "))),
-    };
+    let with_output = |action| gives_bytes(function).map(|()| action);
     match words {
         ["return", code, rest @ ..] => Ok((Action::Return(parse_code(code)?), rest)),
         ["half-way", code, rest @ ..] => Ok((Action::HalfWay(parse_code(code)?), rest)),
@@ -253,6 +256,13 @@ fn parse_action<'a, 'b>(function: Option<&str>, words: &'a [&'b str]) -> Result<
         },
         [word, ..] => Err(format!("{word} is no action, or lacks what it needs")),
         [] => Err("there is no action".into()),
+    }
+}
+
+fn gives_bytes(function: Option<&str>) -> Result<(), String> {
+    match function.is_some_and(|name| table::WITH_OUTPUT.contains(&name)) {
+        true => Ok(()),
+        false => Err(format!("this is for one of {}", table::WITH_OUTPUT.join(", "))),
     }
 }
 
