@@ -54,9 +54,12 @@ pub(super) fn serve(
     runtime::run(|leader| serve_with(leader, file, config, ready)).map_err(super::no_runtime)?
 }
 
-/// What nobody has run is said where it is used.
+/// What nobody has run is said where it is used, and what nobody can see from here.
 fn warn_of_profiles(config: &Config) {
     for provider in config.pkcs11() {
+        for warning in provider.profile.warnings() {
+            tracing::warn!(provider = provider.name, "{warning}");
+        }
         if let Some(caveat) = provider.profile.caveat() {
             tracing::warn!(provider = provider.name, "{caveat}: try it before you rely on it");
         }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 
+use super::profile::SESSIONS_BESIDE;
 use super::{Check, ConfigError, Credential, Exportable, Profile, TokenUri, file};
 use crate::envelope::WrapAlgorithm;
 
@@ -104,10 +105,13 @@ impl Check<'_> {
         if !(1..=256).contains(&sessions) {
             return Err(wrong("sessions", "not a number from 1 to 256", "4 is a good start"));
         }
-        if let Some(most) = profile.max_sessions.filter(|most| sessions >= *most) {
-            let what =
-                format!("the tokens of profile {} give {most} sessions, one of which holds the login", profile.name);
-            return Err(wrong("sessions", &what, &format!("write {} at most", most - 1)));
+        let room = profile.max_sessions.map(|most| (most, most.saturating_sub(SESSIONS_BESIDE)));
+        if let Some((most, room)) = room.filter(|(_, room)| sessions > *room) {
+            let what = format!(
+                "the tokens of profile {} give {most} sessions, and {SESSIONS_BESIDE} are open beside those that work",
+                profile.name
+            );
+            return Err(wrong("sessions", &what, &format!("write {room} at most")));
         }
         let pin_file =
             file.pin_file.ok_or_else(|| wrong("pin-file", "not there", "name the file that holds the user PIN"))?;

@@ -1,5 +1,6 @@
 //! `doctor`: what is made wrong is found, with a remedy, and nothing else is called a failure.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -239,6 +240,8 @@ fn a_profile_of_what_was_found_can_be_used() {
     let out = ["--profile-out", file.to_str().unwrap()];
     let (found, _) = findings(&host, &out);
     assert!(has(&found, "profile", "good", "read it before you use it"), "{found:#?}");
+    let mode = std::fs::metadata(&file).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode, 0o644, "root writes it, and the plugin's user reads it");
     // The quirks of the profile in use are those of the same token.
     let written = std::fs::read_to_string(&file).unwrap();
     for quirk in ["CKA_DERIVE", "CKR_DEVICE_ERROR = \"fatal\"", "0x80000001 = \"session\""] {

@@ -22,6 +22,9 @@ use crate::token::{PIN, Token};
 /// No wait for a condition lasts longer.
 const PATIENCE: Duration = Duration::from_secs(45);
 
+/// What a test's own profile says for itself.
+const TAKEN_OUT: [&str; 5] = ["renew-after", "reinitialize", "omit-attributes", "sees-new-keys", "one-host"];
+
 /// A token and a configuration; every verb can be run on it.
 pub struct Host {
     pub directory: TempDir,
@@ -150,8 +153,7 @@ sessions = {sessions}"#,
         let shipped = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(&name)).unwrap();
         fs::create_dir_all(self.path("hsm-profiles")).unwrap();
         // A key or a table can be there once.
-        let kept =
-            |line: &&str| !["renew-after", "reinitialize", "omit-attributes"].iter().any(|key| line.starts_with(key));
+        let kept = |line: &&str| !TAKEN_OUT.iter().any(|key| line.starts_with(key));
         let shipped = shipped.lines().take_while(|line| !line.starts_with('[')).filter(kept);
         let dress = self.token.family.gcm_iv().filter(|_| !more.contains("gcm-iv"));
         let dress = dress.map(|habit| format!("gcm-iv = \"{habit}\"\n")).unwrap_or_default();

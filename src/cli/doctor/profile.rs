@@ -1,9 +1,9 @@
 //! The profiles in use: how far they can be trusted. And `--profile-out`: one of what was found, for a token of which
 //! none knows anything yet.
 
-use std::fs::OpenOptions;
+use std::fs::{OpenOptions, Permissions};
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -15,6 +15,8 @@ use crate::config::{Config, Mode, Profile};
 use crate::provider::pkcs11::Survey;
 
 const PROFILE: &str = "profile";
+/// A profile holds no secret.
+const READABLE: u32 = 0o644;
 
 /// How far each provider's profile can be trusted, and what it says that no program can check.
 pub(super) fn examine(config: &Config, findings: &mut Findings) {
@@ -25,6 +27,9 @@ pub(super) fn examine(config: &Config, findings: &mut Findings) {
                 findings.warning(PROFILE, caveat, remedy);
             }
             None => findings.good(PROFILE, format!("{} is tested", profile.name)),
+        }
+        for warning in profile.warnings() {
+            findings.warning(PROFILE, warning, "");
         }
         for note in &profile.notes {
             findings.good(PROFILE, format!("{}: {note}", profile.name));
@@ -44,8 +49,10 @@ pub(super) fn write(file: &Path, surveys: &[(Arc<Profile>, Survey)], findings: &
         Ok(text) => text,
         Err(error) => return findings.failure(PROFILE, format!("{shown} is not written: {error}"), "write it by hand"),
     };
-    let opened = OpenOptions::new().write(true).create_new(true).mode(0o600).open(file);
-    match opened.and_then(|mut file| file.write_all(text.as_bytes())) {
+    let opened = OpenOptions::new().write(true).create_new(true).mode(READABLE).open(file);
+    // Whatever umask root has: the plugin reads it as a user of its own.
+    let readable = opened.and_then(|file| file.set_permissions(Permissions::from_mode(READABLE)).map(|()| file));
+    match readable.and_then(|mut file| file.write_all(text.as_bytes())) {
         Ok(()) => {
             findings.good(PROFILE, format!("{shown} is written, from {}: read it before you use it", survey.name))
         }

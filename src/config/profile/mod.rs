@@ -56,6 +56,13 @@ pub struct Profile {
     /// Return codes by which its tokens mean something else than the standard.
     #[serde(default, skip_serializing_if = "is_default")]
     pub errors: Codes,
+    /// Whether the module shows keys that another process has made since it was initialized. Where it does not, each plugin
+    /// must be started anew before a new KEK's instant.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub sees_new_keys: bool,
+    /// Whether a key lives and dies with one host: it has no replica, and no backup that another host could use.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub one_host: bool,
     /// Whether the module stands C_Initialize after C_Finalize in one process. Where it does not, it stays initialized,
     /// and the process ends when it has lost the module's last token: its supervisor starts it anew.
     #[serde(default = "yes", skip_serializing_if = "is_yes")]
@@ -88,6 +95,9 @@ fn is_yes(value: &bool) -> bool {
 fn is_three_thousand(bits: &u16) -> bool {
     *bits == three_thousand()
 }
+
+/// A pool has so many sessions beside its workers': the one that keeps the login, and the leader's.
+pub(super) const SESSIONS_BESIDE: usize = 2;
 
 /// Where the keys of a profile are explained.
 const REFERENCE: &str =
@@ -183,6 +193,10 @@ impl Profile {
             let what = format!("mechanisms has {}, which is not in modes", mode.as_str());
             return Some((what, "add it there, or remove it here"));
         }
+        if self.mechanisms.contains_key(&Mode::Oaep) {
+            let what = "mechanisms has oaep, whose mechanism is always CKM_RSA_PKCS_OAEP";
+            return Some((what.into(), "remove it"));
+        }
         if self.gcm_iv != GcmIv::Ours && !self.modes.contains(&Mode::Gcm) {
             return Some(("gcm-iv is for the mode gcm, which is not in modes".into(), "add it there, or remove this"));
         }
@@ -191,8 +205,9 @@ impl Profile {
             let what = "without CKA_ALLOWED_MECHANISMS nothing tells which of its modes a KEK is for";
             return Some((what.into(), "name one mode with `wrapkey` in its name, and one without, at most"));
         }
-        if self.max_sessions.is_some_and(|most| most < 2) {
-            return Some(("max-sessions is less than 2".into(), "one session holds the login, and the others work"));
+        if self.max_sessions.is_some_and(|most| most <= SESSIONS_BESIDE) {
+            let remedy = "two sessions are open beside those that work: one keeps the login";
+            return Some(("max-sessions is less than 3".into(), remedy));
         }
         if self.sources.is_empty() && self.status != Status::Tested {
             return Some(("sources is empty".into(), "say from where the profile is known, unless it was tested"));
@@ -242,6 +257,25 @@ impl Profile {
     /// TOML cannot say it.
     pub fn to_toml(&self) -> Result<String, toml::ser::Error> {
         toml::to_string_pretty(self)
+    }
+
+    /// What of its tokens whoever uses KEKs in them must know, and what to do.
+    #[must_use]
+    pub fn warnings(&self) -> Vec<String> {
+        let of = &self.name;
+        let sees_none = (!self.sees_new_keys).then(|| {
+            format!(
+                "profile {of} says that the module sees a new key only when it is initialized: after `key generate`, \
+                 restart every plugin, before the KEK's instant"
+            )
+        });
+        let one_host = self.one_host.then(|| {
+            format!(
+                "profile {of} says that a KEK lives in this one host, without a replica or a backup: if the host is \
+                 lost, so is everything that it wrapped"
+            )
+        });
+        sees_none.into_iter().chain(one_host).collect()
     }
 
     /// That nobody has run it, if that is so, and from where its content is known.
