@@ -42,9 +42,20 @@ pub(super) fn examine(file: &str, text: &str, listen: &Listen, findings: &mut Fi
             "`trousseau encryption-config` prints one; a socket that is mounted under another name is not known here";
         return findings.failure(AREA, what, remedy);
     }
-    if !groups.iter().any(|group| group.ours.is_some() && group.holds_secrets()) {
-        let what = format!("{file} has Secrets encrypted by another provider than this plugin, or by none");
-        findings.warning(AREA, what, "add `secrets` to the resources of this plugin's provider");
+    // The API server takes the first element that has a resource.
+    match groups.iter().find(|group| group.holds_secrets()) {
+        Some(group) if group.ours.is_some() => (),
+        Some(group) if group.kinds.first() == Some(&"identity") => findings.failure(
+            AREA,
+            format!(
+                "{file}: the first element of `resources` with Secrets has `identity` first: they are not encrypted"
+            ),
+            "put this plugin's provider there first, or take `secrets` out of that element",
+        ),
+        _ => {
+            let what = format!("{file} has Secrets encrypted by another provider than this plugin, or by none");
+            findings.warning(AREA, what, "add `secrets` to the resources of this plugin's provider");
+        }
     }
     for group in groups {
         group.report(file, listen, findings);
@@ -171,7 +182,13 @@ mod tests {
     #[test]
     fn each_mistake_is_found_and_nothing_else() {
         let identity = "      - identity: {}\n";
-        let cases: [(&str, String, Expected); 17] = [
+        let element =
+            |resource: &str, provider: &str| format!("  - resources: ['{resource}']\n    providers: [{provider}]\n");
+        let ours = element("*.*", "{kms: {apiVersion: v2, name: k, endpoint: 'unix:///run/trousseau/kms.sock'}}");
+        let [exempt, other] =
+            ["identity: {}", "aescbc: {keys: []}"].map(|kind| element("secrets", &format!("{{{kind}}}")));
+        let several = |elements: [&str; 2]| format!("kind: EncryptionConfiguration\nresources:\n{}", elements.concat());
+        let cases: [(&str, String, Expected); 20] = [
             ("good", GOOD.into(), &[(Severity::Good, "it is right")]),
             ("no timeout", GOOD.replace("          timeout: 3s\n", ""), &[(Severity::Good, "it is right")]),
             ("as JSON", r#"{"kind":"EncryptionConfiguration","resources":[{"resources":["*.*"],"providers":[{"kms":{"apiVersion":"v2","name":"k","endpoint":"unix:///run/trousseau/kms.sock"}}]}]}"#.into(), &[(Severity::Good, "provider k of *.*")]),
@@ -196,6 +213,15 @@ mod tests {
                 (Severity::Warning, "Secrets encrypted by another"),
                 (Severity::Good, "of configmaps"),
             ]),
+            ("secrets taken out before", several([&exempt, &ours]), &[
+                (Severity::Failure, "they are not encrypted"),
+                (Severity::Good, "of *.*"),
+            ]),
+            ("secrets of another's before", several([&other, &ours]), &[
+                (Severity::Warning, "Secrets encrypted by another"),
+                (Severity::Good, "of *.*"),
+            ]),
+            ("the same after it", several([&ours, &exempt]), &[(Severity::Good, "of *.*")]),
             ("another kind", GOOD.replace("EncryptionConfiguration", "Pod"), &[(Severity::Failure, "no EncryptionConf")]),
             ("no YAML", "kind: [".into(), &[(Severity::Failure, "is not YAML")]),
             ("empty", String::new(), &[(Severity::Failure, "not one YAML document")]),

@@ -78,6 +78,8 @@ pub(super) fn user(process: &Process) -> Option<u32> {
 
 /// A process, by its directory under /proc.
 pub(super) struct Process {
+    /// As comm(5) cuts it.
+    pub(super) name: String,
     pub(super) pid: String,
     pub(super) path: String,
 }
@@ -89,7 +91,8 @@ pub(super) fn processes(name: &str) -> Vec<Process> {
         |entry: &fs::DirEntry| fs::read_to_string(entry.path().join("comm")).is_ok_and(|comm| comm.trim_end() == name);
     let process = |entry: fs::DirEntry| {
         let pid = entry.file_name().into_string().ok()?;
-        pid.bytes().all(|digit| digit.is_ascii_digit()).then(|| Process { path: format!("/proc/{pid}"), pid })
+        let (name, path) = (name.to_owned(), format!("/proc/{pid}"));
+        pid.bytes().all(|digit| digit.is_ascii_digit()).then_some(Process { name, pid, path })
     };
     entries.filter(named).filter_map(process).collect()
 }
