@@ -19,8 +19,8 @@ use crate::runtime::Leader;
 pub(super) const EXAMPLES: &str = "It changes nothing about a KEK: of these it reads attributes only. What it tries, it \
 tries on throw-away keys that it makes like a KEK and destroys: in a session where the token makes such keys, else in the \
 token. A provider of type transit is named and not examined: whoever reads its key there can open every DEK as well, and the \
-verdict is keys-stay-with-warnings at best. Exit code 1: key bytes came out, or a token could not be tried; 69: one is out of \
-reach; 2: no provider has tokens. Redirect the report into a file and keep it.
+verdict is keys-stay-with-warnings at best. Exit code 1: key bytes came out, or a token could not be tried for a kind of KEK \
+that it has; 69: one is out of reach; 2: no provider has tokens. Redirect the report into a file and keep it.
 
 Examples:
   trousseau key attest
@@ -117,7 +117,7 @@ impl Verdict {
         match self {
             Self::KeysStay => "no way that was tried got key bytes out",
             Self::KeysStayWithWarnings => "no way that was tried got key bytes out; there are warnings",
-            Self::Unproven => "NOT PROVED: a token could not be tried",
+            Self::Unproven => "NOT PROVED: a token could not be tried for a kind of KEK",
             Self::KeyBytesCameOut => "KEY BYTES CAME OUT",
         }
     }

@@ -106,11 +106,12 @@ pub(super) fn can_be_logged(config: &AuditConfig) -> Result<(), Failure> {
     }
 }
 
-/// Writes down what somebody did with a KEK. It is done by then.
+/// Writes down that somebody made a KEK, or may have: then `done` says so, and its identity may not be known. It is done by
+/// then.
 ///
 /// # Errors
 /// The log has no line of it.
-pub(super) fn append(config: &AuditConfig, event: &'static str, kek: Identity, what: &str) -> Result<(), Failure> {
+pub(super) fn append(config: &AuditConfig, kek: Option<Identity>, done: &str, what: &str) -> Result<(), Failure> {
     let login = std::fs::read_to_string("/proc/self/loginuid").unwrap_or_default();
     // The kernel's word for nobody: a process that no login has started.
     let login = match login.trim() {
@@ -118,8 +119,9 @@ pub(super) fn append(config: &AuditConfig, event: &'static str, kek: Identity, w
         login => format!(", logged in as uid {login}"),
     };
     let detail = format!("{what}; by uid {}{login}", rustix::process::getuid().as_raw());
-    append_one(config, Event { keks: vec![kek], detail, ..Event::now(event) }).map_err(|error| {
-        let what = format!("KEK {kek} was made, but the audit log has no line of it: {error}");
+    let event = Event { keks: kek.into_iter().collect(), detail, ..Event::now("key-generated") };
+    append_one(config, event).map_err(|error| {
+        let what = format!("{done}, but the audit log has no line of it: {error}");
         let remedy = [remedy(&error), "write the KEK into the minutes"].join("; ");
         Failure::failed(what, remedy.trim_start_matches("; "))
     })

@@ -138,6 +138,43 @@ fn a_token_that_hands_a_key_out_is_caught_and_one_that_lets_an_attribute_move_is
     }
 }
 
+/// Of two kinds of KEK one cannot be tried, or of one kind a single way.
+#[test]
+fn what_could_not_be_tried_is_not_called_closed() {
+    if Family::chosen().lacks_aes() {
+        return;
+    }
+    let Some(library) = library() else { return };
+    let mut host = Host::new();
+    host.generate("0s");
+    let log = host.path("calls");
+    let made = |host: &Host, rules: &str| {
+        std::fs::write(&log, "").unwrap();
+        let faults = Faults { host, library: &library };
+        faults.set(rules);
+        let mut command = faults.verb(&["key", "attest", "--output", "json"]);
+        let done = command.env("TROUSSEAU_FAULT_LOG", &log).output().unwrap();
+        let calls = std::fs::read_to_string(&log).unwrap();
+        (done, calls.lines().filter(|line| line.starts_with("C_GenerateKey ")).count())
+    };
+    let (honest, of_one_kind) = made(&host, "");
+    assert_eq!(json(&honest)["verdict"], "keys-stay");
+    let refusal = "C_GenerateKey return CKR_TEMPLATE_INCONSISTENT";
+    // The key that can be read, under which the fourth way wraps.
+    let modes = json(&honest)["providers"][0]["tokens"][0]["modes"].as_array().unwrap().len();
+    let (done, _) = made(&host, &format!("{refusal} times 1 after {}", modes + 4));
+    assert_eq!((done.status.code(), &json(&done)["verdict"]), (Some(0), &"keys-stay-with-warnings".into()), "{done:?}");
+    assert_eq!(ways(&json(&done), "not-tried"), ["wrap it under a fresh key"]);
+
+    let wraps = host.token.kw_wraps_objects();
+    host.token.make_keys(&[Key { value: Some(vec![7; 32]), wraps, ..Key::generated(b"loose", "trousseau-test") }]);
+    host.extra = admit(b"loose");
+    let (done, _) = made(&host, &format!("{refusal} after {of_one_kind}"));
+    let report = json(&done);
+    assert_eq!((done.status.code(), &report["verdict"]), (Some(1), &"unproven".into()), "{report:#}");
+    assert!(!ways(&report, "refused").is_empty() && ways(&report, "not-tried").len() >= 6, "{report:#}");
+}
+
 /// What has no tokens is not passed over in silence: its KEKs open every DEK as well.
 #[test]
 fn a_provider_of_type_transit_is_named_and_not_examined() {
@@ -283,6 +320,28 @@ fn no_kek_is_made_in_a_token_that_hands_keys_out_unless_the_policy_puts_up_with_
     let done = run(&host, &library, WRAPS_OUT, &generate);
     assert!(done.status.success(), "{done:?}");
     assert!(String::from_utf8_lossy(&done.stdout).contains("WARNING     such a key leaves its token"), "{done:?}");
+}
+
+#[test]
+fn that_nothing_could_be_tried_is_said_when_a_kek_is_made() {
+    let Some(library) = library() else { return };
+    let host = Host::new();
+    // A TPM makes pairs in the token alone. Of the others the trial's keys are asked for first.
+    let rules = match host.token.family {
+        Family::Tpm2 => "",
+        Family::OpenCryptoki => "C_GenerateKeyPair return CKR_TEMPLATE_INCONSISTENT times 5",
+        Family::SoftHsm | Family::Kryoptic => "C_GenerateKey return CKR_TEMPLATE_INCONSISTENT times 6",
+    };
+    let generate = ["key", "generate", "--unsynchronized-clock-ok", "--activate-in", "0s", "--output", "json"];
+    for arguments in [&[&generate[..], &["--dry-run"]].concat()[..], &generate] {
+        let done = run(&host, &library, rules, arguments);
+        let untried = json(&done)["untried"].to_string();
+        assert!(untried.contains("no throw-away key can be made"), "{done:?}");
+    }
+    let text = run(&host, &library, rules, &["key", "generate", "--dry-run", "--unsynchronized-clock-ok"]);
+    assert!(String::from_utf8_lossy(&text.stdout).contains("not tried   whether such a key leaves"), "{text:?}");
+    let tried = host.run(&["key", "generate", "--dry-run", "--unsynchronized-clock-ok", "--output", "json"]);
+    assert!(json(&tried)["untried"].is_null() || host.token.family == Family::Tpm2, "{tried:?}");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use tonic::Code;
 
 use crate::family::Family;
-use crate::plugin::{Answer, Host, admit};
+use crate::plugin::{Answer, Host, admit, admit_by_id};
 use crate::token::Key;
 
 /// A UUIDv7 of November 2025.
@@ -81,6 +81,20 @@ fn a_key_made_elsewhere_is_a_kek_if_the_configuration_admits_it() {
     let listing = host.list();
     assert!(listing["refused"].to_string().contains("EXTRACTABLE"), "{listing}");
     assert_eq!(listing["keks"].as_array().unwrap().len(), 0, "{listing}");
+}
+
+#[test]
+fn a_kek_that_is_admitted_by_its_id_is_not_missed_whatever_it_consists_of() {
+    let mut host = Host::new();
+    let made = host.generate("0s");
+    let id = base16ct::lower::decode_vec(made["id"].as_str().unwrap()).unwrap();
+    host.extra = admit_by_id(&id);
+    let listing = host.list();
+    assert_eq!((&listing["keks"][0]["identity"], &listing["refused"]), (&made["identity"], &serde_json::json!([])));
+    host.extra += &admit_by_id(b"absent");
+    let refused = host.list()["refused"].clone();
+    let absent = base16ct::lower::encode_string(b"absent");
+    assert!(refused.as_array().unwrap().len() == 1 && refused[0]["key"].to_string().contains(&absent), "{refused}");
 }
 
 #[test]
@@ -211,6 +225,34 @@ fn another_key_under_the_id_of_a_known_kek_is_refused() {
             .is_err_and(|answer| answer.message.contains("another key than the one that this host first saw"))
     });
     assert_eq!(plugin.encrypt(b"seed").unwrap_err().code, Code::Unavailable);
+}
+
+#[test]
+fn what_a_profile_says_of_new_keys_and_of_one_host_is_told_before_it_is_too_late() {
+    let host = Host::new();
+    let words = ["sees a new key only when it is initialized", "lives in this one host"];
+    let omitted = match host.token.family {
+        Family::OpenCryptoki => "omit-attributes = [\"CKA_COPYABLE\", \"CKA_ALLOWED_MECHANISMS\"]",
+        Family::Tpm2 => {
+            "omit-attributes = [\"CKA_ENCRYPT\", \"CKA_DECRYPT\", \"CKA_SIGN\", \"CKA_VERIFY\", \"CKA_ALLOWED_MECHANISMS\"]"
+        }
+        Family::SoftHsm | Family::Kryoptic => "",
+    };
+    for (more, is_told) in [("", false), ("sees-new-keys = false\none-host = true", true)] {
+        host.write_profile(&format!("{omitted}\n{more}"));
+        let made = host.generate("0s");
+        assert_eq!(made["warnings"].as_array().unwrap().len(), if is_told { 2 } else { 0 }, "{made}");
+        let planned = host.run(&["key", "generate", "--dry-run", "--unsynchronized-clock-ok"]);
+        let doctor: serde_json::Value =
+            serde_json::from_slice(&host.run(&["doctor", "--output", "json"]).stdout).unwrap();
+        let warned = doctor.as_array().unwrap().iter().filter(|finding| finding["severity"] == "warning");
+        let warned: String = warned.map(|finding| finding["what"].to_string()).collect();
+        let log = host.serve_healthy().log();
+        for said in [String::from_utf8(planned.stdout).unwrap(), warned, made["warnings"].to_string(), log] {
+            assert!(words.iter().all(|words| said.contains(words) == is_told), "{more}: {said}");
+        }
+        std::fs::remove_file(host.path("log")).unwrap();
+    }
 }
 
 #[test]

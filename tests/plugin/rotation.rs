@@ -9,6 +9,8 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::family::Family;
+use crate::fault_module::{Faults, library};
+use crate::observe::{OBSERVED, wait_for_samples};
 use crate::plugin::{Host, Plugin, admit};
 use crate::token::Key;
 
@@ -145,6 +147,53 @@ fn no_kek_is_made_nor_planned_while_keys_are_ambiguous_or_the_clock_is_in_doubt(
         assert!(said.contains("another key has the same CKA_ID") && said.contains("remove the one"), "{said}");
     }
     assert_eq!(host.list()["keks"].as_array().unwrap().len(), 2);
+}
+
+/// How often a verb has the token do something. The module's log is written over.
+fn calls(faults: &Faults, verb: &[&str], function: &str) -> usize {
+    faults.set("");
+    let log = faults.host.path("calls");
+    fs::write(&log, "").unwrap();
+    let done = faults.verb(verb).env("TROUSSEAU_FAULT_LOG", &log).output().unwrap();
+    assert!(done.status.success(), "{done:?}");
+    let calls = fs::read_to_string(&log).unwrap();
+    calls.lines().filter(|line| line.starts_with(&format!("{function} ")) && line.ends_with(" CKR_OK")).count()
+}
+
+#[test]
+fn a_token_that_is_lost_while_it_makes_a_kek_leaves_none_that_nobody_is_told_of() {
+    let Some(library) = library() else { return };
+    let is_pair = Family::chosen().modes() == ["oaep"];
+    let makes = if is_pair { "C_GenerateKeyPair" } else { "C_GenerateKey" };
+    let (finds, of_proof) = ("C_FindObjectsInit", if is_pair { 2 } else { 1 });
+    for (function, action, more, words) in [
+        (makes, "half-way CKR_DEVICE_REMOVED", 0, "was made was not to be learned"),
+        (finds, "return CKR_DEVICE_REMOVED", 0, "was made, and whether it works was not to be learned"),
+        (finds, "return CKR_DEVICE_REMOVED", of_proof, "was made and works, and which tokens hold it"),
+    ] {
+        let mut host = Host::new();
+        let log = host.path("audit.log");
+        host.extra = format!("[audit]\nfile = \"{}\"", log.display());
+        let faults = Faults { host: &host, library: &library };
+        let generate = ["key", "generate", "--unsynchronized-clock-ok", "--activate-in", "0s"];
+        let before = calls(&faults, &[&generate[..], &["--dry-run"]].concat(), function);
+        faults.set(&format!("{function} {action} after {}", before + more));
+        let done = faults.verb(&generate).output().unwrap();
+        assert_eq!(done.status.code(), Some(69), "{words}: {done:?}");
+        assert!(stderr(&done).contains(words), "{words}: {done:?}");
+        let text = fs::read_to_string(&log).unwrap();
+        let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let [line] = lines.as_slice() else { panic!("{words}: {text}") };
+        let detail = line["detail"].as_str().unwrap();
+        assert!(line["event"] == "key-generated" && detail.starts_with("perhaps: "), "{words}: {line}");
+        if is_pair && function == makes {
+            continue; // one pair is no KEK
+        }
+        let kek = &host.list()["keks"][0];
+        let id = kek["id"].as_str().unwrap();
+        assert!(detail.contains(id) && stderr(&done).contains(id), "{words}: {line}: {done:?}");
+        assert_eq!(line["keks"][0], kek["identity"], "{words}");
+    }
 }
 
 /// As in the image of the static pod, which has nothing to ask.
@@ -354,7 +403,7 @@ fn a_kek_past_its_period_is_told_of_everywhere_but_to_the_api_server() {
     const WORDS: &str = "ended at 2026-04-01T00:00:00Z (keyring.max-age): make a new one";
     let mut host = Host::new();
     host.token.make_keys(&[imported(OLD, 7)]);
-    host.extra = admit(OLD); // from the first of January on
+    host.extra = admit(OLD) + OBSERVED; // from the first of January on
     let heard = UnixDatagram::bind(host.path("notify.sock")).unwrap();
     heard.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let mut command = host.command(&["serve", "--config"]);
@@ -372,7 +421,11 @@ fn a_kek_past_its_period_is_told_of_everywhere_but_to_the_api_server() {
     for said in [stdout(&doctor), stdout(&host.run(&["key", "list"])), host.list()["warnings"].to_string()] {
         assert!(said.contains(WORDS), "{said}");
     }
-    assert_eq!(host.list()["keks"][0]["period-ends"], "2026-04-01T00:00:00Z");
+    let kek = &host.list()["keks"][0];
+    assert_eq!(kek["period-ends"], "2026-04-01T00:00:00Z");
+    let labels = format!("{{provider=\"hsm\",kek={}}}", kek["identity"]);
+    let ends = ("trousseau_kek_period_end_timestamp_seconds".to_owned() + &labels, 1_775_001_600.0);
+    wait_for_samples(&mut plugin, &[ends, ("trousseau_concerns".into(), 1.0)]);
     assert_eq!(plugin.log().matches(WORDS).count(), 1, "once a day");
 
     // No age is too great, and nothing is told of a young one.

@@ -10,9 +10,9 @@ use serde::Serialize;
 use super::super::output::{Failure, Format, patiently, print, print_json};
 use super::super::{ConfigArgs, OutputArgs, assemble, audit, duration};
 use super::{TIMEOUT, clock_is_synchronized, in_time};
-use crate::config::{Config, Mode, Pkcs11Config};
+use crate::config::{AuditConfig, Config, Mode, Pkcs11Config};
 use crate::identity::Identity;
-use crate::provider::pkcs11::{Generated, LONGEST_WAIT, Pkcs11, Plan};
+use crate::provider::pkcs11::{Generated, LONGEST_WAIT, NotGenerated, Pkcs11, Plan};
 use crate::provider::{Attributes, Provider, Value};
 use crate::runtime::Leader;
 
@@ -20,14 +20,17 @@ use crate::runtime::Leader;
 const DEFAULT_WAIT: SignedDuration = SignedDuration::from_mins(10);
 
 pub(super) const EXAMPLES: &str =
-    "Every plugin that uses the token sees the new KEK within 30 seconds, unwraps with it \
-from then on, and makes it active at its instant. The first KEK of a keyring is active at once. Before the instant, \
-`trousseau key list --expect ID` on each host says whether its plugin is ready.
+    "Every plugin that uses the token sees the new KEK within 30 seconds, or after a restart \
+where its profile has `sees-new-keys = false`; it unwraps with it from then on, and makes it active at its instant. The \
+first KEK of a keyring is active at once. Before the instant, `trousseau key list --expect ID` on each host says whether \
+its plugin is ready.
 
 It refuses while a configured replica is out of reach, while two keys have one CKA_ID, and while this host's clock is \
 not synchronized, which timedatectl tells, or is behind the newest KEK. It makes none in a token that hands out a \
-throw-away key like it, unless `[policy] exportable` says so. With `[audit] on-failure = \"refuse\"` it makes none that \
-cannot be logged; otherwise a KEK of which the audit log has no line is printed, and the exit code is 1.
+throw-away key like it, unless `[policy] exportable` says so; where none can be tried, it says that. With `[audit] \
+on-failure = \"refuse\"` it makes none that cannot be logged; otherwise a KEK of which the audit log has no line is printed, \
+and the exit code is 1. If the token is lost meanwhile, the failure and the audit log name the id of the KEK that may have \
+been made.
 
 The key is made in the first token. Its vendor's tools clone it to the replicas: do that before the instant. Back up \
 the token before a KEK wraps anything that you cannot lose.
@@ -70,8 +73,37 @@ struct Made<'a> {
     mode: &'static str,
     held_by: &'a [String],
     lacked_by: &'a [String],
+    #[serde(flatten)]
+    cautions: Cautions<'a>,
+}
+
+/// What whoever makes a KEK must know of its token.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Cautions<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     way_out: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    untried: Option<&'a str>,
+    /// The profile's.
+    warnings: Vec<String>,
+}
+
+impl<'a> Cautions<'a> {
+    fn of(provider: &Pkcs11Config, plan: &'a Plan) -> Self {
+        let warnings = provider.profile.warnings();
+        Self { way_out: plan.way_out.as_deref(), untried: plan.untried.as_deref(), warnings }
+    }
+
+    fn text(&self) -> String {
+        let way_out = self.way_out.map(|way| format!("\n  WARNING     such a key leaves its token: {way}"));
+        let untried = self.untried.map(|why| {
+            let remedy = "`trousseau key attest` tries it on keys in the token as well";
+            format!("\n  not tried   whether such a key leaves its token: {why}: {remedy}")
+        });
+        let warnings = self.warnings.iter().map(|warning| format!("\n  WARNING     {warning}"));
+        way_out.into_iter().chain(untried).chain(warnings).collect()
+    }
 }
 
 /// What `--dry-run` prints.
@@ -83,8 +115,8 @@ struct Planned<'a> {
     made_in: &'a str,
     to_be_cloned_to: &'a [String],
     templates: Vec<Template<'a>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    way_out: Option<&'a str>,
+    #[serde(flatten)]
+    cautions: Cautions<'a>,
 }
 
 /// What the token is asked for, for one object.
@@ -111,17 +143,32 @@ pub(super) async fn run(args: &GenerateArgs) -> Result<(), Failure> {
     }
     let work = async {
         let (pkcs11, plan, deadline) = plan(&config, provider, args).await?;
-        let generated = if args.dry_run { None } else { Some(pkcs11.generate(&plan, deadline).await?) };
+        let generated = if args.dry_run { None } else { Some(pkcs11.generate(&plan, deadline).await) };
         Ok((plan, generated))
     };
     let what = format!("making keys in the token of provider {}", provider.name);
     let (plan, generated) = patiently(&what, in_time(work)).await?;
+    let generated = generated.transpose().map_err(|failed| not_generated(failed, &plan, config.audit.as_ref()))?;
     // Whoever waits for the log knows the KEK by then.
     let shown = show(args, provider, &plan, generated.as_ref());
-    if let (Some(generated), Some(log)) = (&generated, &config.audit) {
-        audit::append(log, "key-generated", generated.identity, &format!("active from {}", plan.not_before))?;
+    if let (Some(Generated { identity, .. }), Some(log)) = (&generated, &config.audit) {
+        let done = format!("KEK {identity} was made");
+        audit::append(log, Some(*identity), &done, &format!("active from {}", plan.not_before))?;
     }
     shown
+}
+
+/// What failed; a KEK that may be there all the same is written down, since it will become active.
+fn not_generated(failed: NotGenerated, plan: &Plan, log: Option<&AuditConfig>) -> Failure {
+    if let (Some(left), Some(log)) = (failed.left, log) {
+        let id = base16ct::lower::encode_string(&left.id);
+        let done = format!("the KEK with id {id} may have been made");
+        let what = format!("perhaps: whether it is there is not known; id {id}, active from {}", plan.not_before);
+        if let Err(unlogged) = audit::append(log, left.identity, &done, &what) {
+            let _the_failures_counts = unlogged.report();
+        }
+    }
+    failed.error.into()
 }
 
 fn show(
@@ -131,7 +178,7 @@ fn show(
     generated: Option<&Generated>,
 ) -> Result<(), Failure> {
     match (generated, args.output.output) {
-        (Some(generated), Format::Json) => print_json(&made(plan, generated)),
+        (Some(generated), Format::Json) => print_json(&made(provider, plan, generated)),
         (Some(generated), Format::Text) => print(&made_text(provider, plan, generated)),
         (None, Format::Json) => print_json(&Planned {
             not_before: plan.not_before,
@@ -139,13 +186,13 @@ fn show(
             made_in: &plan.made_in,
             to_be_cloned_to: &plan.to_be_cloned_to,
             templates: plan.templates.iter().map(template).collect(),
-            way_out: plan.way_out.as_deref(),
+            cautions: Cautions::of(provider, plan),
         }),
         (None, Format::Text) => print(&planned_text(provider, plan)),
     }
 }
 
-fn made<'a>(plan: &'a Plan, generated: &'a Generated) -> Made<'a> {
+fn made<'a>(provider: &Pkcs11Config, plan: &'a Plan, generated: &'a Generated) -> Made<'a> {
     Made {
         identity: generated.identity,
         id: base16ct::lower::encode_string(&generated.id),
@@ -153,12 +200,12 @@ fn made<'a>(plan: &'a Plan, generated: &'a Generated) -> Made<'a> {
         mode: plan.mode.as_str(),
         held_by: &generated.held_by,
         lacked_by: &generated.lacked_by,
-        way_out: plan.way_out.as_deref(),
+        cautions: Cautions::of(provider, plan),
     }
 }
 
 fn made_text(provider: &Pkcs11Config, plan: &Plan, generated: &Generated) -> String {
-    let made = made(plan, generated);
+    let made = made(provider, plan, generated);
     let of_tokens = format!("{} of {} tokens", made.held_by.len(), provider.tokens.len());
     let mut text = format!(
         "KEK {} made on provider {}\n  id          {}\n  mode        {}\n  active from {}\n  held by     {of_tokens}: if \
@@ -173,7 +220,7 @@ fn made_text(provider: &Pkcs11Config, plan: &Plan, generated: &Generated) -> Str
         );
         text.push_str(&lacks);
     }
-    text.push_str(&warning(plan));
+    text.push_str(&made.cautions.text());
     if made.not_before > Timestamp::now() {
         text.push_str(&format!("\n  until then  on every host: trousseau key list --expect {}", made.id));
     }
@@ -210,12 +257,7 @@ fn planned_text(provider: &Pkcs11Config, plan: &Plan) -> String {
     for token in &plan.to_be_cloned_to {
         text.push_str(&format!("\n  lacked by   {token}, until the vendor's tools have cloned it there"));
     }
-    text + &warning(plan)
-}
-
-fn warning(plan: &Plan) -> String {
-    let warning = |way| format!("\n  WARNING     such a key leaves its token: {way}");
-    plan.way_out.as_deref().map(warning).unwrap_or_default()
+    text + &Cautions::of(provider, plan).text()
 }
 
 /// All but the 48 bits of time is random, and another value when the key is made.
@@ -254,7 +296,8 @@ pub(in super::super) fn ensure_first(config: &Config, provider: &Pkcs11Config) -
     super::super::runtime()?.block_on(in_time(async {
         let (pkcs11, newest, deadline) = reach(config, provider).await?;
         if newest.is_none() {
-            pkcs11.generate(&pkcs11.plan(Timestamp::now(), None, deadline).await?, deadline).await?;
+            let plan = pkcs11.plan(Timestamp::now(), None, deadline).await?;
+            pkcs11.generate(&plan, deadline).await.map_err(|failed| failed.error)?;
         }
         Ok(())
     }))

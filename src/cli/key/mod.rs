@@ -18,6 +18,8 @@ use crate::runtime::Leader;
 
 /// How long the tokens may take.
 const TIMEOUT: Duration = Duration::from_secs(60);
+/// How much longer whoever knows what was begun by then has to say so.
+const LAST_WORD: Duration = Duration::from_secs(1);
 
 #[derive(Subcommand)]
 pub(super) enum KeyVerb {
@@ -56,7 +58,7 @@ pub(super) fn clock_is_synchronized() -> Option<bool> {
 async fn in_time<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     let late =
         |_| Failure::unavailable("the tokens did not answer within a minute", "see what their vendor's tools say");
-    tokio::time::timeout(TIMEOUT, work).await.unwrap_or_else(|elapsed| Err(late(elapsed)))
+    tokio::time::timeout(TIMEOUT + LAST_WORD, work).await.unwrap_or_else(|elapsed| Err(late(elapsed)))
 }
 
 /// The keyring of this configuration, which has looked at its tokens once.

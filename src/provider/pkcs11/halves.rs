@@ -38,7 +38,8 @@ pub(super) fn decide(half: &Said, halves: &[&Said], rules: &Rules, now: Timestam
         _ => Err("several keys have its CKA_ID with the byte 01 after it: remove those that are not meant".into()),
     };
     let identity = verdict.as_ref().ok().map(|kek| rules.spec_of(kek).identity);
-    Some(Decision::new(half, identity, verdict))
+    // Two that decrypt are found out where all keys are compared.
+    Some(Decision { is_ambiguous: signers.len() > 1, ..Decision::new(half, identity, verdict) })
 }
 
 /// Decides about a KEK.
@@ -119,9 +120,13 @@ mod tests {
         [half(id.to_vec(), true), half(oaep::signer_id(&id), false)]
     }
 
-    fn verdicts(halves: Vec<Vec<Attribute>>, rules: &Rules) -> Vec<Result<Admitted, String>> {
+    fn decisions(halves: Vec<Vec<Attribute>>, rules: &Rules) -> Vec<Decision> {
         let halves: Vec<Said> = halves.into_iter().map(Said).collect();
-        rules.decide(&halves, now()).into_iter().flatten().map(|decision| decision.verdict).collect()
+        rules.decide(&halves, now()).into_iter().flatten().collect()
+    }
+
+    fn verdicts(halves: Vec<Vec<Attribute>>, rules: &Rules) -> Vec<Result<Admitted, String>> {
+        decisions(halves, rules).into_iter().map(|decision| decision.verdict).collect()
     }
 
     #[test]
@@ -166,6 +171,23 @@ mod tests {
             let error = verdicts[0].as_ref().unwrap_err();
             assert!(verdicts.len() == 1 && error.contains(reason), "{reason}: {error}");
         }
+    }
+
+    /// As after a restore that was done twice: nobody can tell which one is meant.
+    #[test]
+    fn a_kek_of_which_a_pair_is_there_twice_is_ambiguous() {
+        let [key, signer] = kek();
+        let (key, signer) = (|| key.clone(), || signer.clone());
+        for (case, halves) in [
+            ("the one that signs", vec![key(), signer(), signer()]),
+            ("the one that decrypts", vec![key(), key(), signer()]),
+            ("both", vec![key(), key(), signer(), signer()]),
+        ] {
+            let decisions = decisions(halves, &rules(""));
+            let is_refused = |decision: &Decision| decision.is_ambiguous && decision.verdict.is_err();
+            assert!(!decisions.is_empty() && decisions.iter().all(is_refused), "{case}");
+        }
+        assert!(decisions(vec![key(), signer()], &rules("")).iter().all(|decision| !decision.is_ambiguous));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What a token holds under the KEKs' label: which of it is a KEK, by what the token says and by its reference.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use cryptoki::object::{Attribute, ObjectHandle};
@@ -12,9 +13,12 @@ use super::raw;
 use crate::provider::{Attributes, Refused};
 
 /// What a token holds under a label.
+#[derive(Default)]
 pub(super) struct Inventory {
     pub(super) keks: Vec<Candidate>,
     pub(super) refused: Vec<Refused>,
+    /// The CKA_IDs of both.
+    pub(super) ids: BTreeSet<Vec<u8>>,
 }
 
 /// A key that is a KEK by what the token says of it.
@@ -30,9 +34,9 @@ impl Lane {
     /// and login; what still misses one then, misses it for this object alone, if for no other. Ends at the deadline: nobody
     /// waits for the rest, and a token that is slow has the next look to answer.
     pub(super) fn look(&mut self, rules: &Rules, deadline: Instant, is_last: bool) -> Result<Inventory, CallError> {
-        let mut refused = Vec::new();
-        let found = self.candidates(rules, deadline, &mut refused)?;
-        let mut keks = Vec::new();
+        let mut inventory = Inventory::default();
+        let found = self.candidates(rules, deadline, &mut inventory)?;
+        let Inventory { keks, refused, .. } = &mut inventory;
         let mut doubtful = None;
         for candidate in found {
             in_time(deadline)?;
@@ -65,16 +69,17 @@ impl Lane {
                 self.connected.wants_its_library_anew();
                 Err(error.settled(Class::Token))
             }
-            _ => Ok(Inventory { keks, refused }),
+            _ => Ok(inventory),
         }
     }
 
-    /// The keys with the label that are KEKs by what the token says of them, each with its name for people.
+    /// The keys with the label that are KEKs by what the token says of them, each with its name for people. The others,
+    /// and the ids of all, go into the inventory.
     fn candidates(
         &self,
         rules: &Rules,
         deadline: Instant,
-        refused: &mut Vec<Refused>,
+        Inventory { refused, ids, .. }: &mut Inventory,
     ) -> Result<Vec<Candidate>, CallError> {
         let named =
             |id: Option<&[u8]>| format!("key {} with label {}", id.map_or("without id".into(), hex), rules.label);
@@ -97,6 +102,7 @@ impl Lane {
         {
             identity.map(|identity| gone.remove(&identity));
             let key = named(id.as_deref());
+            ids.extend(id);
             match verdict {
                 Ok(kek) => candidates.push(Candidate { key, kek, attributes }),
                 Err(reason) => refused.push(Refused { key, identity, reason, is_ambiguous }),

@@ -39,7 +39,7 @@ mod token;
 mod tries;
 mod wraps;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::future::Future;
 use std::mem;
 use std::pin::Pin;
@@ -57,7 +57,7 @@ use self::address::Address;
 use self::admission::KekSpec;
 pub use self::admission::LONGEST_WAIT;
 pub use self::exportability::{Like, Outcome, ThrowAway, Trial, Trials, TriedOn};
-pub use self::generation::{Generated, Plan};
+pub use self::generation::{Generated, Left, NotGenerated, Plan};
 use self::inventory::{Candidate, Inventory};
 use self::kek::{Pkcs11Kek, Places};
 use self::link::SILENCE;
@@ -178,7 +178,7 @@ impl Pkcs11 {
     }
 
     async fn look_at_every_token(&self, deadline: Instant) -> Result<Sighting, KekError> {
-        let mut found = Found::new();
+        let (mut found, mut ids) = (Found::new(), BTreeSet::new());
         let (mut refused, mut exceptions) = (Vec::new(), Vec::new());
         let (mut looked_at, mut out_of_reach, mut unheard) = (Vec::new(), Vec::new(), Vec::new());
         let looks = join_all(self.tokens.iter().map(|token| self.look_at(token, deadline))).await;
@@ -197,6 +197,7 @@ impl Pkcs11 {
             let place =
                 |refusal: Refused| Refused { key: format!("{} on {}", refusal.key, token.link.name), ..refusal };
             refused.extend(inventory.refused.into_iter().map(place));
+            ids.extend(inventory.ids);
             for Candidate { kek, attributes, .. } in inventory.keks {
                 let name = token.rules.spec_of(&kek);
                 exceptions
@@ -212,7 +213,7 @@ impl Pkcs11 {
         }
         let out_of_reach: Vec<String> = out_of_reach.iter().map(ToString::to_string).collect();
         if out_of_reach.is_empty() {
-            refused.extend(self.nowhere(|identity| found.contains_key(&identity) || has(&refused, identity)));
+            refused.extend(self.nowhere(&ids));
         }
         self.keep_what_is_known_of(&unheard, &mut found);
         for (_, _, places) in found.values_mut() {
@@ -238,10 +239,11 @@ impl Pkcs11 {
         }
     }
 
-    /// The keys that the configuration admits, and that nobody shows.
-    fn nowhere(&self, is_shown: impl Fn(Identity) -> bool) -> Vec<Refused> {
+    /// The keys that the configuration admits, and that no token shows. By CKA_ID, which is all that the configuration
+    /// says of one: the identity of a pair hangs on its public keys as well.
+    fn nowhere(&self, shown: &BTreeSet<Vec<u8>>) -> Vec<Refused> {
         let admitted = self.tokens.iter().take(1).flat_map(|token| token.rules.admitted.keys());
-        let absent = admitted.filter(|id| !is_shown(Identity::of_pkcs11(id)));
+        let absent = admitted.filter(|id| !shown.contains(*id));
         let reason = "no token has it: bring it back, or remove its [[provider.kek]]";
         absent
             .map(|id| Refused {
@@ -267,10 +269,6 @@ impl Pkcs11 {
     fn keks(&self) -> MutexGuard<'_, HashMap<Identity, Arc<Pkcs11Kek>>> {
         lock(&self.keks)
     }
-}
-
-fn has(refused: &[Refused], identity: Identity) -> bool {
-    refused.iter().any(|refused| refused.identity == Some(identity))
 }
 
 impl Drop for Pkcs11 {

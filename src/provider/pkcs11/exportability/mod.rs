@@ -145,12 +145,40 @@ pub struct Trials {
 }
 
 impl Trials {
-    /// The worst that came of any way; `NotTried` if nothing was tried at all.
+    /// The worst that came of any kind of KEK; `NotTried` if of one nothing could be tried, and no other came out.
     #[must_use]
     pub fn verdict(&self) -> Outcome {
-        let tried = self.trials.iter().map(|trial| trial.outcome).filter(|outcome| *outcome != Outcome::NotTried);
-        tried.max().unwrap_or(Outcome::NotTried)
+        let gravity = |outcome: &Outcome| match outcome {
+            Outcome::Refused => 0,
+            Outcome::Warning => 1,
+            Outcome::NotTried => 2,
+            Outcome::CameOut => 3,
+        };
+        let kinds = self.trials.chunk_by(|one, other| one.like == other.like).map(of_kind);
+        kinds.max_by_key(gravity).unwrap_or(Outcome::NotTried)
     }
+}
+
+/// The worst that came of the ways for one kind of KEK; a way that could not be tried, while others could, is no better
+/// than a warning: nobody knows whether it is open.
+fn of_kind(trials: &[Trial]) -> Outcome {
+    let (untried, tried): (Vec<_>, Vec<_>) =
+        trials.iter().map(|trial| trial.outcome).partition(|outcome| *outcome == Outcome::NotTried);
+    match tried.into_iter().max() {
+        Some(Outcome::Refused) if !untried.is_empty() => Outcome::Warning,
+        worst => worst.unwrap_or(Outcome::NotTried),
+    }
+}
+
+/// Whether a key like a KEK leaves its token.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum WayOut {
+    /// Not by the ways that there are.
+    Closed,
+    /// By this one.
+    Open(String),
+    /// Nobody knows of every way, for this reason.
+    Untried(String),
 }
 
 /// Goes every way, for keys of each of these kinds. Without `may_write`, only session objects are made.
@@ -183,7 +211,16 @@ pub(super) fn try_every_way(lane: &Lane, kinds: &[Kind], may_write: bool) -> Res
                     stand.clear(kept.as_ref())?;
                     told?
                 }
-                Err(error) => (Outcome::NotTried, format!("no throw-away key can be made: {}", stand.refused(error)?)),
+                Err(error) => {
+                    let what = if stand.has_made_one() {
+                        "a throw-away key does not work"
+                    } else {
+                        "no throw-away key can be made"
+                    };
+                    let told = format!("{what}: {}", stand.refused(error)?);
+                    stand.clear(None)?;
+                    (Outcome::NotTried, told)
+                }
             };
             done.trials.push(Trial { way, like, outcome, what });
         }
@@ -192,14 +229,20 @@ pub(super) fn try_every_way(lane: &Lane, kinds: &[Kind], may_write: bool) -> Res
     Ok(done)
 }
 
-/// The first way on which a key of this mode comes out, if there is one. Only session objects are made.
+/// Whether a key of this mode comes out, by the first way that there is. Only session objects are made.
 ///
 /// # Errors
 /// The token is out of reach.
-pub(super) fn way_out(lane: &Lane, mode: Mode) -> Result<Option<String>, CallError> {
-    let Trials { trials, .. } = try_every_way(lane, &[Kind::made_by_us(mode)], false)?;
-    let out = trials.into_iter().find(|trial| trial.outcome == Outcome::CameOut);
-    Ok(out.map(|trial| format!("{}: {}", trial.way, trial.what)))
+pub(super) fn way_out(lane: &Lane, mode: Mode) -> Result<WayOut, CallError> {
+    let done = try_every_way(lane, &[Kind::made_by_us(mode)], false)?;
+    let first = |outcome| done.trials.iter().find(|trial| trial.outcome == outcome);
+    let told = |trial: &Trial| format!("{}: {}", trial.way, trial.what);
+    Ok(match (first(Outcome::CameOut), first(Outcome::NotTried)) {
+        (Some(trial), _) => WayOut::Open(told(trial)),
+        (None, Some(trial)) if done.verdict() == Outcome::NotTried => WayOut::Untried(trial.what.clone()),
+        (None, Some(trial)) => WayOut::Untried(told(trial)),
+        (None, None) => WayOut::Closed,
+    })
 }
 
 /// On what a mode was tried, if it was, and why it does not work, if it does not.
@@ -234,4 +277,33 @@ pub(super) fn try_mode(lane: &mut Lane, mode: Mode, keks: &[KekSpec], may_write:
     };
     stand.clear(None)?;
     Ok(Tried { on, failure })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Outcome::{CameOut, NotTried, Refused, Warning};
+    use super::*;
+
+    #[test]
+    fn what_could_not_be_tried_of_one_kind_is_not_made_good_by_another() {
+        for (kinds, verdict) in [
+            (&[][..], NotTried),
+            (&[&[Refused, Refused][..]], Refused),
+            (&[&[Refused, Warning]], Warning),
+            (&[&[Refused, NotTried]], Warning),
+            (&[&[NotTried, NotTried]], NotTried),
+            (&[&[Refused, Refused], &[Refused, Refused]], Refused),
+            (&[&[Refused, Refused], &[NotTried, NotTried]], NotTried),
+            (&[&[NotTried, NotTried], &[Warning, Refused]], NotTried),
+            (&[&[NotTried, NotTried], &[Refused, CameOut]], CameOut),
+        ] {
+            let of_kind = |(outcomes, modifiable): (&&[Outcome], bool)| {
+                let like = Like { mode: "gcm", modifiable, copyable: false };
+                let trial = |outcome: &Outcome| Trial { way: "a way", like, outcome: *outcome, what: String::new() };
+                outcomes.iter().map(trial).collect::<Vec<_>>()
+            };
+            let trials = kinds.iter().zip([false, true]).flat_map(of_kind).collect();
+            assert_eq!(Trials { throw_away: None, trials }.verdict(), verdict, "{kinds:?}");
+        }
+    }
 }

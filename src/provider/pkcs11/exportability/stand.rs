@@ -280,7 +280,7 @@ impl Stand<'_> {
             }
         }
         if refusals.is_empty() {
-            return Ok((Outcome::NotTried, "the token wraps no key by AES, not even one that may leave it".into()));
+            return Ok((Outcome::Refused, "the token wraps no key by AES, not even one that may leave it".into()));
         }
         let told = refusals.into_iter().map(|(answer, names)| format!("{answer} ({})", names.join(", ")));
         Ok((Outcome::Refused, told.collect::<Vec<_>>().join("; ")))
