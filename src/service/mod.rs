@@ -19,7 +19,7 @@ mod wiped;
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tonic::transport::Server;
 
@@ -51,6 +51,8 @@ const STREAMS: u32 = 1024;
 const WHOLE_BY: Duration = Duration::from_secs(35);
 /// How long the end waits for the answers to what was accepted.
 const DRAIN: Duration = Duration::from_secs(5);
+/// What has no answer by then is told that the plugin stops; the rest of the time is for sending that.
+const ANSWERED_BY: Duration = Duration::from_millis(4500);
 /// How long no request may be under way before all that was accepted counts as answered.
 const QUIET: Duration = Duration::from_millis(100);
 
@@ -78,6 +80,7 @@ pub async fn serve(
         ended = &mut server => return ended,
         () = shutdown => drop(drain),
     }
+    requests.end_by(Instant::now() + ANSWERED_BY);
     // The server itself would wait for every peer to hang up, and an idle one need not.
     tokio::select! {
         ended = server => ended,
