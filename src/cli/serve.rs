@@ -209,8 +209,10 @@ impl Daemon {
         let mut reminder = Reminder::default();
         loop {
             let keyring = self.requests.keyring();
-            for (what, count) in self.requests.repeats().due(Instant::now()) {
-                tracing::warn!(count, what, "happened again");
+            for repeats in [self.requests.repeats(), self.listener.repeats()] {
+                for (what, count) in repeats.due(Instant::now()) {
+                    tracing::warn!(count, what, "happened again");
+                }
             }
             let concerns = keyring.concerns(Timestamp::now());
             for concern in reminder.due(&concerns, Instant::now()) {

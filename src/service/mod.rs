@@ -1,15 +1,17 @@
 //! The gRPC service: one unix socket, KMS v2 on it, and v1beta1 when it is switched on.
 //!
-//! [`listener`] accepts and checks peers, [`authority`] mends what grpc-go sends, [`v2`] and [`v1beta1`] translate
-//! between the wire and the keyring. [`client`] is the other side, for the command line. These are the only rooms
-//! that know tonic.
+//! [`listener`] accepts peers, [`door`] says who may come in and stay, [`authority`] mends what grpc-go sends, [`v2`]
+//! and [`v1beta1`] translate between the wire and the keyring. [`client`] is the other side, for the command line. These
+//! are the only rooms that know tonic.
 
 pub mod authority;
 pub mod client;
 mod codec;
 mod connection;
 pub mod counters;
+mod directory;
 mod dispatch;
+mod door;
 pub(crate) mod ended;
 pub mod listener;
 pub mod requests;
