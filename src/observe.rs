@@ -10,7 +10,7 @@ use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
@@ -52,7 +52,10 @@ pub async fn serve(address: Option<SocketAddr>, requests: &Arc<Requests>) {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
-                tracing::warn!(%error, "a connection to observe.http could not be accepted");
+                let what = "a connection to observe.http could not be accepted";
+                if requests.repeats().is_news(&format!("{what}: {error}"), Instant::now()) {
+                    tracing::warn!(%error, "{what}");
+                }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }

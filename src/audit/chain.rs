@@ -62,7 +62,7 @@ pub struct Event {
 }
 
 /// The process at the other end of the socket (SO_PEERCRED), as it was when it connected.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct Peer {
     /// Its process id.
     #[serde(rename = "peer-pid")]

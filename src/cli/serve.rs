@@ -33,8 +33,9 @@ Examples:
   trousseau serve
   trousseau serve --config ./trousseau.toml";
 
-/// How long a new configuration's tokens may take before the old one is kept.
-const RELOAD_PATIENCE: Duration = Duration::from_secs(15);
+/// How long a new configuration's tokens may take before the old one is kept. Less than TimeoutStartSec= of the unit,
+/// within which systemd wants a reload to end as well.
+const RELOAD_PATIENCE: Duration = Duration::from_secs(8);
 /// How often systemd is told how we are, if that has changed.
 const STATUS_EVERY: Duration = Duration::from_secs(1);
 
@@ -211,8 +212,10 @@ impl Daemon {
         let mut reminder = Reminder::default();
         loop {
             let keyring = self.requests.keyring();
-            for (what, count) in self.requests.repeats().due(Instant::now()) {
-                tracing::warn!(count, what, "happened again");
+            for repeats in [self.requests.repeats(), self.listener.repeats()] {
+                for (what, count) in repeats.due(Instant::now()) {
+                    tracing::warn!(count, what, "happened again");
+                }
             }
             let concerns = keyring.concerns(Timestamp::now());
             for concern in reminder.due(&concerns, Instant::now()) {
@@ -277,5 +280,20 @@ fn allow_many_connections() {
     let limit = getrlimit(Resource::Nofile);
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
         tracing::debug!(%error, "the limit on open files stays");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reload_ends_before_systemd_calls_it_failed() {
+        let unit = include_str!("../../packaging/systemd/trousseau.service");
+        let limit =
+            unit.lines().find_map(|line| line.strip_prefix("TimeoutStartSec=")?.strip_suffix('s')?.parse().ok());
+        let limit = limit.map(Duration::from_secs);
+        // What is done beside waiting for tokens takes its time, too.
+        assert!(limit > Some(RELOAD_PATIENCE + Duration::from_secs(1)), "{limit:?}");
     }
 }

@@ -42,6 +42,9 @@ pub enum KeyringError {
     /// The providers can be reached, and one has no KEK to wrap with.
     #[error("{0}")]
     NoKek(String),
+    /// This process ends before there is an answer.
+    #[error("the plugin stops, the object is intact: try again")]
+    Stopping,
     /// Something of ours.
     #[error("the plugin failed, the object is intact: {0}")]
     Internal(String),

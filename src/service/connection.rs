@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Sleep, sleep};
 use tonic::Request;
 use tonic::transport::server::Connected;
 
 use super::authority::MendAuthority;
+use super::door::{Door, Place};
 use crate::audit::Peer;
 use crate::keyring::{ActiveSet, Keyring, KeyringError};
 use crate::sync::lock;
@@ -27,26 +27,11 @@ const ANNOUNCEMENT_HOLDS: Duration = Duration::from_secs(5);
 const PREFACE_TIMEOUT: Duration = Duration::from_secs(5);
 const PREFACE_LEN: usize = 24;
 
-/// Connections at a time that speak HTTP/2. An API server has one or two; a silent peer takes nobody's place.
-const PLACES: usize = 256;
-
-/// What connections share.
-#[derive(Clone)]
-pub(super) struct Places(Arc<Semaphore>);
-
-impl Default for Places {
-    fn default() -> Self {
-        Self(Arc::new(Semaphore::new(PLACES)))
-    }
-}
-
 /// What tonic serves.
 pub(super) struct Connection {
     stream: MendAuthority<UnixStream>,
     preface: Option<Preface>,
-    places: Places,
-    /// Taken once the preface has come, for as long as the connection lasts.
-    place: Option<OwnedSemaphorePermit>,
+    door: Arc<Door>,
     announced: Announced,
 }
 
@@ -59,7 +44,7 @@ struct Preface {
 /// What each request of a connection carries along: who is at its other end, and the key set of its last Status.
 #[derive(Clone)]
 pub(super) struct Announced {
-    peer: Option<Peer>,
+    place: Arc<Place>,
     announcement: Arc<Mutex<Option<Announcement>>>,
 }
 
@@ -72,28 +57,25 @@ struct Announcement {
 }
 
 impl Connection {
-    pub(super) fn new(stream: UnixStream, places: Places) -> Self {
-        let peer = stream.peer_cred().ok().map(|peer| Peer { pid: peer.pid().unwrap_or_default(), uid: peer.uid() });
-        let announced = Announced { peer, announcement: Arc::default() };
+    pub(super) fn new(stream: UnixStream, peer: Peer, door: Arc<Door>) -> Self {
+        let announced = Announced { place: Arc::new(Place::new(peer)), announcement: Arc::default() };
         let preface = Preface { missing: PREFACE_LEN, too_late: Box::pin(sleep(PREFACE_TIMEOUT)) };
-        Self { stream: MendAuthority::new(stream), preface: Some(preface), places, place: None, announced }
+        Self { stream: MendAuthority::new(stream), preface: Some(preface), door, announced }
     }
 
-    /// The preface has come: takes a place, or ends the newest connection, so that those that serve go on.
-    fn begin(&mut self) -> io::Result<()> {
-        self.preface = None;
-        self.place = Arc::clone(&self.places.0).try_acquire_owned().ok();
-        if self.place.is_none() {
-            let peer = self.announced.peer;
-            let (uid, pid) = peer.map(|peer| (peer.uid, peer.pid)).unzip();
-            tracing::warn!(
-                uid,
-                pid,
-                "{PLACES} connections are open: the newest is closed; see which process keeps them"
-            );
+    /// Whether it may go on: a reload may have taken its peer out, and another connection its place.
+    fn may_stay(&self, cx: &Context<'_>) -> io::Result<()> {
+        let place = &self.announced.place;
+        if place.poll_lost(cx).is_ready() {
             return Err(io::ErrorKind::QuotaExceeded.into());
         }
-        Ok(())
+        if self.door.admits(place.peer) { Ok(()) } else { Err(io::ErrorKind::PermissionDenied.into()) }
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.door.leave(&self.announced.place);
     }
 }
 
@@ -104,7 +86,14 @@ impl Announced {
 
     /// Who sent a request.
     pub(super) fn peer_of<T>(request: &Request<T>) -> Option<Peer> {
-        Self::of(request)?.peer
+        Some(Self::of(request)?.place.peer)
+    }
+
+    /// A request has come on the connection.
+    pub(super) fn note<T>(request: &http::Request<T>) {
+        if let Some(of) = request.extensions().get::<Self>() {
+            of.place.note_request();
+        }
     }
 
     /// The set that is active, announced to the request's connection.
@@ -146,12 +135,14 @@ impl Connected for Connection {
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.may_stay(cx)?;
         let before = buf.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(cx, buf);
         if let Some(preface) = &mut self.preface {
             preface.missing = preface.missing.saturating_sub(buf.filled().len() - before);
             if preface.missing == 0 {
-                self.begin()?;
+                self.preface = None;
+                self.door.take(&self.announced.place)?;
             } else if read.is_pending() && preface.too_late.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
             }

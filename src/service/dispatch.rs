@@ -7,6 +7,8 @@ use tonic::body::Body;
 use tonic::server::NamedService;
 use tower::Service;
 
+use super::connection::Announced;
+
 /// Both versions, each chosen by the first part of the path (gRPC over HTTP/2: `/package.Service/Method`).
 #[derive(Clone)]
 pub(super) struct Dispatch<V2, V1> {
@@ -29,6 +31,7 @@ where
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
+        Announced::note(&request);
         let service = request.uri().path().split('/').nth(1);
         match &mut self.v1beta1 {
             Some(v1beta1) if service == Some(V1::NAME) => v1beta1.call(request),

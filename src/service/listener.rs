@@ -8,22 +8,26 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener as BlockingListener, UnixStream as BlockingStream};
 use std::path::{Path, PathBuf};
-use std::sync::RwLock;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use futures_util::stream::{self, Stream};
 use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::net::sockopt::socket_peercred;
 use tokio::net::{UnixListener, UnixStream};
 
-use super::connection::{Connection, Places};
+use super::connection::Connection;
+use super::directory::check_directory;
+pub use super::directory::check_way;
+use super::door::Door;
+use crate::audit::Peer;
 use crate::config::{Listen, OVERFLOW_UID};
 use crate::disk;
-use crate::sync::{read, write};
 use crate::systemd;
+use crate::telemetry::Repeats;
 
 /// How long accepting pauses after the operating system refused it, for example for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -31,8 +35,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// A listening socket. If we bound it, its file is removed when this is dropped.
 pub struct Listener {
     socket: UnixListener,
-    allowed: RwLock<BTreeSet<u32>>,
-    places: Places,
+    door: Arc<Door>,
     _own: Option<OwnSocket>,
 }
 
@@ -56,11 +59,11 @@ pub struct BindError {
 }
 
 impl BindError {
-    fn new(path: &Path, what: impl Into<String>, remedy: impl Into<String>) -> Self {
+    pub(super) fn new(path: &Path, what: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { path: path.to_owned(), what: what.into(), remedy: remedy.into(), is_forbidden: false }
     }
 
-    fn io(path: &Path, what: &str, cause: &io::Error, remedy: &str) -> Self {
+    pub(super) fn io(path: &Path, what: &str, cause: &io::Error, remedy: &str) -> Self {
         let is_forbidden = cause.kind() == io::ErrorKind::PermissionDenied;
         let remedy = disk::remedy(cause).unwrap_or(remedy);
         Self { is_forbidden, ..Self::new(path, format!("{what}: {cause}"), remedy) }
@@ -87,16 +90,26 @@ impl Listener {
                 (socket, Some(own))
             }
         };
+        // What systemd's socket lies in, and what lies above. It is served all the same: a boot waits for it.
+        if let Err(why) = check_way(&config.socket, is_ours) {
+            tracing::error!("{why}: {}", why.remedy());
+        }
         let socket = socket.set_nonblocking(true).and_then(|()| UnixListener::from_std(socket));
         let socket = socket.map_err(|cause| {
             BindError::io(&config.socket, "cannot be listened on", &cause, "check that it is a listening stream socket")
         })?;
-        Ok(Self { socket, allowed: RwLock::new(allowed(config)), places: Places::default(), _own: own })
+        Ok(Self { socket, door: Arc::new(Door::new(allowed(config))), _own: own })
     }
 
-    /// Admits the uids of this configuration from now on.
+    /// Admits the uids of this configuration from now on, and serves no other one any more.
     pub fn admit_only(&self, config: &Listen) {
-        *write(&self.allowed) = allowed(config);
+        self.door.admit_only(allowed(config));
+    }
+
+    /// What the log was told of peers lately.
+    #[must_use]
+    pub fn repeats(&self) -> &Repeats {
+        self.door.repeats()
     }
 
     /// Every connection of an allowed peer, for ever. An error of accept(2) is never the end.
@@ -107,30 +120,41 @@ impl Listener {
     async fn accept(&self) -> Connection {
         loop {
             match self.socket.accept().await {
-                Ok((stream, _)) if self.admits(&stream) => return Connection::new(stream, self.places.clone()),
-                Ok(_) => (),
+                Ok((stream, _)) => {
+                    if let Some(peer) = self.admitted(&stream) {
+                        return Connection::new(stream, peer, Arc::clone(&self.door));
+                    }
+                }
                 Err(error) => {
-                    tracing::error!(%error, "a connection could not be accepted");
+                    let what = "a connection could not be accepted";
+                    if self.repeats().is_news(&format!("{what}: {error}"), Instant::now()) {
+                        tracing::error!(%error, "{what}");
+                    }
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             }
         }
     }
 
-    /// SO_PEERCRED: who connected, as the kernel saw it then.
-    fn admits(&self, stream: &UnixStream) -> bool {
+    /// SO_PEERCRED: who connected, as the kernel saw it then; nobody who is not allowed.
+    fn admitted(&self, stream: &UnixStream) -> Option<Peer> {
         match stream.peer_cred() {
-            Ok(peer) if read(&self.allowed).contains(&peer.uid()) => true,
             Ok(peer) => {
-                tracing::warn!(uid = peer.uid(), pid = peer.pid(), "peer is not in listen.allow-uids: closed");
-                false
+                let peer = Peer { pid: peer.pid().unwrap_or_default(), uid: peer.uid() };
+                self.door.admits(peer).then_some(peer)
             }
             Err(error) => {
-                tracing::warn!(%error, "peer is unknown: closed");
-                false
+                if self.repeats().is_news(&format!("peer is unknown: {error}"), Instant::now()) {
+                    tracing::warn!(%error, "peer is unknown: closed");
+                }
+                None
             }
         }
     }
+}
+
+fn is_ours(uid: u32) -> bool {
+    uid == rustix::process::geteuid().as_raw()
 }
 
 fn allowed(config: &Listen) -> BTreeSet<u32> {
@@ -158,7 +182,7 @@ fn inherited(path: &Path) -> Option<BlockingListener> {
 
 fn bind(config: &Listen) -> Result<(BlockingListener, OwnSocket), BindError> {
     let path = &config.socket;
-    check_directory(path)?;
+    check_directory(path, is_ours)?;
     let lock = take_lock(path)?;
     remove_stale(path)?;
     let remedy = "let its directory be writable by the user of this process";
@@ -189,29 +213,6 @@ impl Drop for OwnSocket {
     }
 }
 
-/// Nobody but root and us may exchange what is in the directory.
-fn check_directory(path: &Path) -> Result<(), BindError> {
-    let directory = path.parent().unwrap_or(Path::new("/"));
-    let name = directory.display();
-    let metadata = fs::metadata(directory)
-        .map_err(|cause| BindError::io(path, &format!("its directory {name}"), &cause, "make the directory"))?;
-    let owner = metadata.uid();
-    if owner != 0 && owner != rustix::process::geteuid().as_raw() {
-        let what = format!("its directory {name} belongs to uid {owner}, who could exchange the socket");
-        return Err(BindError::new(path, what, "give the directory to the user of this process"));
-    }
-    check_mode(path, directory, &metadata)
-}
-
-fn check_mode(path: &Path, directory: &Path, metadata: &Metadata) -> Result<(), BindError> {
-    let name = directory.display();
-    if metadata.mode() & 0o022 != 0 {
-        let what = format!("others could exchange it: the mode of {name} is {:04o}", metadata.mode() & 0o7777);
-        return Err(BindError::new(path, what, format!("chmod go-w {name}, or name a directory of its own")));
-    }
-    Ok(())
-}
-
 /// What anybody can see beforehand of why the socket could not be made. A directory that is not there may be made by
 /// then, by systemd for one, and whoever serves may be another user than this one.
 ///
@@ -219,9 +220,8 @@ fn check_mode(path: &Path, directory: &Path, metadata: &Metadata) -> Result<(), 
 /// As when it is made.
 pub fn foresee(config: &Listen) -> Result<(), BindError> {
     let path = &config.socket;
-    let directory = path.parent().unwrap_or(Path::new("/"));
-    if let Ok(metadata) = fs::metadata(directory) {
-        check_mode(path, directory, &metadata)?;
+    if path.parent().is_some_and(Path::exists) {
+        check_way(path, |_| true)?;
     }
     config.group.as_ref().map_or(Ok(()), |group| gid_of(path, group).map(drop))
 }

@@ -1,15 +1,17 @@
 //! The gRPC service: one unix socket, KMS v2 on it, and v1beta1 when it is switched on.
 //!
-//! [`listener`] accepts and checks peers, [`authority`] mends what grpc-go sends, [`v2`] and [`v1beta1`] translate
-//! between the wire and the keyring. [`client`] is the other side, for the command line. These are the only rooms
-//! that know tonic.
+//! [`listener`] accepts peers, [`door`] says who may come in and stay, [`authority`] mends what grpc-go sends, [`v2`]
+//! and [`v1beta1`] translate between the wire and the keyring. [`client`] is the other side, for the command line. These
+//! are the only rooms that know tonic.
 
 pub mod authority;
 pub mod client;
 mod codec;
 mod connection;
 pub mod counters;
+mod directory;
 mod dispatch;
+mod door;
 pub(crate) mod ended;
 pub mod listener;
 pub mod requests;
@@ -19,7 +21,7 @@ mod wiped;
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tonic::transport::Server;
 
@@ -51,6 +53,8 @@ const STREAMS: u32 = 1024;
 const WHOLE_BY: Duration = Duration::from_secs(35);
 /// How long the end waits for the answers to what was accepted.
 const DRAIN: Duration = Duration::from_secs(5);
+/// What has no answer by then is told that the plugin stops; the rest of the time is for sending that.
+const ANSWERED_BY: Duration = Duration::from_millis(4500);
 /// How long no request may be under way before all that was accepted counts as answered.
 const QUIET: Duration = Duration::from_millis(100);
 
@@ -78,6 +82,7 @@ pub async fn serve(
         ended = &mut server => return ended,
         () = shutdown => drop(drain),
     }
+    requests.end_by(Instant::now() + ANSWERED_BY);
     // The server itself would wait for every peer to hang up, and an idle one need not.
     tokio::select! {
         ended = server => ended,

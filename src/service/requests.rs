@@ -27,6 +27,8 @@ pub struct Requests {
     audit: Option<Audit>,
     repeats: Repeats,
     under_way: AtomicUsize,
+    /// Once the end has begun: until when there is an answer to everything.
+    end: watch::Sender<Option<Instant>>,
 }
 
 impl Requests {
@@ -41,6 +43,7 @@ impl Requests {
             audit,
             repeats: Repeats::default(),
             under_way: AtomicUsize::new(0),
+            end: watch::Sender::new(None),
         }
     }
 
@@ -102,7 +105,26 @@ impl Requests {
         let deadline = Instant::now() + (allowed - (allowed / 20).min(EARLY));
         let late = KeyringError::Deadline("the request's own deadline has passed".into());
         let answer = work(self.keyring(), deadline);
-        tokio::time::timeout_at(deadline.into(), answer).await.unwrap_or(Err(late))
+        tokio::select! {
+            biased; // who has an answer waits for nothing else
+            answer = tokio::time::timeout_at(deadline.into(), answer) => answer.unwrap_or(Err(late)),
+            () = self.must_end() => Err(KeyringError::Stopping),
+        }
+    }
+
+    /// Has each request answered by then, whatever its own deadline.
+    pub(super) fn end_by(&self, at: Instant) {
+        self.end.send_replace(Some(at));
+    }
+
+    /// Returns once there must be an answer to everything.
+    async fn must_end(&self) {
+        let mut end = self.end.subscribe();
+        let at = end.wait_for(Option::is_some).await.ok().and_then(|at| *at);
+        match at {
+            Some(at) => tokio::time::sleep_until(at.into()).await,
+            None => std::future::pending().await, // the sender is ours
+        }
     }
 
     /// Counts a request for as long as this is held.
@@ -160,7 +182,7 @@ pub(super) fn status_of(error: &KeyringError) -> Status {
         KeyringError::UnknownKey(_) => Code::FailedPrecondition,
         KeyringError::Busy(_) => Code::ResourceExhausted,
         KeyringError::Deadline(_) => Code::DeadlineExceeded,
-        KeyringError::Unavailable(_) | KeyringError::NoKek(_) => Code::Unavailable,
+        KeyringError::Unavailable(_) | KeyringError::NoKek(_) | KeyringError::Stopping => Code::Unavailable,
         KeyringError::Unauthenticated(_) => Code::Unauthenticated,
         KeyringError::Denied(_) => Code::PermissionDenied,
         KeyringError::Internal(_) => Code::Internal,

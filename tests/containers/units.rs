@@ -120,6 +120,16 @@ fn no_unit_gives_the_sockets_directory_to_the_services_user() {
 }
 
 #[test]
+fn no_unit_hides_from_the_service_who_connects() {
+    for directory in ["packaging/systemd", "packaging/systemd/drop-ins"] {
+        for (name, unit) in ["service", "conf"].into_iter().flat_map(|ending| texts(directory, ending)) {
+            let hides = unit.lines().find(|line| line.starts_with("PrivateUsers"));
+            assert_eq!(hides, None, "{name}: every peer but root and the service's user would be seen as uid 65534");
+        }
+    }
+}
+
+#[test]
 fn systemd_finds_no_fault_in_the_units() {
     if lacks_systemd_analyze() {
         return;

@@ -1,21 +1,33 @@
 //! The daemon among others: idle and silent peers, too few file descriptors, an inherited socket, a new configuration,
 //! and what systemd hears of it.
 
+use std::io::Write;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, chown, lchown, symlink};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 use std::{fs, io::Read};
 
 use crate::family::Family;
-use crate::plugin::{Host, Plugin};
+use crate::plugin::{Host, Plugin, lacks_root};
 use crate::supervisor::inheriting;
+use crate::trickle::Peer;
+
+/// A user who is not allowed.
+const STRANGER: u32 = 54_321;
 
 fn host() -> Host {
     let host = Host::new();
     host.generate("0s");
     host
+}
+
+/// Starts `serve` with this socket, as systemd does.
+fn serve_inherited(host: &Host, listener: &UnixListener) -> Plugin {
+    let mut command = inheriting(host.command(&["serve", "--config"]).arg(host.write_configuration()));
+    command.stdin(Stdio::from(OwnedFd::from(listener.try_clone().unwrap())));
+    host.start(command)
 }
 
 #[test]
@@ -47,7 +59,15 @@ fn a_request_that_comes_while_the_token_is_being_connected_to_waits_for_it() {
 fn an_end_is_not_held_up_by_idle_peers() {
     let host = host();
     let plugin = host.serve_healthy();
-    let _idle: Vec<UnixStream> = (0..50).map(|_| UnixStream::connect(&plugin.socket).unwrap()).collect();
+    let connect = |_| UnixStream::connect(&plugin.socket).unwrap();
+    let _silent: Vec<UnixStream> = (0..50).map(connect).collect();
+    let mut idle: Vec<UnixStream> = (0..50).map(connect).collect();
+    for stream in &mut idle {
+        stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").unwrap();
+        stream.read_exact(&mut [0; 9]).unwrap(); // its settings: it speaks HTTP/2
+    }
+    // Requests of which nothing follows the headers.
+    let _unfinished: Vec<Peer> = (0..5).map(|_| Peer::connect(&plugin.socket)).collect();
     let began = Instant::now();
     assert_eq!(plugin.stop().code(), Some(0));
     assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
@@ -67,18 +87,23 @@ fn too_few_file_descriptors_are_survived() {
     drop(crowd);
     plugin.wait_until("it is healthy again", |plugin| plugin.status().is_ok());
     plugin.round_trip();
+    // It tried twenty times a second.
+    plugin.wait_until("it is counted", |plugin| plugin.log().contains("happened again"));
+    assert_eq!(
+        plugin.log().matches("\"message\":\"a connection could not be accepted\"").count(),
+        1,
+        "{}",
+        plugin.log()
+    );
 }
 
 #[test]
 fn an_inherited_socket_is_served_and_left_behind() {
     let host = host();
-    let configuration = host.write_configuration();
     let socket = host.path("kms.sock");
     let listener = UnixListener::bind(&socket).unwrap();
     let inode = fs::metadata(&socket).unwrap().ino();
-    let mut command = inheriting(host.command(&["serve", "--config"]).arg(configuration));
-    command.stdin(Stdio::from(OwnedFd::from(listener.try_clone().unwrap())));
-    let mut plugin = host.start(command);
+    let mut plugin = serve_inherited(&host, &listener);
     plugin.wait_until("it is healthy", |plugin| plugin.status().is_ok());
     plugin.round_trip();
     assert_eq!(plugin.stop().code(), Some(0));
@@ -90,9 +115,7 @@ fn an_inherited_socket_is_served_and_left_behind() {
 fn an_inherited_socket_of_another_path_is_told_of() {
     let host = host();
     let listener = UnixListener::bind(host.path("other.sock")).unwrap();
-    let mut command = inheriting(host.command(&["serve", "--config"]).arg(host.write_configuration()));
-    command.stdin(Stdio::from(OwnedFd::from(listener)));
-    let plugin = host.start(command);
+    let plugin = serve_inherited(&host, &listener);
     assert!(plugin.log().contains("let ListenStream= of the socket unit name it"), "{}", plugin.log());
 }
 
@@ -133,10 +156,13 @@ fn a_log_that_takes_nothing_stops_nothing() {
 #[test]
 fn a_place_that_takes_no_socket_is_named() {
     let host = host();
-    std::os::unix::fs::symlink(host.path("nowhere"), host.path("link.sock")).unwrap();
+    let _lives = UnixListener::bind(host.path("other.sock")).unwrap();
+    symlink(host.path("nowhere"), host.path("link.sock")).unwrap();
+    symlink(host.path("other.sock"), host.path("live.sock")).unwrap();
     for (place, words) in [
         ("/no/such/directory/kms.sock", "make the directory"),
         (host.path("link.sock").to_str().unwrap(), "not a socket"),
+        (host.path("live.sock").to_str().unwrap(), "not a socket"),
     ] {
         let configuration = host.configuration().replace(host.path("kms.sock").to_str().unwrap(), place);
         host.write_secret("trousseau.toml", &configuration);
@@ -145,16 +171,98 @@ fn a_place_that_takes_no_socket_is_named() {
         let said = String::from_utf8_lossy(&done.stderr);
         assert!(!done.status.success() && said.contains(words), "{place}: {said}");
     }
+    for link in ["link.sock", "live.sock"] {
+        assert!(fs::symlink_metadata(host.path(link)).unwrap().is_symlink(), "{link} is left alone");
+    }
 }
 
 #[test]
-fn a_directory_that_others_can_change_is_no_place_for_the_socket() {
-    let host = host();
-    host.set_mode("", 0o777);
-    let done = host.run(&["serve"]);
-    host.set_mode("", 0o700);
-    assert_eq!(done.status.code(), Some(1), "{done:?}");
-    assert!(String::from_utf8_lossy(&done.stderr).contains("others could exchange it"), "{done:?}");
+fn a_directory_that_others_can_change_is_no_place_for_the_socket_and_told_of_where_systemd_made_it() {
+    type Open = fn(&Host);
+    let cases: [(Open, &str); 2] = [
+        (|host| host.set_mode("", 0o777), "others could exchange it: the mode of"),
+        (
+            |host| chown(host.directory.path(), Some(STRANGER), None).unwrap(),
+            "belongs to uid 54321, who could exchange the socket",
+        ),
+    ];
+    // Nobody else can give a directory away.
+    let count = if lacks_root() { 1 } else { cases.len() };
+    for (open, words) in &cases[..count] {
+        let host = host();
+        let listener = UnixListener::bind(host.path("kms.sock")).unwrap();
+        open(&host);
+        let done = host.run(&["serve"]);
+        assert_eq!(done.status.code(), Some(1), "{done:?}");
+        assert!(String::from_utf8_lossy(&done.stderr).contains(words), "{done:?}");
+
+        let mut plugin = serve_inherited(&host, &listener);
+        plugin.wait_until("it is healthy", |plugin| plugin.status().is_ok());
+        plugin.round_trip();
+        let log = plugin.log();
+        assert!(log.lines().any(|line| line.contains("\"ERROR\"") && line.contains(words)), "{log}");
+        let done = host.run(&["doctor"]);
+        let found = String::from_utf8_lossy(&done.stdout);
+        let is_failure = |line: &str| line.contains("FAILURE") && line.contains(words);
+        assert!(done.status.code() == Some(1) && found.lines().any(is_failure), "{words}: {found}");
+    }
+}
+
+#[test]
+fn whoever_could_turn_the_way_to_the_socket_is_told_of() {
+    type Lay = fn(&Host);
+    let turnable = "uid 54321, who could exchange the socket";
+    let cases: [(&str, Lay, Option<&str>); 5] = [
+        ("our own link", |host| symlink(host.path("real"), host.path("way")).unwrap(), None),
+        (
+            "another user's link",
+            |host| {
+                symlink("real", host.path("way")).unwrap();
+                lchown(host.path("way"), Some(STRANGER), None).unwrap();
+            },
+            Some(turnable),
+        ),
+        (
+            "another user's link behind ours",
+            |host| {
+                symlink("theirs", host.path("way")).unwrap();
+                symlink("real", host.path("theirs")).unwrap();
+                lchown(host.path("theirs"), Some(STRANGER), None).unwrap();
+            },
+            Some(turnable),
+        ),
+        (
+            "a directory above in which everybody may rename",
+            |host| {
+                fs::rename(host.path("real"), host.path("way")).unwrap();
+                host.set_mode("", 0o777);
+            },
+            Some("others could exchange it"),
+        ),
+        (
+            "one above like /tmp",
+            |host| {
+                fs::rename(host.path("real"), host.path("way")).unwrap();
+                host.set_mode("", 0o1777);
+            },
+            None,
+        ),
+    ];
+    if lacks_root() {
+        return; // nobody else can give a link away
+    }
+    for (case, lay, told) in cases {
+        let host = host();
+        fs::create_dir(host.path("real")).unwrap();
+        host.set_mode("real", 0o700);
+        lay(&host);
+        symlink("way/kms.sock", host.path("kms.sock")).unwrap(); // where the test connects
+        let mut plugin = host.serve_with(&host.configuration().replace("/kms.sock", "/way/kms.sock"));
+        plugin.wait_until("it is healthy", |plugin| plugin.status().is_ok());
+        let log = plugin.log();
+        assert_eq!(log.contains("could exchange"), told.is_some(), "{case}: {log}");
+        assert!(told.is_none_or(|words| log.contains(words)), "{case}: {log}");
+    }
 }
 
 #[test]

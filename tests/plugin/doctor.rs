@@ -159,6 +159,29 @@ fn whoever_else_listens_is_named() {
 }
 
 #[test]
+fn what_the_tokens_flags_say_amiss_is_told_with_a_remedy() {
+    let Some(library) = library() else { return };
+    let host = Host::new();
+    let faults = Faults { host: &host, library: &library };
+    let cases = [
+        ("CKF_LOGIN_REQUIRED=false", "needs no login: anybody may use its keys: initialize it with a user PIN"),
+        ("CKF_USER_PIN_TO_BE_CHANGED=true", "wants its PIN to be changed: change it with the vendor's tools"),
+        ("CKF_WRITE_PROTECTED=true", "is write-protected: no KEK can be made in it: lift that to make a KEK"),
+        ("CKF_ERROR_STATE=true", "says that it failed its self-test: restart it, and ask its vendor"),
+    ];
+    let rules: Vec<String> = cases.iter().map(|(flag, _)| format!("C_GetTokenInfo say {flag}")).collect();
+    for (rules, says) in [("", false), (&*rules.join("\n"), true)] {
+        faults.set(rules);
+        let done = faults.verb(&["doctor", "--output", "json"]).output().unwrap();
+        let findings: Vec<Value> =
+            serde_json::from_slice(&done.stdout).unwrap_or_else(|error| panic!("{error}: {done:?}"));
+        for (flag, words) in cases {
+            assert_eq!(has(&findings, "token", "warning", words), says, "{flag}: {findings:#?}");
+        }
+    }
+}
+
+#[test]
 fn one_token_under_two_names_is_no_pair_of_replicas() {
     if Family::chosen().stands_one_token_alone() {
         return;

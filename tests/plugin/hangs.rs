@@ -36,8 +36,8 @@ const BACK: Duration = Duration::from_secs(2);
 const CONNECTED: Duration = Duration::from_secs(10);
 /// What `pin retry` waits for a module, with what a busy machine adds.
 const PIN_RETRY: Duration = Duration::from_secs(18);
-/// From SIGTERM to the end: the deadline of what was accepted, and three seconds for the calls.
-const STOPPED: Duration = Duration::from_secs(8);
+/// From SIGTERM to the end: at most five seconds for what was accepted, and three for the calls, on a busy machine.
+pub const STOPPED: Duration = Duration::from_secs(10);
 
 fn host(sessions: usize) -> Host {
     let mut host = Host::new().with_mode("gcm");

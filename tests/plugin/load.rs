@@ -9,8 +9,9 @@ use tonic::Code;
 
 use crate::family::Family;
 use crate::fault_module::{Faults, library};
-use crate::hangs::DEADLINE;
+use crate::hangs::{DEADLINE, STOPPED};
 use crate::plugin::{Answer, Host};
+use crate::v1beta1;
 
 /// Places in the queue for each session.
 const QUEUE: usize = 64;
@@ -164,4 +165,26 @@ fn sigterm_answers_what_was_accepted() {
     assert_eq!(answered, answers.len(), "{answers:?}");
     assert_eq!(status.code(), Some(0));
     assert!(!socket.exists());
+}
+
+#[test]
+fn sigterm_answers_also_those_that_would_wait_longer_than_the_end() {
+    let Some(host) = host_with_one_session() else { return };
+    let mut plugin = host.serve_healthy();
+    plugin.round_trip();
+    let _held = hold_up(&host);
+    let socket = plugin.socket.clone();
+    std::thread::scope(|scope| {
+        let encrypt = || v1beta1::encrypt_within(&socket, b"a", Duration::from_secs(20));
+        let waiting: Vec<_> = (0..5).map(|_| scope.spawn(encrypt)).collect();
+        plugin.wait_until("they wait for the token", |plugin| plugin.status().is_err());
+        let began = Instant::now();
+        assert_eq!(plugin.stop().code(), Some(0));
+        let took = began.elapsed();
+        for waiting in waiting {
+            let answer = waiting.join().unwrap().unwrap_err();
+            assert!(answer.code == Code::Unavailable && answer.message.contains("the plugin stops"), "{answer:?}");
+        }
+        assert!(took < STOPPED, "{took:?}");
+    });
 }

@@ -50,7 +50,8 @@ struct Heard {
     answer: Option<(Code, String)>,
 }
 
-struct Peer {
+/// A connection on which an Encrypt has begun.
+pub struct Peer {
     stream: UnixStream,
     heard: Mutex<Heard>,
     news: Condvar,
@@ -58,7 +59,7 @@ struct Peer {
 
 impl Peer {
     /// A connection with settings exchanged, and the headers of an Encrypt sent on stream 1.
-    fn connect(socket: &Path) -> Self {
+    pub fn connect(socket: &Path) -> Self {
         let mut stream = UnixStream::connect(socket).unwrap();
         stream.set_write_timeout(Some(LONGEST)).unwrap();
         stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").unwrap();

@@ -1,12 +1,13 @@
 //! A client of KMS v1beta1, which the command line does not have.
 
 use std::path::Path;
+use std::time::Duration;
 
 use http::uri::PathAndQuery;
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
-use tonic::Request;
 use tonic::transport::Endpoint;
+use tonic::{IntoRequest, Request};
 use tonic_prost::ProstCodec;
 
 use crate::plugin::{Answer, Plugin, answer_of};
@@ -34,13 +35,20 @@ pub fn decrypt(plugin: &Plugin, ciphertext: &[u8]) -> Result<Vec<u8>, Answer> {
     ask(plugin, "Decrypt", ciphertext)
 }
 
+/// With this time to answer it.
+pub fn encrypt_within(socket: &Path, plaintext: &[u8], timeout: Duration) -> Result<Vec<u8>, Answer> {
+    let mut request = Request::new(Asked { version: "v1beta1".into(), bytes: plaintext.to_vec() });
+    request.set_timeout(timeout);
+    call::<Asked, _>(socket, "Encrypt", request).map(|Answered { bytes }| bytes)
+}
+
 fn ask(plugin: &Plugin, method: &str, bytes: &[u8]) -> Result<Vec<u8>, Answer> {
     let asked = Asked { version: "v1beta1".into(), bytes: bytes.to_vec() };
-    call(&plugin.socket, method, asked).map(|Answered { bytes }| bytes)
+    call::<Asked, _>(&plugin.socket, method, asked).map(|Answered { bytes }| bytes)
 }
 
 /// One call on a connection of its own.
-pub fn call<Q, A>(socket: &Path, method: &str, request: Q) -> Result<A, Answer>
+pub fn call<Q, A>(socket: &Path, method: &str, request: impl IntoRequest<Q>) -> Result<A, Answer>
 where
     Q: prost::Message + 'static,
     A: prost::Message + Default + 'static,
@@ -56,7 +64,7 @@ where
         let channel = Endpoint::from_static("http://localhost").connect_with_connector(connector).await.unwrap();
         let mut client = tonic::client::Grpc::new(channel);
         client.ready().await.unwrap();
-        let answer = client.unary(Request::new(request), path, ProstCodec::<Q, A>::default()).await;
+        let answer = client.unary(request.into_request(), path, ProstCodec::<Q, A>::default()).await;
         answer.map(tonic::Response::into_inner).map_err(|status| answer_of(&status))
     })
 }

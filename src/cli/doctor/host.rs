@@ -105,8 +105,12 @@ pub(super) fn arguments(process: &str) -> Vec<String> {
 
 /// Whether these are the arguments of a plugin that serves by this configuration.
 fn serves(arguments: &[String], config: &Path) -> bool {
-    let named = arguments.iter().position(|argument| argument == "--config").and_then(|at| arguments.get(at + 1));
-    let named = named.map_or(DEFAULT_PATH, String::as_str);
+    let named = arguments.iter().zip(1..).find_map(|(argument, next)| match argument.strip_prefix("--config") {
+        Some("") => arguments.get(next).map(String::as_str),
+        Some(joined) => joined.strip_prefix('='),
+        None => None,
+    });
+    let named = named.unwrap_or(DEFAULT_PATH);
     arguments.get(1).is_some_and(|verb| verb == "serve") && Path::new(named) == config
 }
 
@@ -212,6 +216,8 @@ mod tests {
             ("trousseau serve", DEFAULT_PATH, true),
             ("trousseau serve --config /a.toml", "/a.toml", true),
             ("trousseau serve --config /a.toml", DEFAULT_PATH, false),
+            ("trousseau serve --config=/a.toml", "/a.toml", true),
+            ("trousseau serve --config=/a.toml", DEFAULT_PATH, false),
             ("trousseau doctor --config /a.toml", "/a.toml", false),
             ("trousseau serve --config", "/a.toml", false),
         ] {

@@ -9,7 +9,7 @@ use yaml_rust2::{Yaml, YamlLoader};
 
 use super::Findings;
 use super::encryption_config;
-use super::host::{Process, arguments, processes};
+use super::host::{Process, arguments, processes, user};
 use crate::config::Listen;
 use crate::disk;
 
@@ -101,8 +101,7 @@ fn examine_mode(file: &Path, findings: &mut Findings) {
 
 /// The users as which they run must be allowed to connect.
 fn examine_peers(servers: &[Process], listen: &Listen, findings: &mut Findings) {
-    let uids: BTreeSet<u32> =
-        servers.iter().filter_map(|server| Some(fs::metadata(&server.path).ok()?.uid())).collect();
+    let uids: BTreeSet<u32> = servers.iter().filter_map(user).collect();
     for uid in uids {
         if listen.allow_uids.contains(&uid) {
             findings.good("peers", format!("the API server here runs as uid {uid}, which may connect"));
@@ -248,6 +247,7 @@ mod tests {
             let listen = Listen { socket, mode: 0o600, group: None, allow_uids, v1beta1: false };
             let server = Self { listen, directory, name: "kube-apiserver" };
             server.write("proc/cmdline", "kube-apiserver\0--v=2\0--encryption-provider-config=/etc/enc.yaml\0");
+            server.write("proc/status", &format!("Name:\tkube-apiserver\nUid:\t1\t{uid}\t2\t3\n"));
             let endpoint = server.listen.socket.display();
             server.write(
                 "proc/root/etc/enc.yaml",

@@ -185,7 +185,7 @@ async fn examine(args: &DoctorArgs, findings: &mut Findings) {
         }
         Err(failure) => findings.failed("state", &failure),
     }
-    socket::examine(&config.listen, findings).await;
+    socket::examine(&args.config.config, &config.listen, findings).await;
     let (theirs, named) = (Arc::clone(&config), args.encryption_config.clone());
     findings.add_from("API server", move |findings| kubernetes::examine(&theirs.listen, named, findings)).await;
     findings.add_from("unit", host::examine_unit).await;

@@ -10,28 +10,33 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 
 use super::Findings;
-use super::host::arguments;
+use super::host::{arguments, plugin, user};
 use crate::config::Listen;
 use crate::disk;
 use crate::service::client::{Client, ClientError};
+use crate::service::listener::check_way;
 
 const SOCKET: &str = "socket";
 
-/// Whether a plugin serves, and answers as it should.
-pub(super) async fn examine(listen: &Listen, findings: &mut Findings) {
+/// Whether a plugin serves by this configuration, which is in `file`, and answers as it should.
+pub(super) async fn examine(file: &Path, listen: &Listen, findings: &mut Findings) {
     let socket = listen.socket.display();
+    // That nobody listens, or that we may not connect, is told by the call at the end.
+    let peer = UnixStream::connect(&listen.socket).await.and_then(|stream| stream.peer_cred()).ok();
     if let Ok(metadata) = fs::symlink_metadata(&listen.socket) {
         let mode = metadata.mode() & 0o7777;
         if !metadata.file_type().is_socket() {
             findings.failure(SOCKET, format!("{socket} is not a socket"), "move it away, and restart the plugin");
-        } else if mode != listen.mode {
-            let what = format!("the mode of {socket} is {mode:04o}, not {:04o}", listen.mode);
-            findings.warning(SOCKET, what, "set SocketMode= in the socket unit, or restart the plugin");
+        } else if let Some(what) = complaint(mode, listen.mode, peer.is_some_and(|peer| is_systemd(peer.pid()))) {
+            let remedy = "set SocketMode= in the socket unit, or restart the plugin";
+            findings.warning(SOCKET, format!("the mode of {socket} is {mode:04o}, {what}"), remedy);
         }
         report_selinux(&listen.socket, findings);
     }
-    // That nobody listens, or that we may not connect, is told by the call that follows.
-    if let Ok(peer) = UnixStream::connect(&listen.socket).await.and_then(|stream| stream.peer_cred()) {
+    let (path, file) = (listen.socket.clone(), file.to_owned());
+    let look = move |findings: &mut Findings| examine_way(&path, &file, peer.map(|peer| peer.uid()), findings);
+    findings.add_from(SOCKET, look).await;
+    if let Some(peer) = peer {
         let path = listen.socket.clone();
         findings.add_from(SOCKET, move |findings| examine_listener(&path, peer.pid(), peer.uid(), findings)).await;
     }
@@ -43,6 +48,33 @@ pub(super) async fn examine(listen: &Listen, findings: &mut Findings) {
             findings.failure(SOCKET, format!("{socket}: {error}"), remedy);
         }
         Err(error) => findings.failed(SOCKET, &error.into()),
+    }
+}
+
+/// Whether systemd made the socket. In a container the plugin itself may be the first process.
+fn is_systemd(pid: Option<i32>) -> bool {
+    pid == Some(1) && runs_us("/proc/1") != Some(true)
+}
+
+/// What is wrong with the socket's mode. That of systemd's is the unit's, whatever the configuration says.
+fn complaint(mode: u32, configured: u32, is_systemds: bool) -> Option<String> {
+    match is_systemds {
+        true => (mode & 0o007 != 0).then(|| "which lets every user try it".to_owned()),
+        false => (mode != configured).then(|| format!("not {configured:04o}")),
+    }
+}
+
+/// Whether somebody could exchange the socket whom neither root is nor who serves.
+fn examine_way(socket: &Path, file: &Path, listener: Option<u32>, findings: &mut Findings) {
+    if !socket.parent().is_some_and(Path::exists) {
+        return; // nobody serves there, which is told
+    }
+    let serves = plugin(file).as_ref().and_then(user);
+    // While nobody serves it is not known who will.
+    let is_unknown = listener.or(serves).is_none();
+    let trusted = |uid: u32| is_unknown || [listener, serves].contains(&Some(uid));
+    if let Err(why) = check_way(socket, trusted) {
+        findings.failed(SOCKET, &why.into());
     }
 }
 
@@ -143,6 +175,23 @@ fn report_selinux(socket: &Path, findings: &mut Findings) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_mode_is_the_configurations_unless_systemd_made_the_socket() {
+        for (mode, configured, is_systemds, what) in [
+            (0o600, 0o600, false, None),
+            (0o660, 0o600, false, Some("not 0600")),
+            (0o666, 0o600, false, Some("not 0600")),
+            (0o600, 0o660, false, Some("not 0660")),
+            (0o660, 0o600, true, None),
+            (0o600, 0o660, true, None),
+            (0o666, 0o660, true, Some("which lets every user try it")),
+        ] {
+            let found = complaint(mode, configured, is_systemds);
+            assert_eq!(found.as_deref(), what, "{mode:04o} {configured:04o} {is_systemds}");
+        }
+        assert!(!is_systemd(None) && !is_systemd(Some(7)));
+    }
 
     #[test]
     fn a_plugin_is_known_by_its_program_and_verb_and_systemds_by_its_unit() {

@@ -62,3 +62,16 @@ const ATTRIBUTES: &[(&str, CK_ATTRIBUTE_TYPE)] = &[
 pub fn attribute(text: &str) -> Option<CK_ATTRIBUTE_TYPE> {
     ATTRIBUTES.iter().find(|(name, _)| *name == text).map(|(_, attribute)| *attribute)
 }
+
+/// What a token is said to be, or not to be.
+const FLAGS: &[(&str, CK_FLAGS)] = &[
+    ("CKF_LOGIN_REQUIRED", CKF_LOGIN_REQUIRED),
+    ("CKF_USER_PIN_TO_BE_CHANGED", CKF_USER_PIN_TO_BE_CHANGED),
+    ("CKF_WRITE_PROTECTED", CKF_WRITE_PROTECTED),
+    ("CKF_ERROR_STATE", CKF_ERROR_STATE),
+];
+
+/// A token's flag by its name.
+pub fn flag(text: &str) -> Option<CK_FLAGS> {
+    FLAGS.iter().find(|(name, _)| *name == text).map(|(_, flag)| *flag)
+}

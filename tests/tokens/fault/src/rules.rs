@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-use cryptoki_sys::{CK_ATTRIBUTE_TYPE, CK_MECHANISM_TYPE, CK_RV, CKM_AES_GCM};
+use cryptoki_sys::{CK_ATTRIBUTE_TYPE, CK_FLAGS, CK_MECHANISM_TYPE, CK_RV, CKM_AES_GCM};
 
 use crate::{codes, table};
 
@@ -45,6 +45,8 @@ pub enum Action {
     Hide(CK_ATTRIBUTE_TYPE),
     /// Say this of a key, whatever was asked for, or is so.
     Say(CK_ATTRIBUTE_TYPE, bool),
+    /// Say that a token has this flag, or has it not.
+    Flag(CK_FLAGS, bool),
 }
 
 /// Who makes the IV of AES-GCM, if it is not the caller.
@@ -252,7 +254,12 @@ fn parse_action<'a, 'b>(function: Option<&str>, words: &'a [&'b str]) -> Result<
                     codes::attribute(name).ok_or(format!("{name} is no attribute that is true or false"))?;
                 Ok((Action::Say(attribute, parse(value)?), rest))
             }
-            _ => Err("say is for C_GenerateKey, C_GenerateKeyPair or C_GetAttributeValue".into()),
+            Some("C_GetTokenInfo") => {
+                let (name, value) = text.split_once('=').ok_or(format!("{text} is not CKF_…=true or =false"))?;
+                let flag = codes::flag(name).ok_or(format!("{name} is no flag of a token that can be said"))?;
+                Ok((Action::Flag(flag, parse(value)?), rest))
+            }
+            _ => Err("say is for C_GenerateKey, C_GenerateKeyPair, C_GetAttributeValue or C_GetTokenInfo".into()),
         },
         [word, ..] => Err(format!("{word} is no action, or lacks what it needs")),
         [] => Err("there is no action".into()),

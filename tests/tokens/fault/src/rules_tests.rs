@@ -31,6 +31,7 @@ fn good_lines() {
         ("C_GetAttributeValue hide 0x163", Action::Hide(0x163)),
         ("C_GenerateKey say CKA_EXTRACTABLE=true", Action::Say(0x162, true)),
         ("C_GetAttributeValue say CKA_LOCAL=false", Action::Say(0x163, false)),
+        ("C_GetTokenInfo say CKF_LOGIN_REQUIRED=false", Action::Flag(4, false)),
     ] {
         let parsed = rules(&format!("# a comment\n\nseed 7\n{line}\n"));
         assert_eq!(parsed.0.len(), 1, "{line}");
@@ -76,6 +77,7 @@ fn bad_lines_are_named() {
         ("C_GenerateKey say CKA_LOCAL", "not CKA_"),
         ("C_GenerateKey say CKA_ID=true", "CKA_ID is no attribute"),
         ("C_GenerateKey say CKA_LOCAL=yes", "yes is not"),
+        ("C_GetTokenInfo say CKA_LOCAL=true", "CKA_LOCAL is no flag"),
         ("seed x", "not a number"),
         ("seed", "no function"),
     ] {

@@ -169,6 +169,15 @@ pub unsafe extern "C" fn C_GetTokenInfo(slot: CK_SLOT_ID, info: *mut CK_TOKEN_IN
                 *flags = if is_set { *flags | flag } else { *flags & !flag };
             }
         }
+        let said = context.about().filter_map(|rule| match rule.action {
+            Action::Flag(flag, is_set) if code == CKR_OK => rule.fires().map(|_| (flag, is_set)),
+            _ => None,
+        });
+        for (flag, is_set) in said {
+            // SAFETY: the real module has just written there.
+            let flags = unsafe { &mut (*info).flags };
+            *flags = if is_set { *flags | flag } else { *flags & !flag };
+        }
         code
     })
 }
