@@ -221,7 +221,7 @@ impl Daemon {
                 // What cannot be written is told by the log's own thread.
                 drop(audit.record(Event { key_id: now, keks: keyring.active_keks(), ..Event::now("active") }).await);
             }
-            let status = match health(&keyring) {
+            let status = match self.requests.well(Timestamp::now()) {
                 Ok(key_id) => [vec![format!("serving, key_id {key_id}")], keyring.gaps(), concerns].concat().join("; "),
                 Err(why) => format!("UNAVAILABLE: {why}"),
             };

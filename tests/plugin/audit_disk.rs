@@ -7,7 +7,7 @@ use serde_json::Value;
 use tonic::Code;
 
 use crate::disk::{inside, lacks_mounts, remount, serve_over};
-use crate::observe::{OBSERVED, wait_for_samples};
+use crate::observe::{OBSERVED, ask, wait_for_samples};
 use crate::plugin::{Host, Plugin};
 
 /// Some twenty lines.
@@ -28,6 +28,22 @@ fn told(plugin: &Plugin) -> Option<Value> {
     let log = plugin.log();
     let line = log.lines().rfind(|line| line.contains("head of the audit log"))?;
     Some(serde_json::from_str::<Value>(line).unwrap()["seq"].clone())
+}
+
+/// Status, and who may be asked in its place, say whether requests are answered.
+fn tells_whether_it_answers(plugin: &mut Plugin, is_answered: bool, policy: &str) {
+    wait_for_samples(plugin, &[("trousseau_ready", f64::from(u8::from(is_answered)))]);
+    let (status, readiness) = (plugin.status(), ask(plugin, "GET /readyz"));
+    assert_eq!(readiness.contains("200 OK"), is_answered, "{policy}: {readiness}");
+    match status {
+        Ok(_) => assert!(is_answered, "{policy}: Status says that all is well"),
+        Err(said) => {
+            assert!(!is_answered && said.code == Code::Unavailable, "{policy}: {said:?}");
+            for text in [said.message, readiness] {
+                assert!(text.contains("the audit log cannot be written"), "{policy}: {text}");
+            }
+        }
+    }
 }
 
 #[test]
@@ -85,8 +101,12 @@ fn a_full_disk_has_no_half_line_and_the_policy_says_what_becomes_of_requests() {
         let lost = MORE + if is_answered { 2 } else { 1 };
         wait_for_samples(&mut plugin, &[("trousseau_audit_lost_total", lost as f64)]);
         assert_eq!(fs::read(&log).unwrap(), before, "{policy}: a full disk takes nothing");
+        tells_whether_it_answers(&mut plugin, is_answered, policy);
 
         remount(&plugin, &directory, LARGE);
+        // The API server may ask for nothing but this until it is well.
+        plugin.wait_until("it is well by itself", |plugin| plugin.status().is_ok());
+        tells_whether_it_answers(&mut plugin, true, policy);
         plugin.encrypt(b"seed").unwrap();
         plugin.wait_until("it is written", |_| lines(&log).len() >= whole + 2);
         let gap = &lines(&log)[whole];

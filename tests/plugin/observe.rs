@@ -36,7 +36,7 @@ fn address(plugin: &mut Plugin) -> String {
 }
 
 /// What the plugin answers, head and body.
-fn ask(plugin: &mut Plugin, request: &str) -> String {
+pub fn ask(plugin: &mut Plugin, request: &str) -> String {
     ask_at(&address(plugin), request)
 }
 
