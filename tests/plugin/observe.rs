@@ -200,6 +200,26 @@ fn what_was_done_is_counted() {
     assert!(!metrics.contains("\ntrousseau_losses_total{"), "{metrics}");
 }
 
+/// Another one is asked for no proof any more, and must not look as if it had stopped to give any.
+#[test]
+fn only_the_active_kek_has_an_instant_of_its_last_proof() {
+    if Family::chosen().sees_no_new_keys() {
+        return;
+    }
+    const PROVED: &str = "trousseau_kek_proved_timestamp_seconds{";
+    let host = observed();
+    host.generate("0s");
+    let mut plugin = host.serve_healthy();
+    let kek = host.generate("0s");
+    let kek = kek["identity"].as_str().unwrap();
+    assert!(host.run(&["key", "list", "--expect", kek]).status.success());
+    let address = address(&mut plugin);
+    let of_kek = format!("{PROVED}kek=\"{kek}\"}}");
+    plugin.wait_until("it has proved itself", |_| sample(&ask_at(&address, "GET /metrics"), &of_kek).is_some());
+    let metrics = ask_at(&address, "GET /metrics");
+    assert_eq!(metrics.lines().filter(|line| line.starts_with(PROVED)).count(), 1, "{metrics}");
+}
+
 #[test]
 fn a_login_that_is_refused_is_counted_and_not_tried_again() {
     let host = observed();
