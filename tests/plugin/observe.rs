@@ -27,7 +27,7 @@ fn observed() -> Host {
 }
 
 /// Where it serves them.
-fn address(plugin: &mut Plugin) -> String {
+pub fn address(plugin: &mut Plugin) -> String {
     plugin.wait_until("it serves metrics", |plugin| plugin.log().contains("metrics are served"));
     let log = plugin.log();
     let line = log.lines().find(|line| line.contains("metrics are served")).unwrap();
@@ -40,7 +40,7 @@ pub fn ask(plugin: &mut Plugin, request: &str) -> String {
     ask_at(&address(plugin), request)
 }
 
-fn ask_at(address: &str, request: &str) -> String {
+pub fn ask_at(address: &str, request: &str) -> String {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
     stream.write_all(format!("{request} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes()).unwrap();
