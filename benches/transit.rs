@@ -21,7 +21,7 @@ use futures_util::future::try_join_all;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use trousseau::config::Config;
-use trousseau::provider::transit::Transit;
+use trousseau::provider::transit::{Purpose, Transit};
 use trousseau::provider::{Kek, Provider};
 use trousseau::secret::Dek;
 use trousseau::service::client::Client;
@@ -244,7 +244,7 @@ impl Plugin {
 /// What this plugin's own client gets from Transit, and what the plugin gets, by turns.
 async fn throughput(plugin: &Plugin, cores: Cores, in_flights: &[usize]) -> Result<()> {
     let state = Arc::new(State::open(&plugin.directory.path().join("bench-state"))?);
-    let transit = Transit::new(plugin.config.transit().next().ok_or("no transit")?, &state);
+    let transit = Transit::new(plugin.config.transit().next().ok_or("no transit")?, &state, Purpose::Look);
     transit.settled().await;
     let kek = transit.look(Instant::now() + PATIENCE).await?.keks.pop().ok_or("no KEK")?;
     let wrapped = kek.wrap_dek(Arc::new(Dek::generate()?), Instant::now() + PATIENCE).await?;

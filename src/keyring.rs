@@ -129,6 +129,12 @@ impl Keyring {
             }
             keks.push(kek);
         }
+        let others_make_up = self.seal_under == SealUnder::Any && keks.iter().any(|active| active.kek.is_ok());
+        if let Some(Err(why)) = keks.iter().find(|active| active.is_refused).map(|active| &active.kek)
+            && !others_make_up
+        {
+            return Err(KeyringError::NoKek(why.to_string()));
+        }
         let identities: Vec<Identity> = keks.iter().map(|active| active.identity).collect();
         Ok(ActiveSet { key_set: KeySet::of(&self.cluster, &identities), keks })
     }
@@ -172,6 +178,7 @@ impl Keyring {
                 identity: kek,
                 algorithm: found.algorithm(),
                 kek: Ok(found),
+                is_refused: false,
             }],
         })
     }

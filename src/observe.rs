@@ -91,7 +91,7 @@ fn answer(request: &Request<Incoming>, requests: &Requests) -> Result<Response<F
         (false, _) => (StatusCode::METHOD_NOT_ALLOWED, "text/plain", "GET or HEAD\n".to_owned()),
         (true, "/metrics") => (StatusCode::OK, OPEN_METRICS, metrics::text(&keyring, requests, now)),
         (true, "/livez") => (StatusCode::OK, "text/plain", "ok\n".to_owned()),
-        (true, "/readyz") => readiness(&keyring, now),
+        (true, "/readyz") => readiness(&keyring, requests, now),
         (true, _) => (StatusCode::NOT_FOUND, "text/plain", "/metrics, /livez, /readyz\n".to_owned()),
     };
     let mut response = Response::new(Full::from(body));
@@ -101,10 +101,10 @@ fn answer(request: &Request<Incoming>, requests: &Requests) -> Result<Response<F
 }
 
 /// Whether Encrypt and Decrypt would work, as Status says it; and what is amiss although they would.
-fn readiness(keyring: &Keyring, now: Timestamp) -> (StatusCode, &'static str, String) {
-    let (status, mut lines) = match keyring.well(now) {
+fn readiness(keyring: &Keyring, requests: &Requests, now: Timestamp) -> (StatusCode, &'static str, String) {
+    let (status, mut lines) = match requests.well(now) {
         Ok(key_set) => (StatusCode::OK, vec![format!("ok, key_id {key_set}")]),
-        Err(why) => (StatusCode::SERVICE_UNAVAILABLE, vec![why.to_string()]),
+        Err(why) => (StatusCode::SERVICE_UNAVAILABLE, vec![why]),
     };
     lines.extend(keyring.gaps());
     lines.extend(keyring.concerns(now));

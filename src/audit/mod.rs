@@ -36,6 +36,8 @@ const PATIENCE: Duration = Duration::from_secs(3);
 const COMPLAIN_AGAIN: Duration = Duration::from_secs(10);
 /// Events that may wait: past these, the disk is too slow, and they are lost and counted.
 const MOST_WAITING: usize = 100_000;
+/// What is said of a line that is waited for in vain.
+const SILENT_DISK: &str = "its disk does not answer";
 
 /// The audit log of this process. Shared between threads; what is left is written when it is dropped.
 pub struct Audit {
@@ -51,6 +53,16 @@ struct Shared {
     lost: AtomicU64,
     /// How often its head was gone from it.
     rewritten: AtomicU64,
+    trouble: Mutex<Trouble>,
+}
+
+/// What is wrong with the log, each until it has gone well again.
+#[derive(Default)]
+struct Trouble {
+    /// Why events were not written.
+    unwritten: Option<String>,
+    /// Why what was written was not synced.
+    unsynced: Option<String>,
 }
 
 #[derive(Default)]
@@ -60,6 +72,8 @@ struct Waiting {
     callers: Vec<oneshot::Sender<Result<(), String>>>,
     lost: u64,
     ended: bool,
+    /// Since when the thread has been at what it took last.
+    at_work: Option<Instant>,
 }
 
 impl Audit {
@@ -82,6 +96,7 @@ impl Audit {
             woken: Condvar::new(),
             lost: AtomicU64::default(),
             rewritten: AtomicU64::default(),
+            trouble: Mutex::default(),
         });
         let of = Writer {
             shared: Arc::clone(&shared),
@@ -121,7 +136,20 @@ impl Audit {
         match tokio::time::timeout(PATIENCE, answer).await {
             Ok(Ok(written)) => written,
             Ok(Err(_)) => Err("too many events wait, or its thread has ended".into()),
-            Err(_) => Err("its disk does not answer".into()),
+            Err(_) => Err(SILENT_DISK.into()),
+        }
+    }
+
+    /// Why a request would be refused now because it could not be logged, from how the last events fared. It gets well by
+    /// itself: the thread tries again while it has something to say.
+    #[must_use]
+    pub fn refuses(&self) -> Option<String> {
+        match self.shared.on_failure {
+            OnFailure::Count => None,
+            OnFailure::Refuse if self.writer.as_ref().is_none_or(JoinHandle::is_finished) => {
+                Some("its thread has ended".into())
+            }
+            OnFailure::Refuse => self.shared.trouble(),
         }
     }
 
@@ -156,9 +184,24 @@ impl Shared {
         }
     }
 
+    /// Why the next event would not be written, as far as is known.
+    fn trouble(&self) -> Option<String> {
+        let waiting = lock(&self.waiting);
+        if waiting.at_work.is_some_and(|since| since.elapsed() >= PATIENCE) {
+            return Some(SILENT_DISK.into());
+        }
+        if waiting.events.len() >= MOST_WAITING {
+            return Some("too many events wait".into());
+        }
+        drop(waiting);
+        let trouble = lock(&self.trouble);
+        trouble.unwritten.as_ref().or(trouble.unsynced.as_ref()).cloned()
+    }
+
     /// Waits for events, for so long. `None`: there will be no more.
     fn next(&self, patience: Duration) -> Option<Batch> {
         let mut waiting = lock(&self.waiting);
+        waiting.at_work = None;
         if waiting.events.is_empty() && !waiting.ended {
             waiting = self.woken.wait_timeout(waiting, patience).unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -170,6 +213,7 @@ impl Shared {
         if waiting.events.is_empty() && waiting.ended {
             return None;
         }
+        waiting.at_work = Some(Instant::now());
         let Waiting { events, callers, lost, .. } = &mut *waiting;
         Some((std::mem::take(events), std::mem::take(callers), std::mem::take(lost)))
     }
@@ -223,7 +267,9 @@ impl Writer {
 
     /// Also the line for those that were lost before.
     fn write(&mut self, events: &[Event]) -> Result<(), String> {
-        if let Err(error) = self.append(events) {
+        let appended = self.append(events);
+        lock(&self.shared.trouble).unwritten = appended.as_ref().err().cloned();
+        if let Err(error) = appended {
             self.lose(events.len() as u64);
             self.complain(&format!("the audit log cannot be written: {error}"));
             return Err(error);
@@ -266,6 +312,7 @@ impl Writer {
         }
         let synced = file.sync().map_err(|error| error.to_string());
         self.unsynced = synced.is_err().then(Instant::now);
+        lock(&self.shared.trouble).unsynced = synced.as_ref().err().cloned();
         if let Err(error) = &synced {
             self.complain(&format!("the audit log cannot be synced: {error}"));
         }
@@ -326,12 +373,17 @@ mod tests {
             woken: Condvar::new(),
             lost: AtomicU64::default(),
             rewritten: AtomicU64::default(),
+            trouble: Mutex::default(),
         };
         for _ in 0..MOST_WAITING + 3 {
             shared.hand_over(Event::now("encrypt"), None);
         }
         assert_eq!(shared.lost.load(Ordering::Relaxed), 3);
+        assert_eq!(shared.trouble().as_deref(), Some("too many events wait"));
         assert_eq!(shared.next(Duration::ZERO).unwrap().2, 3, "and a gap for them");
+        assert_eq!(shared.trouble(), None);
+        lock(&shared.waiting).at_work = Instant::now().checked_sub(PATIENCE);
+        assert_eq!(shared.trouble().as_deref(), Some(SILENT_DISK), "the thread has not come back");
     }
 
     #[tokio::test]

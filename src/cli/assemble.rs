@@ -7,7 +7,7 @@ use crate::config::{Config, Pkcs11Config, ProviderConfig, TransitConfig};
 use crate::keyring::Keyring;
 use crate::provider::Provider;
 use crate::provider::pkcs11::Pkcs11;
-use crate::provider::transit::Transit;
+use crate::provider::transit::{Purpose, Transit};
 use crate::runtime::Leader;
 use crate::state::State;
 
@@ -52,8 +52,8 @@ pub(super) fn every_pkcs11(config: &Config, state: &Arc<State>, leader: &Leader)
 }
 
 /// Every provider of type `transit`, in the order of the configuration. To be called within a runtime.
-pub(super) fn every_transit(config: &Config, state: &Arc<State>) -> Vec<Transit> {
-    config.transit().map(|config| Transit::new(config, state)).collect()
+pub(super) fn every_transit(config: &Config, state: &Arc<State>, purpose: Purpose) -> Vec<Transit> {
+    config.transit().map(|config| Transit::new(config, state, purpose)).collect()
 }
 
 /// The keyring over all providers, each of the same configuration, in its order.
@@ -71,7 +71,12 @@ pub(super) fn keyring_of(config: &Config, pkcs11: Vec<Pkcs11>, transit: Vec<Tran
 }
 
 /// The keyring over all providers, which are being connected to. To be called within a runtime.
-pub(super) fn keyring(config: &Config, state: Arc<State>, leader: &Leader) -> Result<Keyring, Failure> {
-    let (pkcs11, transit) = (every_pkcs11(config, &state, leader)?, every_transit(config, &state));
+pub(super) fn keyring(
+    config: &Config,
+    state: Arc<State>,
+    leader: &Leader,
+    purpose: Purpose,
+) -> Result<Keyring, Failure> {
+    let (pkcs11, transit) = (every_pkcs11(config, &state, leader)?, every_transit(config, &state, purpose));
     Ok(keyring_of(config, pkcs11, transit, state))
 }

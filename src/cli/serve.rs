@@ -16,6 +16,7 @@ use crate::audit::{Audit, Event};
 use crate::config::{AuditConfig, Config, Listen};
 use crate::keyring::{Keyring, Reminder};
 use crate::provider::pkcs11;
+use crate::provider::transit::Purpose;
 use crate::runtime::{self, Leader};
 use crate::service::listener::Listener;
 use crate::service::requests::Requests;
@@ -76,7 +77,7 @@ async fn serve_with(
     telemetry::set_level(&config.log_level);
     warn_of_profiles(&config);
     let state = assemble::state(&config)?;
-    let keyring = Arc::new(assemble::keyring(&config, Arc::clone(&state), &leader)?);
+    let keyring = Arc::new(assemble::keyring(&config, Arc::clone(&state), &leader, Purpose::Serve)?);
     let audit = config.audit.as_ref().map(Audit::open).transpose().map_err(|error| audit::unusable(&error))?;
     // Whoever sees the socket may signal us.
     let (terminated, mut hangup) = (terminated()?, on(SignalKind::hangup())?);
@@ -155,7 +156,7 @@ impl Daemon {
         // What its disk did not take would be forgotten with it.
         let is_same = config.keyring.state == self.state.directory();
         let state = if is_same { Arc::clone(&self.state) } else { assemble::state(&config)? };
-        let keyring = Arc::new(assemble::keyring(&config, state, &self.leader)?);
+        let keyring = Arc::new(assemble::keyring(&config, state, &self.leader, Purpose::Serve)?);
         let becomes_well = async {
             tokio::select! {
                 () = keyring.keep_looking() => (),
@@ -227,7 +228,7 @@ impl Daemon {
                 // What cannot be written is told by the log's own thread.
                 drop(audit.record(Event { key_id: now, keks: keyring.active_keks(), ..Event::now("active") }).await);
             }
-            let status = match health(&keyring) {
+            let status = match self.requests.well(Timestamp::now()) {
                 Ok(key_id) => [vec![format!("serving, key_id {key_id}")], keyring.gaps(), concerns].concat().join("; "),
                 Err(why) => format!("UNAVAILABLE: {why}"),
             };

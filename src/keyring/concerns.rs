@@ -26,9 +26,16 @@ impl Keyring {
     #[must_use]
     pub fn concerns(&self, now: Timestamp) -> Vec<String> {
         let mut concerns: Vec<String> = self.envelope_gaps(now).iter().map(Gap::concern).collect();
+        let is_served = self.nothing_active(now).is_none();
         for member in self.members.iter().filter(|member| member.seals) {
             let Ok((active, _)) = self.active_of(member, now) else { continue };
-            let Ok(kek) = active.kek else { continue };
+            let kek = match active.kek {
+                Ok(kek) => kek,
+                Err(why) => {
+                    concerns.extend((active.is_refused && is_served).then(|| why.to_string()));
+                    continue;
+                }
+            };
             let (provider, identity, since) = (member.provider.name(), active.identity, kek.rank().not_before);
             let seen = member.seen();
             let next = seen.keks.iter().map(|kek| kek.rank().not_before).filter(|instant| *instant > now).min();

@@ -76,10 +76,13 @@ impl Keyring {
             .collect()
     }
 
-    /// When each KEK has last wrapped and unwrapped a value of this keyring's own.
+    /// When each KEK that is active has last wrapped and unwrapped a value of this keyring's own. Another one is asked
+    /// for none any more.
     #[must_use]
     pub fn proofs(&self) -> BTreeMap<Identity, Timestamp> {
-        self.health.proofs()
+        let (active, mut proofs) = (self.active_keks(), self.health.proofs());
+        proofs.retain(|kek, _| active.contains(kek));
+        proofs
     }
 
     /// The KEKs that are active now; no mark is moved.

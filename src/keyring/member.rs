@@ -38,8 +38,10 @@ pub(super) struct ActiveKek {
     pub(super) identity: Identity,
     /// How it wraps. Of one that is out of reach: the way of its provider that makes the longest recipient.
     pub(super) algorithm: WrapAlgorithm,
-    /// `Err`: this host knows it only by its mark, because the provider is out of reach.
+    /// `Err`: this host knows it only by its mark, because the provider is out of reach, or its key is not used.
     pub(super) kek: Result<Arc<dyn Kek>, KekError>,
+    /// Its key is there, and is not used: only another provider's KEK makes up for it.
+    pub(super) is_refused: bool,
 }
 
 impl Member {
@@ -117,14 +119,15 @@ impl Member {
         let Some(kek) = activation::choose(&seen.keks, |kek| kek.rank(), marked.as_ref(), now) else {
             let partly = || seen.partly_out.first().cloned().map(KekError::Unavailable);
             let outage = seen.outage.clone().or_else(partly);
+            let nothing = || self.nothing_active(mark, &seen.refused);
+            let is_refused = |mark: &Mark| seen.refused.iter().any(|key| key.identity == Some(mark.identity));
             return match (mark, outage) {
-                (Some(mark), Some(outage)) => {
-                    let algorithm = self.provider.longest_algorithm();
-                    let (provider, identity) = (self.provider.name().to_owned(), mark.identity);
-                    Ok((ActiveKek { provider, identity, algorithm, kek: Err(outage) }, None))
-                }
+                (Some(mark), Some(outage)) => Ok((self.known_by(mark, outage, false), None)),
                 (None, Some(outage)) => Err(outage.into()),
-                (mark, None) => Err(KeyringError::NoKek(self.nothing_active(mark, &seen.refused))),
+                (Some(mark), None) if is_refused(mark) => {
+                    Ok((self.known_by(mark, KekError::Refused(nothing()), true), None))
+                }
+                (_, None) => Err(KeyringError::NoKek(nothing())),
             };
         };
         let new_mark = Mark {
@@ -134,8 +137,20 @@ impl Member {
             id: base16ct::lower::encode_string(&kek.rank().id),
         };
         let (provider, identity) = (new_mark.provider.clone(), new_mark.identity);
-        let active = ActiveKek { provider, identity, algorithm: kek.algorithm(), kek: Ok(Arc::clone(kek)) };
+        let active =
+            ActiveKek { provider, identity, algorithm: kek.algorithm(), kek: Ok(Arc::clone(kek)), is_refused: false };
         Ok((active, (mark != Some(&new_mark)).then_some(new_mark)))
+    }
+
+    /// The active KEK of which there is only this host's mark, and why.
+    fn known_by(&self, mark: &Mark, why: KekError, is_refused: bool) -> ActiveKek {
+        ActiveKek {
+            provider: self.provider.name().to_owned(),
+            identity: mark.identity,
+            algorithm: self.provider.longest_algorithm(),
+            kek: Err(why),
+            is_refused,
+        }
     }
 
     /// Keys that were refused may be the very ones that are missed.

@@ -18,7 +18,7 @@ pub(super) fn text(keyring: &Keyring, requests: &Requests, now: Timestamp) -> St
     text.gauge("trousseau_build_info", "The version that runs, and its commit as `trousseau --version` says it");
     let build = [("version", env!("CARGO_PKG_VERSION")), ("commit", env!("TROUSSEAU_BUILD"))];
     text.sample("trousseau_build_info", &build, 1);
-    let well = keyring.well(now);
+    let well = requests.well(now);
     text.gauge("trousseau_ready", "Whether Encrypt and Decrypt would work, as Status says it");
     text.sample("trousseau_ready", &[], u8::from(well.is_ok()));
     text.gauge("trousseau_key_id_info", "The key_id, hashed as the API server's own metrics hash it");

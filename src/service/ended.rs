@@ -3,12 +3,14 @@
 use std::fmt::{self, Write};
 use std::time::Instant;
 
+use jiff::Timestamp;
 use tonic::{Code, Status};
 
 use super::counters::Call;
 use super::requests::{Requests, status_of};
-use crate::audit::{Event, Peer};
+use crate::audit::{Audit, Event, Peer};
 use crate::envelope::Envelope;
+use crate::identity::KeySet;
 use crate::keyring::KeyringError;
 use crate::telemetry::Repeats;
 
@@ -37,15 +39,33 @@ impl Requests {
     pub(super) async fn tell(&self, ended: Ended<'_>) -> Result<(), Status> {
         let _under_way = self.under_way(); // an end waits for it
         let mut answer = ended.outcome.map(drop).map_err(status_of);
-        if let Some(audit) = self.audit().filter(|_| ended.call != Call::Status)
-            && let Err(why) = audit.record(ended.event(code_of(&answer))).await
-        {
-            answer = Err(Status::unavailable(format!("the audit log cannot be written, the object is intact: {why}")));
+        let logged = match (self.audit(), ended.call) {
+            (None, _) => Ok(()),
+            // It is not logged, and says how the others would fare.
+            (Some(audit), Call::Status) => audit.refuses().map_or(Ok(()), Err),
+            (Some(audit), _) => audit.record(ended.event(code_of(&answer))).await,
+        };
+        if let Err(why) = logged {
+            answer = Err(Status::unavailable(unlogged(&why)));
         }
         ended.log(&answer, self.repeats());
         self.counters().count(ended.call, code_of(&answer), ended.began.elapsed());
         answer
     }
+
+    /// The key set that is active, if Encrypt and Decrypt under it would be answered: the keyring is well, and the audit
+    /// log takes what must not go unlogged.
+    ///
+    /// # Errors
+    /// Why they would not.
+    pub fn well(&self, now: Timestamp) -> Result<KeySet, String> {
+        let key_set = self.keyring().well(now).map_err(|why| why.to_string())?;
+        self.audit().and_then(Audit::refuses).map_or(Ok(key_set), |why| Err(unlogged(&why)))
+    }
+}
+
+fn unlogged(why: &str) -> String {
+    format!("the audit log cannot be written, the object is intact: {why}")
 }
 
 fn code_of(answer: &Result<(), Status>) -> Code {

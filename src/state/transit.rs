@@ -28,6 +28,9 @@ pub struct RefusedLogin {
     pub at: Timestamp,
     /// SHA-256 of what was shown, in hex: a role id, a secret id, a JWT. They have far more entropy than a PIN.
     pub shown: String,
+    /// Whether the role was locked: that says nothing of what was shown.
+    #[serde(default)]
+    pub is_locked: bool,
 }
 
 impl State {
@@ -98,7 +101,8 @@ mod tests {
     fn what_the_disk_does_not_take_is_remembered_until_it_does_or_somebody_changes_the_file() {
         let directory = tempfile::tempdir().unwrap();
         let state = State::open(directory.path()).unwrap();
-        let refused = |shown: &str| vec![RefusedLogin { at: Timestamp::UNIX_EPOCH, shown: shown.into() }];
+        let refused =
+            |shown: &str| vec![RefusedLogin { at: Timestamp::UNIX_EPOCH, shown: shown.into(), is_locked: false }];
         let seen = SeenKey { key: "kek".into(), versions: [(1, 7)].into() };
         state.keep_refused_logins("x", &refused("first"));
         // As on a full disk, nothing can be written aside: not even root can remove a directory as if it were a file.
@@ -125,7 +129,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let state = State::open(directory.path()).unwrap();
         let (past, before) = (Timestamp::UNIX_EPOCH, Timestamp::now());
-        let refused = [past, Timestamp::MAX].map(|at| RefusedLogin { at, shown: "it".into() });
+        let refused = [past, Timestamp::MAX].map(|at| RefusedLogin { at, shown: "it".into(), is_locked: true });
         state.keep_refused_logins("x", &refused);
         let read = state.refused_logins("x").unwrap();
         let is_now = (before..=Timestamp::now()).contains(&read.last().unwrap().at);

@@ -12,6 +12,7 @@ use tempfile::TempDir;
 
 use crate::bao::Bao;
 use crate::certificates::{Certificate, openssl};
+use crate::secrets;
 
 /// What a plugin that logs in by AppRole is given.
 pub struct AppRole {
@@ -29,7 +30,7 @@ impl Bao {
     /// A token of this policy that lives so long.
     pub fn token(&self, policy: &str, ttl: &str) -> String {
         let wanted = json!({"policies": [policy], "ttl": ttl});
-        text(&self.root.wants("POST", "auth/token/create", wanted)["auth"]["client_token"])
+        secret(&self.root.wants("POST", "auth/token/create", wanted)["auth"]["client_token"])
     }
 
     pub fn revoke(&self, token: &str) {
@@ -49,13 +50,13 @@ impl Bao {
         self.root.wants("POST", ROLE, role);
         let role_id = text(&self.root.wants("GET", &format!("{ROLE}/role-id"), Value::Null)["data"]["role_id"]);
         let secret_id = self.root.wants("POST", &format!("{ROLE}/secret-id"), json!({}));
-        AppRole { role_id, secret_id: text(&secret_id["data"]["secret_id"]) }
+        AppRole { role_id, secret_id: secret(&secret_id["data"]["secret_id"]) }
     }
 
     /// A token that can be exchanged once for another secret-id of the role.
     pub fn wrapped_secret_id(&self, ttl: &str) -> String {
         let wrapping = self.root.with_header("X-Vault-Wrap-TTL", ttl);
-        text(&wrapping.wants("POST", &format!("{ROLE}/secret-id"), json!({}))["wrap_info"]["token"])
+        secret(&wrapping.wants("POST", &format!("{ROLE}/secret-id"), json!({}))["wrap_info"]["token"])
     }
 
     /// A certificate by which the role `plugin` is entered.
@@ -165,6 +166,13 @@ fn token_reviews() -> std::net::SocketAddr {
         }
     });
     address
+}
+
+/// Which no log may show.
+fn secret(value: &Value) -> String {
+    let secret = text(value);
+    secrets::used(secret.as_bytes());
+    secret
 }
 
 fn text(value: &Value) -> String {

@@ -100,6 +100,7 @@ impl<'scope> Load<'scope> {
         socket: &'scope Path,
         callers: usize,
     ) -> Self {
+        secrets::used(SEED);
         let work = move || {
             let mut caller = Caller::new(socket);
             while !ends.load(Ordering::Relaxed) {
@@ -146,8 +147,10 @@ impl<'scope> Load<'scope> {
     }
 }
 
+/// What a [`Load`] has encrypted.
+const SEED: &[u8] = b"thirty-two bytes of a fresh seed";
+
 fn round_trip(caller: &mut Caller) -> Result<(), ClientError> {
-    const SEED: &[u8] = b"thirty-two bytes of a fresh seed";
     let (ciphertext, key_id) = caller.encrypt(SEED)?;
     assert_eq!(caller.decrypt(&ciphertext, &key_id)?, SEED);
     Ok(())

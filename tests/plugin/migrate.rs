@@ -49,6 +49,16 @@ fn no_refusal_shows_a_secret_and_none_leaves_anything_behind() {
     }
 }
 
+/// By indentation alone, without a bracket: a process that calls itself for each level would end by a signal.
+#[test]
+fn what_nests_without_end_is_refused_as_well() {
+    let directory = TempDir::new().unwrap();
+    let old = directory.path().join("old.yaml");
+    fs::write(&old, "- ".repeat(50_000)).unwrap();
+    let (converted, said) = convert(&old, &directory.path().join("new"));
+    assert!(!converted && said.contains("line 1: nested deeper than 16"), "{said}");
+}
+
 #[test]
 fn where_one_file_is_there_already_none_is_written() {
     let directory = TempDir::new().unwrap();

@@ -27,7 +27,7 @@ fn observed() -> Host {
 }
 
 /// Where it serves them.
-fn address(plugin: &mut Plugin) -> String {
+pub fn address(plugin: &mut Plugin) -> String {
     plugin.wait_until("it serves metrics", |plugin| plugin.log().contains("metrics are served"));
     let log = plugin.log();
     let line = log.lines().find(|line| line.contains("metrics are served")).unwrap();
@@ -36,11 +36,11 @@ fn address(plugin: &mut Plugin) -> String {
 }
 
 /// What the plugin answers, head and body.
-fn ask(plugin: &mut Plugin, request: &str) -> String {
+pub fn ask(plugin: &mut Plugin, request: &str) -> String {
     ask_at(&address(plugin), request)
 }
 
-fn ask_at(address: &str, request: &str) -> String {
+pub fn ask_at(address: &str, request: &str) -> String {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
     stream.write_all(format!("{request} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes()).unwrap();
@@ -198,6 +198,26 @@ fn what_was_done_is_counted() {
     let proved = sample(&metrics, &format!("trousseau_kek_proved_timestamp_seconds{{kek=\"{kek}\"}}")).unwrap();
     assert!((started..=seconds()).contains(&proved), "proved at {proved}, started at {started}");
     assert!(!metrics.contains("\ntrousseau_losses_total{"), "{metrics}");
+}
+
+/// Another one is asked for no proof any more, and must not look as if it had stopped to give any.
+#[test]
+fn only_the_active_kek_has_an_instant_of_its_last_proof() {
+    if Family::chosen().sees_no_new_keys() {
+        return;
+    }
+    const PROVED: &str = "trousseau_kek_proved_timestamp_seconds{";
+    let host = observed();
+    host.generate("0s");
+    let mut plugin = host.serve_healthy();
+    let kek = host.generate("0s");
+    let kek = kek["identity"].as_str().unwrap();
+    assert!(host.run(&["key", "list", "--expect", kek]).status.success());
+    let address = address(&mut plugin);
+    let of_kek = format!("{PROVED}kek=\"{kek}\"}}");
+    plugin.wait_until("it has proved itself", |_| sample(&ask_at(&address, "GET /metrics"), &of_kek).is_some());
+    let metrics = ask_at(&address, "GET /metrics");
+    assert_eq!(metrics.lines().filter(|line| line.starts_with(PROVED)).count(), 1, "{metrics}");
 }
 
 #[test]

@@ -3,11 +3,13 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use serde_json::json;
 use tonic::Code;
 use trousseau::envelope::Envelope;
 use trousseau::service::client::Client;
 
 use crate::fault_module::{Faults, library};
+use crate::observe::{OBSERVED, ask};
 use crate::plugin::{Host, Plugin};
 use crate::transit::{Site, assert_all_succeeded, under_load};
 
@@ -18,7 +20,7 @@ fn recipients(sealed: &[u8]) -> usize {
 }
 
 /// Encrypts until an envelope has so many recipients.
-fn wait_for_recipients(plugin: &Plugin, count: usize) -> (Vec<u8>, String) {
+pub fn wait_for_recipients(plugin: &Plugin, count: usize) -> (Vec<u8>, String) {
     let began = Instant::now();
     loop {
         let (sealed, key_id) = plugin.round_trip();
@@ -123,6 +125,38 @@ fn where_all_must_seal_an_outage_stops_writes_and_no_reads() {
     site.bao.unseal();
     plugin.wait_until("it is healthy again", |plugin| plugin.status().is_ok());
     assert_eq!(recipients(&plugin.round_trip().0), 2);
+}
+
+/// Whoever has the rights can make Vault's key unfit, and for ever. No write needs it while the token is well.
+#[test]
+fn a_key_that_is_not_used_any_more_stops_no_write_beside_a_token() {
+    let Some(mut site) = Site::beside_token() else { return };
+    site.host.extra += OBSERVED;
+    let mut plugin = site.host.serve_healthy();
+    let (both, key_id) = wait_for_recipients(&plugin, 2);
+    site.bao.root.wants("POST", "transit/keys/kek/config", json!({"exportable": true}));
+    let serves = |plugin: &Plugin| {
+        plugin.decrypt(&both, &key_id).unwrap();
+        assert_eq!(wait_for_recipients(plugin, 1).1, key_id);
+        assert_eq!(plugin.status().unwrap().key_id, key_id);
+    };
+    plugin.reload();
+    plugin.wait_until("the key is refused", |plugin| plugin.log().contains("key is not used"));
+    plugin.wait_until("the new one serves", |plugin| plugin.log().contains("configuration read again"));
+    serves(&plugin);
+    let readiness = ask(&mut plugin, "GET /readyz");
+    for words in ["200 OK", "whoever may read transit/export gets the key itself", "lack KEK"] {
+        assert!(readiness.contains(words), "{words}: {readiness}");
+    }
+    drop(plugin);
+    serves(&site.host.serve_healthy());
+
+    let of_all = site.host.configuration().replace("[keyring]", "[keyring]\nseal-under = \"all\"");
+    let mut plugin = site.host.serve_with(&of_all);
+    plugin
+        .wait_until("Status says so", |plugin| plugin.status().is_err_and(|said| said.message.contains("is not used")));
+    assert_eq!(plugin.encrypt(b"seed").unwrap_err().code, Code::Unavailable);
+    plugin.decrypt(&both, &key_id).unwrap();
 }
 
 /// The first in order, so that each Decrypt would go there.

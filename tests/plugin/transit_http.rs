@@ -1,12 +1,14 @@
 //! What stands at OpenBao's address is not OpenBao, or not the one that is meant: nothing hangs, nobody else gets the
 //! token, and the cause is named.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -27,12 +29,22 @@ const TOKEN: &str = "s.ThisTokenIsInNobodysLog0";
 pub enum Habit {
     /// These bytes, whatever was asked, and an end.
     Says(Vec<u8>),
-    /// What this makes of the request's text, which has come whole.
-    Answers(fn(&str) -> Vec<u8>),
+    /// What this makes of the request's text, which has come whole; and counts.
+    Answers(fn(&str) -> Vec<u8>, Arc<Tally>),
+    /// Nothing: it takes HTTP/2 or 1.1, and tells which was agreed upon.
+    Negotiates(Sender<Option<Vec<u8>>>),
     /// Nothing, and no end.
     Silent,
     /// No TLS.
     Plain,
+}
+
+/// What came so far.
+#[derive(Default)]
+pub struct Tally {
+    pub connections: AtomicUsize,
+    /// By their path.
+    pub requests: Mutex<BTreeMap<String, usize>>,
 }
 
 /// Whoever listens on loopback, with a certificate of this authority, until the tests end.
@@ -41,7 +53,11 @@ pub fn listen(certificate: &Certificate, habit: Habit) -> SocketAddr {
     let builder = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
     let chain = CertificateDer::pem_file_iter(&certificate.certificate).unwrap().map(Result::unwrap).collect();
     let key = PrivateKeyDer::from_pem_file(&certificate.key).unwrap();
-    let config = Arc::new(builder.with_no_client_auth().with_single_cert(chain, key).unwrap());
+    let mut config = builder.with_no_client_auth().with_single_cert(chain, key).unwrap();
+    if matches!(habit, Habit::Negotiates(_)) {
+        config.alpn_protocols = ["h2", "http/1.1"].map(Into::into).to_vec();
+    }
+    let config = Arc::new(config);
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     thread::spawn(move || {
@@ -58,9 +74,17 @@ fn answer(mut stream: TcpStream, config: Arc<ServerConfig>, habit: &Habit) {
     match habit {
         Habit::Plain => drop(stream.write_all(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")),
         Habit::Silent => drop(stream.read(&mut [0; 4096]).map(|_| thread::sleep(Duration::from_secs(60)))),
-        Habit::Answers(answer) => {
+        Habit::Negotiates(heard) => {
+            let mut connection = ServerConnection::new(config).unwrap();
+            while connection.is_handshaking() && connection.complete_io(&mut stream).is_ok() {}
+            drop(heard.send(connection.alpn_protocol().map(<[u8]>::to_vec)));
+        }
+        Habit::Answers(answer, tally) => {
+            tally.connections.fetch_add(1, Ordering::Relaxed);
             let mut stream = StreamOwned::new(ServerConnection::new(config).unwrap(), stream);
             while let Some(request) = read_request(&mut stream) {
+                let path = request.split(' ').nth(1).unwrap_or_default().to_owned();
+                *tally.requests.lock().unwrap().entry(path).or_default() += 1;
                 if stream.write_all(&answer(&request)).is_err() {
                     break;
                 }
@@ -188,6 +212,16 @@ fn whoever_answers_instead_gets_no_token_and_is_named() {
         }
     });
     assert!(redirected.try_recv().is_err(), "it went where it was sent");
+}
+
+#[test]
+fn http_2_is_agreed_upon_with_whoever_speaks_it() {
+    let directory = TempDir::new().unwrap();
+    let authority = Authority::new(directory.path().join("authority"));
+    let (heard, hears) = channel();
+    let host = host(listen(&authority.issue("own"), Habit::Negotiates(heard)), &authority);
+    let _plugin = host.serve();
+    assert_eq!(hears.recv_timeout(Duration::from_secs(30)).unwrap().as_deref(), Some(b"h2".as_slice()));
 }
 
 /// One who knows nobody: a port where nobody listens, and a name that does not resolve.

@@ -10,6 +10,7 @@ use crate::bao::Bao;
 use crate::bao_logins::AppRole;
 use crate::disk::{lacks_mounts, over_read_only_state};
 use crate::plugin::Plugin;
+use crate::providers_transit::wait_for_recipients;
 use crate::transit::{KEY, Site, quoted};
 
 /// A plugin that has a token, and does not show it.
@@ -137,12 +138,15 @@ const WRAPPED: &str =
     r#"{ method = "approle", role-id-file = "%/role-id", secret-id-file = "%/wrapped", wrapped = true }"#;
 
 fn site_with_wrapping() -> Option<Site> {
-    let mut site = Site::new()?;
+    Site::new().map(with_wrapping)
+}
+
+fn with_wrapping(mut site: Site) -> Site {
     let approle = site.bao.approle(KEY, &json!({}));
     site.host.write_secret("role-id", &approle.role_id);
     let auth = site.with_files(WRAPPED);
     site.set("auth", auth);
-    Some(site)
+    site
 }
 
 fn wait_for_words(plugin: &mut Plugin, words: &[&str]) {
@@ -167,6 +171,44 @@ fn a_wrapped_secret_id_is_for_the_plugin_alone() {
     plugin.wait_until("the new one is taken", |plugin| plugin.status().is_ok());
     plugin.round_trip();
     assert!(!plugin.log().contains(&wrapped));
+}
+
+/// Each reload makes another login, with a token that opens once; so does each command.
+#[test]
+fn a_wrapped_secret_id_outlives_a_reload_and_is_opened_by_no_command() {
+    let Some(mut site) = site_with_wrapping() else { return };
+    site.host.write_secret("wrapped", &site.bao.wrapped_secret_id("10m"));
+    for verb in [&["doctor"][..], &["key", "list"]] {
+        let done = site.host.run(verb);
+        let said = String::from_utf8([done.stdout, done.stderr].concat()).unwrap();
+        assert!(said.contains("wrapped secret id opens once"), "{verb:?}: {said}");
+    }
+    let mut plugin = site.host.serve_healthy();
+    let (sealed, key_id) = plugin.round_trip();
+    for (number, name) in ["vault", "renamed"].into_iter().enumerate() {
+        site.set("name", quoted(name));
+        site.host.write_configuration();
+        plugin.reload();
+        plugin.wait_until("it is read again", |plugin| reloads(plugin) == number + 1);
+        plugin.round_trip();
+        plugin.decrypt(&sealed, &key_id).unwrap();
+    }
+
+    // Beside a token, whose health is enough for the new configuration to be taken.
+    let Some(site) = Site::beside_token().map(with_wrapping) else { return };
+    site.host.write_secret("wrapped", &site.bao.wrapped_secret_id("10m"));
+    let mut plugin = site.host.serve_healthy();
+    wait_for_recipients(&plugin, 2);
+    plugin.reload();
+    plugin.wait_until("it is read again", |plugin| reloads(plugin) == 1);
+    wait_for_recipients(&plugin, 2);
+}
+
+/// How many configurations it has taken since its start.
+fn reloads(plugin: &Plugin) -> usize {
+    let log = plugin.log();
+    assert!(!log.contains("the old one stays"), "{log}");
+    log.matches("configuration read again").count()
 }
 
 #[test]

@@ -3,17 +3,25 @@
 use std::time::Duration;
 
 use jiff::SignedDuration;
-use yaml_rust2::{Yaml, YamlLoader};
+use yaml_rust2::parser::Parser;
+use yaml_rust2::{Event, Yaml, YamlLoader};
 
 use super::Findings;
 use crate::config::Listen;
 
 const AREA: &str = "API server";
 
+/// No EncryptionConfiguration nests deeper, and the loader calls itself for each level.
+const DEPTH: usize = 16;
+
 /// The API server's own patience where none is written.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(3);
 
 pub(super) fn examine(file: &str, text: &str, listen: &Listen, findings: &mut Findings) {
+    if is_too_deep(text) {
+        let what = format!("{file} nests deeper than {DEPTH}: it is no EncryptionConfiguration");
+        return findings.failure(AREA, what, "name the right file");
+    }
     let documents = match YamlLoader::load_from_str(text) {
         Ok(documents) => documents,
         Err(error) => {
@@ -60,6 +68,20 @@ pub(super) fn examine(file: &str, text: &str, listen: &Listen, findings: &mut Fi
     for group in groups {
         group.report(file, listen, findings);
     }
+}
+
+fn is_too_deep(text: &str) -> bool {
+    let (mut parser, mut depth) = (Parser::new_from_str(text), 0_usize);
+    while let Ok((event, _)) = parser.next_token() {
+        depth = match event {
+            Event::SequenceStart(..) | Event::MappingStart(..) if depth == DEPTH => return true,
+            Event::SequenceStart(..) | Event::MappingStart(..) => depth + 1,
+            Event::SequenceEnd | Event::MappingEnd => depth.saturating_sub(1),
+            Event::StreamEnd => return false,
+            _ => depth,
+        };
+    }
+    false // it is not YAML, as the loader will say
 }
 
 /// One element of `resources`.
@@ -188,8 +210,9 @@ mod tests {
         let [exempt, other] =
             ["identity: {}", "aescbc: {keys: []}"].map(|kind| element("secrets", &format!("{{{kind}}}")));
         let several = |elements: [&str; 2]| format!("kind: EncryptionConfiguration\nresources:\n{}", elements.concat());
-        let cases: [(&str, String, Expected); 20] = [
+        let cases: [(&str, String, Expected); 21] = [
             ("good", GOOD.into(), &[(Severity::Good, "it is right")]),
+            ("without end", "- ".repeat(50_000), &[(Severity::Failure, "nests deeper than 16")]),
             ("no timeout", GOOD.replace("          timeout: 3s\n", ""), &[(Severity::Good, "it is right")]),
             ("as JSON", r#"{"kind":"EncryptionConfiguration","resources":[{"resources":["*.*"],"providers":[{"kms":{"apiVersion":"v2","name":"k","endpoint":"unix:///run/trousseau/kms.sock"}}]}]}"#.into(), &[(Severity::Good, "provider k of *.*")]),
             ("identity last", format!("{GOOD}{identity}"), &[(Severity::Warning, "`identity` is left in")]),

@@ -27,6 +27,7 @@ use tokio::sync::oneshot;
 use super::output::{Failure, Format, print, print_json, table};
 use super::{ConfigArgs, OutputArgs, assemble};
 use crate::config::Config;
+use crate::provider::transit::Purpose;
 use crate::runtime::Leader;
 
 pub(super) const EXAMPLES: &str = "It logs in to every token once, and tries what `serve` would; a PIN that the token may \
@@ -173,7 +174,7 @@ async fn examine(args: &DoctorArgs, findings: &mut Findings) {
                     if let Some(file) = &args.profile_out {
                         profile::write(file, &surveys, findings);
                     }
-                    let transits = assemble::every_transit(&config, &state);
+                    let transits = assemble::every_transit(&config, &state, Purpose::Look);
                     for (transit, provider) in transits.iter().zip(config.transit()) {
                         transit::examine(transit, provider, findings).await;
                     }

@@ -5,7 +5,7 @@ use std::time::Instant;
 use jiff::SignedDuration;
 
 use super::{Findings, TIMEOUT};
-use crate::config::TransitConfig;
+use crate::config::{Method, TransitConfig};
 use crate::provider::Provider;
 use crate::provider::transit::Transit;
 
@@ -15,6 +15,10 @@ const CLOCKS_APART: SignedDuration = SignedDuration::from_secs(30);
 
 pub(super) async fn examine(transit: &Transit, config: &TransitConfig, findings: &mut Findings) {
     let place = transit.place();
+    if matches!(config.auth.method, Method::AppRole { wrapped: true, .. }) {
+        let what = format!("{place} is not tried: its wrapped secret id opens once, and is for the plugin that serves");
+        return findings.warning(TRANSIT, what, "`trousseau status` and `trousseau probe` say how that fares");
+    }
     let deadline = Instant::now() + TIMEOUT;
     transit.settled().await;
     let survey = match transit.survey(deadline).await {

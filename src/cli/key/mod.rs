@@ -14,6 +14,7 @@ use super::output::Failure;
 use super::{assemble, attest};
 use crate::config::Config;
 use crate::keyring::Keyring;
+use crate::provider::transit::Purpose;
 use crate::runtime::Leader;
 
 /// How long the tokens may take.
@@ -63,7 +64,7 @@ async fn in_time<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T,
 
 /// The keyring of this configuration, which has looked at its tokens once.
 async fn look(config: &Config) -> Result<Keyring, Failure> {
-    let keyring = assemble::keyring(config, assemble::state(config)?, &Leader::default())?;
+    let keyring = assemble::keyring(config, assemble::state(config)?, &Leader::default(), Purpose::Look)?;
     in_time(async {
         keyring.settled().await;
         keyring.find_keks().await;

@@ -76,9 +76,9 @@ fn from_trousseau(args: &FromTrousseauArgs) -> Result<(), Failure> {
         let remedy = "name the file that the old plugin's --config-file-path named";
         Failure::configuration(format!("{}: cannot be read: {error}", old.display()), remedy)
     })?;
-    let Conversion { generation, toml, secrets, secret_files, not_carried, mut to_check } =
+    let Conversion { generation, toml, secrets, secret_files, not_carried, mut to_check, had_secrets } =
         trousseau::convert(&text, args.cluster.as_deref()).map_err(|refused| failure(old, refused))?;
-    if !secrets.is_empty() {
+    if had_secrets {
         to_check.push(format!("{} still holds its secrets: remove it when nothing runs from it", old.display()));
     }
     let origin = old.display().to_string();

@@ -42,6 +42,8 @@ pub(super) struct Conversion {
     pub(super) not_carried: Vec<String>,
     /// What only a person can know.
     pub(super) to_check: Vec<String>,
+    /// Whether there are secrets in the old one, carried over or not.
+    pub(super) had_secrets: bool,
 }
 
 /// Why there is no conversion.
@@ -151,6 +153,10 @@ impl Old {
             Value::Text(text) => Ok((!text.is_empty()).then_some(text)),
             _ => Err(Wrong(node.line, format!("`{key}` is not text")).into()),
         }
+    }
+
+    fn has(&self, key: &str) -> Result<bool, Refused> {
+        Ok(self.text(key)?.is_some())
     }
 
     fn secret(&self, key: &str) -> Result<Option<Zeroizing<String>>, Refused> {
@@ -291,11 +297,22 @@ impl New {
         for (other, _) in others {
             self.not_carried.push(format!("{other}: the old plugin used {used}, and never these"));
         }
+        for (key, other) in [("clientCert", "clientKey"), ("clientKey", "clientCert"), ("secretID", "roleID")] {
+            if old.has(key)? && !old.has(other)? {
+                self.not_carried.push(format!("{key}: without {other} the old plugin never used it"));
+            }
+        }
+        if *used == "token" && old.has("authPath")? {
+            let what = "authPath: a token logs in nowhere; if it is of another namespace than the key, write \
+                        `namespace = …` in auth";
+            self.not_carried.push(what.into());
+        }
         let _infallible = writeln!(self.provider, "auth = {{ {way} }}");
         Ok(())
     }
 
     fn finish(mut self, old: Old, cluster: Option<&str>) -> Result<Conversion, Refused> {
+        let had_secrets = old.has("token")? || old.has("roleID")? || old.has("secretID")?;
         for (line, key) in old.unknown {
             self.not_carried
                 .push(format!("line {line}, `{}`: the old plugin did not know it either", key.escape_debug()));
@@ -335,7 +352,7 @@ provider = "vault"
             provider = self.provider,
         );
         let Self { secrets, secret_files, not_carried, to_check, .. } = self;
-        Ok(Conversion { generation: old.generation, toml, secrets, secret_files, not_carried, to_check })
+        Ok(Conversion { generation: old.generation, toml, secrets, secret_files, not_carried, to_check, had_secrets })
     }
 
     fn file(&mut self, key: &str, file: &str) {

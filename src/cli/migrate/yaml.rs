@@ -3,8 +3,8 @@
 //! It may hold secrets: nothing here is shown but keys, and what is dropped is wiped.
 
 use yaml_rust2::Event;
-use yaml_rust2::parser::{MarkedEventReceiver, Parser};
-use yaml_rust2::scanner::{Marker, TScalarStyle};
+use yaml_rust2::parser::Parser;
+use yaml_rust2::scanner::TScalarStyle;
 use zeroize::Zeroizing;
 
 /// No configuration of a plugin nests deeper.
@@ -37,12 +37,13 @@ pub(super) struct Wrong(pub(super) usize, pub(super) String);
 pub(super) fn read(text: &str) -> Result<Node, Wrong> {
     let mut reader = Reader::default();
     let mut parser = Parser::new_from_str(text);
-    if let Err(error) = parser.load(&mut reader, true) {
-        return Err(Wrong(error.marker().line(), format!("not YAML: {}", error.info())));
-    }
-    match reader.wrong {
-        Some(wrong) => Err(wrong),
-        None => Ok(reader.document.unwrap_or(Node { line: 1, value: Value::Null })),
+    // One by one: the parser's own way to read all of them calls itself for each level, without a bound.
+    loop {
+        match parser.next_token() {
+            Ok((Event::StreamEnd, _)) => return Ok(reader.document.unwrap_or(Node { line: 1, value: Value::Null })),
+            Ok((event, mark)) => reader.take(event, mark.line())?,
+            Err(error) => return Err(Wrong(error.marker().line(), format!("not YAML: {}", error.info()))),
+        }
     }
 }
 
@@ -51,8 +52,6 @@ struct Reader {
     /// The lists and maps that are not complete, the innermost last.
     open: Vec<Open>,
     document: Option<Node>,
-    /// The first thing that is wrong.
-    wrong: Option<Wrong>,
 }
 
 struct Open {
@@ -61,12 +60,8 @@ struct Open {
     key: Option<(usize, String)>,
 }
 
-impl MarkedEventReceiver for Reader {
-    fn on_event(&mut self, event: Event, mark: Marker) {
-        let line = mark.line();
-        if self.wrong.is_some() {
-            return;
-        }
+impl Reader {
+    fn take(&mut self, event: Event, line: usize) -> Result<(), Wrong> {
         let done = match event {
             Event::Scalar(text, style, ..) => {
                 let text = Zeroizing::new(text);
@@ -84,11 +79,9 @@ impl MarkedEventReceiver for Reader {
                 Ok(())
             }
         };
-        self.wrong = done.err().map(|what| Wrong(line, what));
+        done.map_err(|what| Wrong(line, what))
     }
-}
 
-impl Reader {
     fn begin(&mut self, node: Node) -> Result<(), String> {
         if self.open.len() == DEPTH {
             return Err(format!("nested deeper than {DEPTH}"));

@@ -1,9 +1,10 @@
 //! Tokens of Vault: got by one of the auth methods, renewed well before they end, replaced when they are refused.
 //!
-//! Vault locks a role out after five refused logins within a quarter of an hour, whoever made them; a role id is no
-//! secret, and several control planes have the same. So a login that was refused is not tried again for that long,
-//! unless something else is to be shown, and every process of this host knows of it.
+//! Vault locks a role out after five refused logins, none more than a quarter of an hour after the one before, whoever
+//! made them; a role id is no secret, and several control planes have the same. So a login that was refused is not tried
+//! again for over an hour, unless something else is to be shown, and every process of this host knows of it ([`holding`]).
 
+mod holding;
 mod showing;
 
 use std::sync::{Arc, Mutex, Weak};
@@ -14,6 +15,7 @@ use tokio::sync::{Notify, watch};
 use zeroize::Zeroizing;
 
 use self::showing::{fingerprint, lasting};
+use super::Purpose;
 use super::client::Client;
 use super::fault::Fault;
 use crate::config::{Auth, Credential, Method, TransitConfig};
@@ -65,6 +67,7 @@ pub(super) struct Login {
     name: String,
     /// What its files in the state directory are called.
     file: String,
+    purpose: Purpose,
     client: Arc<Client>,
     state: Arc<State>,
     current: watch::Sender<Current>,
@@ -75,12 +78,19 @@ pub(super) struct Login {
 }
 
 impl Login {
-    pub(super) fn new(config: &TransitConfig, file: String, client: &Arc<Client>, state: &Arc<State>) -> Self {
+    pub(super) fn new(
+        config: &TransitConfig,
+        file: String,
+        client: &Arc<Client>,
+        state: &Arc<State>,
+        purpose: Purpose,
+    ) -> Self {
         Self {
             auth: config.auth.clone(),
             namespace: config.auth.namespace.clone().or_else(|| config.namespace.clone()),
             name: config.name.clone(),
             file,
+            purpose,
             client: Arc::clone(client),
             state: Arc::clone(state),
             current: watch::Sender::new(Err(NoToken::NotYet)),
@@ -276,6 +286,7 @@ impl Token {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::collections::BTreeSet;
     use std::fs;
     use std::os::unix::fs::PermissionsExt;
 
@@ -301,7 +312,7 @@ mod tests {
         let config = Config::load(&directory.join("trousseau.toml")).unwrap();
         let config = config.transit().next().unwrap();
         let state = Arc::new(State::open(directory).unwrap());
-        Login::new(config, "it".into(), &Arc::new(Client::new(config)), &state)
+        Login::new(config, "it".into(), &Arc::new(Client::new(config)), &state, Purpose::Serve)
     }
 
     #[tokio::test]
@@ -317,6 +328,21 @@ mod tests {
         let mut unwrapped = None;
         let renewed = async { tokio::join!(login.renew(&token, &mut unwrapped), refused) };
         assert!(tokio::time::timeout(Duration::from_secs(20), renewed).await.is_ok(), "it sleeps for 38 hours");
+    }
+
+    #[test]
+    fn tokens_of_one_moment_are_renewed_between_half_and_two_thirds_of_their_time_and_at_different_instants() {
+        let lasts = Duration::from_secs(3600);
+        let instants: Vec<Duration> = (0..100)
+            .map(|host: u32| {
+                let secret = SecretString::from(format!("s.{}", fingerprint(&[&host.to_string()])));
+                Token { secret, got: Instant::now(), lasts: Some(lasts), renewable: true }.renew_in()
+            })
+            .collect();
+        let since = Duration::from_secs(5); // that has passed by now
+        assert!(instants.iter().all(|at| (lasts / 2 - since..=lasts * 2 / 3).contains(at)), "{instants:?}");
+        let minutes: BTreeSet<u64> = instants.iter().map(|at| at.as_secs() / 60).collect();
+        assert!(minutes.len() >= 8, "they fall into {minutes:?}, of ten minutes");
     }
 
     #[test]

@@ -54,6 +54,15 @@ const PROBE: Duration = Duration::from_secs(300);
 const LOOKS_IN_DELAY: u32 = 3;
 const SHORTEST_LOOK: Duration = Duration::from_secs(1);
 
+/// Who logs in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// The plugin that serves, which alone may open a wrapped secret id: that can be done once.
+    Serve,
+    /// A command.
+    Look,
+}
+
 /// A key of Transit. Its task ends when it is dropped.
 pub struct Transit {
     core: Arc<Core>,
@@ -78,11 +87,11 @@ struct Core {
 impl Transit {
     /// Begins to log in; this returns before anybody has answered. To be called within a runtime.
     #[must_use]
-    pub fn new(config: &TransitConfig, state: &Arc<State>) -> Self {
+    pub fn new(config: &TransitConfig, state: &Arc<State>, purpose: Purpose) -> Self {
         let hash = Sha256::digest([config.name.as_bytes(), b"\0", config.key.as_bytes()].concat());
         let file = base16ct::lower::encode_string(hash.get(..8).unwrap_or_default());
         let client = Arc::new(Client::new(config));
-        let login = Login::new(config, file.clone(), &client, state);
+        let login = Login::new(config, file.clone(), &client, state, purpose);
         let core = Arc::new(Core {
             name: config.name.clone(),
             key: config.key.clone(),

@@ -1,29 +1,34 @@
 //! What is shown for a token, what comes back, and the logins that were refused.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use http::Method as Verb;
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use tokio::sync::Mutex;
 use zeroize::Zeroizing;
 
+use super::super::Purpose;
 use super::super::client::{Answer, Call};
 use super::super::fault::{Data, Fault};
+use super::holding::{Held, held, is_remembered};
 use super::{Current, Login, NoToken, Token, Unwrapped};
 use crate::config::{Credential, CredentialError, Method};
 use crate::state::RefusedLogin;
 
-/// Vault's own measure: refused logins within so long count together.
-const WINDOW: SignedDuration = SignedDuration::from_mins(15);
-/// How many refused logins of this host may fall into it, whatever was shown.
-const MOST_REFUSED: usize = 2;
 /// Bytes in a credential, at most.
 const LONGEST_SECRET: usize = 16 * 1024;
 /// How long one call may take.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The secret ids that this process has unwrapped, by the fingerprint of the token in which each was wrapped. Such a token
+/// opens once, and a configuration that is read again makes another [`Login`]. Held while one is opened: of two at once,
+/// one would call the other a thief.
+static UNWRAPPED: Mutex<BTreeMap<String, SecretString>> = Mutex::const_new(BTreeMap::new());
 
 #[derive(Serialize)]
 struct AppRole<'s> {
@@ -116,14 +121,14 @@ impl Login {
                 Ok(Arc::new(Token::of(lease)))
             }
             Err(fault @ (Fault::Denied | Fault::TokenRefused | Fault::Other(_))) => {
-                let said = match fault {
-                    Fault::Other(said) => said,
+                let (said, is_locked) = match fault {
+                    Fault::Other(said) => (said, false),
                     _ if shown.is_some() => {
-                        "it was denied, as a role is that others' refused logins have locked".into()
+                        ("it was denied, as a role is that others' refused logins have locked".into(), true)
                     }
-                    _ => "it was denied".into(),
+                    _ => ("it was denied".into(), false),
                 };
-                let held = shown.map_or("", |shown| self.keep_refusal(shown));
+                let held = shown.map_or("", |shown| self.keep_refusal(shown, is_locked));
                 Err(NoToken::Refused(format!("the login at auth/{} was refused: {said}{held}", self.auth.mount)))
             }
             Err(fault) => Err(NoToken::Unreachable(fault)),
@@ -162,6 +167,11 @@ impl Login {
         wrapping: SecretString,
         before: &mut Option<Unwrapped>,
     ) -> Result<SecretString, NoToken> {
+        if self.purpose == Purpose::Look {
+            let what = "its wrapped secret id opens once, and is for the plugin that serves: `trousseau status` says how \
+                        that fares";
+            return Err(NoToken::Refused(what.into()));
+        }
         let from = fingerprint(&[wrapping.expose_secret()]);
         if let Some(Unwrapped { from: was, secret_id }) = &*before {
             let shown = fingerprint(&[role_id.expose_secret(), secret_id.expose_secret()]);
@@ -169,8 +179,16 @@ impl Login {
                 return Ok(secret_id.clone());
             }
         }
-        let secret_id = self.unwrap(&wrapping).await?;
-        *before = Some(Unwrapped { from, secret_id: secret_id.clone() });
+        let mut known = UNWRAPPED.lock().await;
+        let secret_id = match known.get(&from) {
+            Some(secret_id) => secret_id.clone(),
+            None => self.unwrap(&wrapping).await?,
+        };
+        known.insert(from.clone(), secret_id.clone());
+        let former = before.replace(Unwrapped { from: from.clone(), secret_id: secret_id.clone() });
+        if let Some(former) = former.filter(|former| former.from != from) {
+            known.remove(&former.from); // it was refused
+        }
         Ok(secret_id)
     }
 
@@ -231,32 +249,30 @@ impl Login {
         let refused = self.state.refused_logins(&self.file).map_err(|error| {
             NoToken::Refused(format!("{error}: {}", error.remedy())) // who cannot remember must not try
         })?;
-        let since = Timestamp::now().saturating_sub(WINDOW).unwrap_or(Timestamp::MIN);
-        let recent: Vec<&RefusedLogin> = refused.iter().filter(|refused| refused.at > since).collect();
-        let same = recent.iter().find(|refused| refused.shown == shown);
-        let Some(held) = same.or_else(|| recent.first().filter(|_| recent.len() >= MOST_REFUSED)) else {
+        let Some(Held { login, until, is_another_tried }) = held(&refused, shown, Timestamp::now()) else {
             return Ok(());
         };
-        let again = held.at.saturating_add(WINDOW).unwrap_or(Timestamp::MAX);
-        let another = if recent.len() < MOST_REFUSED { "with another secret id, or " } else { "" };
+        let another = if is_another_tried { "with another secret id, or " } else { "" };
         let file = self.state.refused_logins_file(&self.file);
         let what = format!(
             "a login at auth/{} was refused at {}, and more of them would lock the role: put the right secret id there; the \
-             next try is at {again}, or sooner {another}without {}",
+             next try is at {until}, or sooner {another}without {}",
             self.auth.mount,
-            held.at,
+            login.at,
             file.display()
         );
         Err(NoToken::Refused(what))
     }
 
-    fn keep_refusal(&self, shown: String) -> &'static str {
-        let mut refused = self.state.refused_logins(&self.file).unwrap_or_default();
-        let since = Timestamp::now().saturating_sub(WINDOW).unwrap_or(Timestamp::MIN);
-        refused.retain(|refused| refused.at > since);
-        refused.push(RefusedLogin { at: Timestamp::now(), shown });
+    fn keep_refusal(&self, shown: String, is_locked: bool) -> &'static str {
+        let (mut refused, now) = (self.state.refused_logins(&self.file).unwrap_or_default(), Timestamp::now());
+        refused.retain(|refused| is_remembered(refused, now));
+        refused.push(RefusedLogin { at: now, shown, is_locked });
         self.state.keep_refused_logins(&self.file, &refused);
-        ". It is not tried again for a quarter of an hour, unless another secret id is put there"
+        match is_locked {
+            true => ". It is not tried again for a quarter of an hour, unless another secret id is put there",
+            false => ". It is not tried again for 65 minutes, unless another secret id is put there",
+        }
     }
 
     fn forget_refusals(&self) {
