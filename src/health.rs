@@ -62,6 +62,19 @@ impl Health {
         self.insert(kek, Some(work), error);
     }
 
+    /// Forgets what went wrong with a KEK that becomes active: nobody has seen since whether it still does. For one who
+    /// waits it gets worse, since now that matters.
+    pub fn begins_anew(&self, kek: Identity) {
+        let mut faults = self.faults();
+        let known = faults.len();
+        faults.retain(|(of, _), _| *of != kek);
+        let has_forgotten = faults.len() < known;
+        drop(faults);
+        if has_forgotten {
+            self.worse.notify_one();
+        }
+    }
+
     fn insert(&self, kek: Identity, work: Option<Work>, error: &KekError) {
         let mut faults = self.faults();
         let was_well = fault_of(&faults, kek).is_none();
@@ -128,6 +141,8 @@ mod tests {
             let (health, kek) = (Health::default(), Identity::from_bytes([number; 16]));
             events.iter().for_each(|(work, outcome)| health.note(kek, *work, outcome));
             assert_eq!(health.fault_of(kek).as_deref(), wrong, "case {number}");
+            health.begins_anew(kek);
+            assert_eq!(health.fault_of(kek), None, "case {number}");
         }
     }
 }

@@ -198,6 +198,7 @@ impl Keyring {
     /// Puts a new mark in the place of the member's.
     fn advance(&self, member: &Member, mark: Mark) -> Result<(), KeyringError> {
         tracing::info!(provider = mark.provider, kek = %mark.identity, "KEK is active");
+        self.health.begins_anew(mark.identity);
         let mut marks = self.state.marks().map_err(KeyringError::internal)?;
         marks.retain(|mark| !self.belongs_to(mark, member));
         marks.push(mark);

@@ -184,9 +184,9 @@ type Entry = (c_ulong, &'static str, Class);
 /// What can only be the answer to a function that is never called, such as C_SetOperationState, makes no sense as an
 /// answer to ours, and is doubtful. So are all codes that are not here, the vendors' (0x80000000 and up) among them.
 ///
-/// No profile changes those of the class `pin`. Two answers are settled where they are met, before any class is asked for:
-/// CKR_CRYPTOKI_ALREADY_INITIALIZED to C_Initialize (`provider::pkcs11::module`), and CKR_USER_ALREADY_LOGGED_IN to C_Login
-/// (`provider::pkcs11::login`).
+/// No profile changes those of the class `pin`. Three answers are settled where they are met, before any class is asked
+/// for: CKR_CRYPTOKI_ALREADY_INITIALIZED to C_Initialize and CKR_CRYPTOKI_NOT_INITIALIZED to C_Finalize
+/// (`provider::pkcs11::module`), and CKR_USER_ALREADY_LOGGED_IN to C_Login (`provider::pkcs11::login`).
 #[rustfmt::skip]
 const STANDARD: [Entry; 103] = [
     (0x001, "CKR_CANCEL", Class::Doubtful), // only from callbacks, of which there are none

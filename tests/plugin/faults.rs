@@ -1,20 +1,26 @@
 //! A token that fails: what a request sees of it, and that it is in use again once it is well.
 
 use std::cell::RefCell;
+use std::fs;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use jiff::{SignedDuration, Timestamp};
 use tonic::Code;
 
 use crate::family::Family;
 use crate::fault_module::{Faults, library};
-use crate::plugin::{Answer, Host, Plugin};
+use crate::plugin::{Answer, Host, Plugin, admit};
 use crate::scenarios::Sees::{Error, Nothing};
 use crate::scenarios::{SCENARIOS, Scenario};
+use crate::token::Key;
 
 /// A session that somebody else had is there again after so long, however busy the machine is.
 const HEALED_WITHIN: Duration = Duration::from_secs(5);
+
+/// A KEK waits for its instant so long: a busy machine has lost its token and found it again by then.
+const WAITS: SignedDuration = SignedDuration::from_secs(20);
 
 const SEED: &[u8] = b"thirty-two bytes of a fresh seed";
 
@@ -246,4 +252,146 @@ fn a_kek_without_a_good_handle_keeps_no_other_away() {
     assert_eq!(plugin.decrypt(&sealed, &key_id).unwrap_err().code, Code::Unavailable);
     faults.set("");
     plugin.wait_until("the other one is back", |plugin| plugin.decrypt(&sealed, &key_id).is_ok());
+}
+
+/// Every session is lost, and C_OpenSession answers so.
+pub fn without_sessions(code: &str) -> String {
+    format!(
+        "C_DecryptInit return CKR_SESSION_CLOSED
+         C_UnwrapKey return CKR_SESSION_CLOSED
+         C_OpenSession return {code}"
+    )
+}
+
+/// As one does that keeps what it knew of an HSM that was started anew.
+#[test]
+fn a_library_that_gives_nobody_a_session_any_more_is_initialized_anew() {
+    if Family::chosen().ends_with_its_token() {
+        return;
+    }
+    let Some(library) = library() else { return };
+    for code in ["CKR_SESSION_COUNT", "CKR_HOST_MEMORY", "CKR_USER_NOT_LOGGED_IN"] {
+        let host = Host::new();
+        host.generate("0s");
+        let faults = Faults { host: &host, library: &library };
+        let mut plugin = faults.start_healthy(faults.command_with_log("calls"));
+        let (sealed, key_id) = plugin.round_trip();
+        faults.set(&without_sessions(code));
+        plugin.wait_until(code, |plugin| {
+            let _while_it_gives_none = plugin.decrypt(&sealed, &key_id);
+            fs::read_to_string(host.path("calls")).unwrap().contains("C_Finalize ")
+        });
+        faults.set("");
+        plugin.wait_until("it is back", |plugin| plugin.decrypt(&sealed, &key_id).is_ok());
+    }
+}
+
+#[test]
+fn a_library_that_gives_nobody_a_session_and_must_not_be_initialized_again_ends_the_process() {
+    if Family::chosen().ends_with_its_token() {
+        return; // its profile says so too
+    }
+    let Some(library) = library() else { return };
+    let host = Host::new();
+    host.generate("0s");
+    host.write_profile("reinitialize = false");
+    let faults = Faults { host: &host, library: &library };
+    let plugin = faults.serve_healthy();
+    let (sealed, key_id) = plugin.round_trip();
+    faults.set(&without_sessions("CKR_SESSION_COUNT"));
+    let (status, log) = plugin.ends_by(&sealed, &key_id);
+    assert_eq!(status.code(), Some(69), "{log}");
+}
+
+#[test]
+fn status_asks_the_token_nothing() {
+    let Some(library) = library() else { return };
+    let host = Host::new();
+    host.generate("0s");
+    let plugin = Faults { host: &host, library: &library }.serve_quiet();
+    let calls = || fs::read_to_string(host.path("calls")).unwrap().lines().count();
+    let before = calls();
+    for _ in 0..100 {
+        plugin.status().unwrap();
+    }
+    assert_eq!(calls(), before);
+}
+
+fn of_value(id: &[u8], value: u8) -> Key {
+    Key { value: Some(vec![value; 32]), ..Key::generated(id, "trousseau-test") }
+}
+
+#[test]
+fn what_failed_with_a_kek_while_it_waited_is_not_said_of_it_when_it_is_active() {
+    if Family::chosen().ends_with_its_token() || Family::chosen().lacks_aes() {
+        return;
+    }
+    let Some(library) = library() else { return };
+    let mut host = Host::new();
+    host.token.make_keys(&[of_value(b"first", 1), of_value(b"second", 2)]);
+    // To another host it is active already.
+    let mut other = host.other_host();
+    other.extra = admit(b"first") + &admit(b"second");
+    let (sealed, key_id) = other.serve_healthy().round_trip();
+    let instant = Timestamp::now() + WAITS;
+    host.extra = admit(b"first") + &admit(b"second").replace("2026-01-01T00:00:00Z", &instant.to_string());
+
+    let faults = Faults { host: &host, library: &library };
+    let mut plugin = faults.serve_healthy();
+    let first = plugin.status().unwrap().key_id;
+    faults.set("* return CKR_DEVICE_REMOVED");
+    assert_eq!(plugin.decrypt(&sealed, &key_id).unwrap_err().code, Code::Unavailable);
+    faults.set("");
+    plugin.wait_until("it is well", |plugin| plugin.status().is_ok() && plugin.encrypt(SEED).is_ok());
+    assert!(Timestamp::now() < instant, "it waits");
+    // Whenever it is asked.
+    while plugin.status().unwrap().key_id == first {
+        thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(plugin.decrypt(&sealed, &key_id).as_deref(), Ok(SEED));
+}
+
+#[test]
+fn a_token_that_comes_back_with_another_key_under_the_id_is_refused() {
+    if Family::chosen().ends_with_its_token() || Family::chosen().lacks_aes() {
+        return;
+    }
+    let Some(library) = library() else { return };
+    let mut host = Host::new();
+    host.extra = admit(b"kek");
+    host.token.make_keys(&[of_value(b"kek", 1)]);
+    let faults = Faults { host: &host, library: &library };
+    let mut plugin = faults.serve_healthy();
+    let (sealed, key_id) = plugin.round_trip();
+    let exchanges = |plugin: &mut Plugin, value: u8| {
+        faults.set("* return CKR_DEVICE_REMOVED");
+        plugin.wait_until("it is away", |plugin| plugin.encrypt(SEED).is_err());
+        host.token.remove_key(b"kek");
+        host.token.make_keys(&[of_value(b"kek", value)]);
+        faults.set("");
+    };
+    exchanges(&mut plugin, 2);
+    plugin.wait_until("Status says so", |plugin| {
+        plugin
+            .status()
+            .is_err_and(|answer| answer.message.contains("another key than the one that this host first saw"))
+    });
+    assert_eq!(plugin.encrypt(SEED).unwrap_err().code, Code::Unavailable);
+    assert_eq!(plugin.decrypt(&sealed, &key_id).unwrap_err().code, Code::Unavailable);
+    exchanges(&mut plugin, 1);
+    plugin.wait_until("the right one is used", |plugin| plugin.status().is_ok());
+    assert_eq!(plugin.decrypt(&sealed, &key_id).as_deref(), Ok(SEED));
+}
+
+#[test]
+fn a_kek_is_known_although_a_bit_of_its_reference_flips_once() {
+    let Some(library) = library() else { return };
+    let host = Host::new().with_mode("gcm");
+    host.generate("0s");
+    host.serve_healthy().round_trip(); // from now on it has a reference
+    let faults = Faults { host: &host, library: &library };
+    faults.set("C_Decrypt flip times 1");
+    let plugin = faults.serve_healthy();
+    plugin.round_trip();
+    assert!(!plugin.log().contains("another key"), "{}", plugin.log());
 }

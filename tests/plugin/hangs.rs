@@ -5,8 +5,8 @@ use std::fs;
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,8 @@ use trousseau::service::client::ClientError;
 use crate::caller::{Caller, Ends, Load};
 use crate::family::Family;
 use crate::fault_module::{Faults, library};
-use crate::plugin::Host;
+use crate::faults::without_sessions;
+use crate::plugin::{Host, Plugin};
 use crate::replicas;
 use crate::supervisor::Supervisor;
 
@@ -334,5 +335,43 @@ fn sigterm_ends_a_process_whose_calls_hang() {
         assert_eq!(plugin.stop().code(), Some(0));
         eprintln!("SIGTERM while calls hang: {:?}", began.elapsed());
         assert!(began.elapsed() < STOPPED, "{:?}", began.elapsed());
+    });
+}
+
+#[test]
+fn sigterm_ends_a_process_whose_library_does_not_come_to_its_end() {
+    if Family::chosen().ends_with_its_token() {
+        return;
+    }
+    let Some(library) = library() else { return };
+    let host = host(2);
+    let faults = Faults { host: &host, library: &library };
+    let mut plugin = faults.start_healthy(faults.command_with_log("calls"));
+    let (sealed, key_id) = plugin.round_trip();
+    let decrypt = |plugin: &Plugin| plugin.decrypt(&sealed, &key_id).map(drop);
+    // The second time within a minute the library is not given up for it, and nobody has a session at the end.
+    let lost = without_sessions("CKR_SESSION_COUNT");
+    faults.set(&lost);
+    plugin.wait_until("it is finalized", |plugin| {
+        let _while_it_gives_none = decrypt(plugin);
+        fs::read_to_string(host.path("calls")).unwrap().contains("C_Finalize ")
+    });
+    faults.set("");
+    plugin.wait_until("it is back", |plugin| decrypt(plugin).is_ok());
+    faults.set(&format!("{lost}\nC_Finalize hang"));
+    plugin.wait_until("nobody has a session", |plugin| {
+        decrypt(plugin).is_err_and(|answer| answer.message.contains("C_OpenSession answered"))
+    });
+    thread::scope(|scope| {
+        let (ended, end) = mpsc::channel();
+        scope.spawn(move || {
+            let _in_time = end.recv_timeout(2 * STOPPED);
+            faults.set("");
+        });
+        let began = Instant::now();
+        assert_eq!(plugin.stop().code(), Some(0));
+        eprintln!("SIGTERM while C_Finalize hangs: {:?}", began.elapsed());
+        assert!(began.elapsed() < STOPPED, "{:?}", began.elapsed());
+        ended.send(()).unwrap();
     });
 }

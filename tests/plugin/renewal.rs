@@ -1,5 +1,6 @@
 //! A module that leaks with each object: it is initialized anew now and then, which nobody sees.
 
+use std::fs;
 use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
 use std::thread;
@@ -87,6 +88,30 @@ fn a_token_that_is_not_to_be_seen_for_a_moment_while_it_is_renewed_is_no_outage(
             plugin.round_trip();
         }
     }
+}
+
+#[test]
+fn a_login_that_fails_while_the_token_is_renewed_is_not_repeated_at_once_again_and_again() {
+    let Some(library) = library() else { return };
+    let host = Host::new().with_mode("wrapkey");
+    if host.token.family != Family::SoftHsm {
+        eprintln!("skipped: only SoftHSM is renewed");
+        return;
+    }
+    host.write_profile("renew-after = 40");
+    host.generate("0s");
+    let faults = Faults { host: &host, library: &library };
+    let mut plugin = faults.start_healthy(faults.command_with_log("calls"));
+    faults.set("C_Login return CKR_TOKEN_NOT_PRESENT");
+    plugin.wait_until("it is told", |plugin| {
+        let _until_it_is_renewed = plugin.encrypt(b"a");
+        plugin.log().contains("login failed")
+    });
+    let failed = fs::read_to_string(host.path("calls")).unwrap().matches("C_Login trousseau CKR_TOKEN").count();
+    assert!(failed < 5, "{failed} logins"); // two, and what a busy machine leaves time for
+    faults.set("");
+    plugin.wait_until("it is well", |plugin| plugin.status().is_ok());
+    plugin.round_trip();
 }
 
 /// It is away for a moment then, which is no limit on its sessions.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crate::caller::{Load, Request};
 use crate::family::Family;
 use crate::fault_module::{Faults, library};
-use crate::plugin::{Host, admit};
+use crate::plugin::{Host, Plugin, admit};
 use crate::token::Key;
 
 /// What a replica's sickness may add to a request: the least patience is 50 ms, the rest is a busy machine's.
@@ -158,4 +158,62 @@ fn a_replica_that_lacks_the_kek_is_named_before_it_is_needed() {
         }
     }
     plugin.round_trip();
+}
+
+#[test]
+fn a_token_with_few_sessions_is_used_again_although_a_call_of_before_never_returns() {
+    let Some(library) = library() else { return };
+    let Some(host) = host() else { return };
+    let faults = Faults { host: &host, library: &library };
+    const FEW: &str = "C_OpenSession limit 3 token trousseau";
+    const FOR_EVER: &str = "C_Encrypt hang token trousseau times 1";
+    faults.set(FEW);
+    let mut plugin = faults.serve_healthy();
+    let socket = plugin.socket.clone();
+    let requests = (Mutex::default(), AtomicBool::new(false));
+    // One after another: then it is known to be quick, and its silence is noticed soon.
+    for _ in 0..100 {
+        plugin.round_trip();
+    }
+    thread::scope(|scope| {
+        let load = Load::begin(scope, &requests, &socket, 8);
+        faults.set(&format!("{FEW}\n{FOR_EVER}\nC_Encrypt hang token trousseau\nC_Decrypt hang token trousseau"));
+        plugin.wait_until("it is given up", |plugin| plugin.log().contains("no call into the module returns"));
+        let connections = |plugin: &Plugin| plugin.log().matches("token connected").count();
+        let before = connections(&plugin);
+        faults.set(FOR_EVER);
+        plugin.wait_until("it is connected to again", |plugin| connections(plugin) > before);
+        faults.set("");
+        load.end();
+    });
+    plugin.round_trip();
+}
+
+#[test]
+fn a_replica_that_comes_back_with_another_key_is_named_and_the_other_serves() {
+    if Family::chosen().ends_with_its_token() {
+        return;
+    }
+    let Some(library) = library() else { return };
+    let Some(host) = host() else { return };
+    let faults = Faults { host: &host, library: &library };
+    let mut plugin = faults.serve_healthy();
+    let (sealed, key_id) = plugin.round_trip();
+    faults.set("* return CKR_DEVICE_REMOVED token trousseau");
+    plugin.wait_until("it is away", |plugin| {
+        plugin.round_trip();
+        plugin.log().contains("was lost")
+    });
+    host.token.remove_key(b"shared");
+    let other = Key { value: Some(vec![8; 32]), wraps: false, ..Key::generated(b"shared", "trousseau-test") };
+    host.token.make_keys_in("trousseau", &[other]);
+    faults.set("");
+    let is_named =
+        |line: &str| line.contains("token=trousseau of provider hsm") && line.contains("this is another key");
+    plugin.wait_until("the log names it", |plugin| {
+        plugin.round_trip();
+        plugin.log().lines().any(is_named)
+    });
+    plugin.status().unwrap();
+    plugin.decrypt(&sealed, &key_id).unwrap();
 }

@@ -46,11 +46,6 @@ impl From<String> for NotConnected {
 }
 
 impl NotConnected {
-    /// Whether it may be otherwise in a moment, and to try again costs nothing: no PIN is to blame.
-    pub(super) fn may_pass(&self) -> bool {
-        matches!(self, Self::NotThere(_) | Self::LoginFailed { is_latched: false, .. })
-    }
-
     pub(super) fn reason(&self) -> &str {
         match self {
             Self::NotThere(reason) | Self::Hangs(reason) | Self::LoginFailed { reason, .. } => reason,

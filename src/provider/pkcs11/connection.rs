@@ -120,9 +120,10 @@ impl Connected {
         self.in_use.is_renewed()
     }
 
-    /// Nothing less makes its token usable again than that its library is finalized, whoever else uses it.
-    pub(super) fn wants_its_library_anew(&self) {
-        self.in_use.renew_for_one();
+    /// Nothing less makes its token usable again than that its library is finalized, whoever else uses it. Returns whether
+    /// that may be now: it was not wanted a moment ago.
+    pub(super) fn wants_its_library_anew(&self) -> bool {
+        self.in_use.renew_for_one()
     }
 
     /// The KEKs that were used through this connection. One that is then not to be found means that the token is

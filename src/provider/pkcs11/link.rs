@@ -25,7 +25,7 @@ pub(super) struct Link {
     condition: watch::Sender<Condition>,
     connections: AtomicU64,
     losses: Losses,
-    wake_supervisor: Sender<()>,
+    supervisor: Sender<()>,
     changed: Arc<Notify>,
 }
 
@@ -46,10 +46,10 @@ struct Lost {
 impl Link {
     /// A link that is being connected. `changed` is told of every change; the receiver wakes the supervisor.
     pub(super) fn new(name: String, changed: Arc<Notify>) -> (Self, Receiver<()>) {
-        let (wake_supervisor, woken) = mpsc::channel();
+        let (supervisor, woken) = mpsc::channel();
         let condition = watch::Sender::new(Condition::Connecting(None));
         let (connections, losses) = (AtomicU64::default(), Losses::default());
-        (Self { name, condition, connections, losses, wake_supervisor, changed }, woken)
+        (Self { name, condition, connections, losses, supervisor, changed }, woken)
     }
 
     /// The connection, if there is one; for the token's own threads.
@@ -152,7 +152,7 @@ impl Link {
         if first {
             self.losses.count(class.as_str());
             self.tell(&reason);
-            let _supervisor_gone = self.wake_supervisor.send(());
+            self.wake_supervisor();
         }
         first
     }
@@ -169,9 +169,13 @@ impl Link {
         self.changed.notify_one();
     }
 
-    /// The end: wakes the supervisor, which lets the connection go.
+    /// Has the supervisor see what has changed.
+    pub(super) fn wake_supervisor(&self) {
+        let _supervisor_gone = self.supervisor.send(());
+    }
+
+    /// The end: lets the connection go. By the supervisor, since the last holder of one calls into the module.
     pub(super) fn end(&self) {
         drop(self.condition.send_replace(Condition::Down(format!("{} is closed", self.name))));
-        let _supervisor_gone = self.wake_supervisor.send(());
     }
 }

@@ -157,12 +157,15 @@ impl InUse {
     }
 
     /// The same, since one token is of no use until then. Where another one is, that is worth a moment of it now and then,
-    /// and no more.
-    pub(super) fn renew_for_one(&self) {
+    /// and no more. Returns whether it is now; a library that is never finalized is only asked for.
+    pub(super) fn renew_for_one(&self) -> bool {
         let mut state = lock(&self.0.in_use);
-        if !state.stays && state.renewed_for_one.is_none_or(|last| last.elapsed() > RENEWED_FOR_ONE) {
-            (state.renewed, state.renewed_for_one) = (true, Some(Instant::now()));
+        let may = state.renewed_for_one.is_none_or(|last| last.elapsed() > RENEWED_FOR_ONE);
+        if may {
+            state.renewed |= !state.stays;
+            state.renewed_for_one = Some(Instant::now());
         }
+        may
     }
 
     /// Whether everybody is to give it up for a moment.

@@ -4,10 +4,11 @@
 //! its deadline, and a caller that goes away takes its place in the queue along. While the token is so quick that a
 //! worker would take longer to wake, the thread that leads the runtime makes the calls, in a session of its own.
 
+mod errands;
+
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::connection::Connected;
 use super::error::{CallError, Class};
@@ -19,9 +20,8 @@ use super::pace::{Kind, Pace};
 use super::queue::{Next, Queue, Ticket};
 use crate::config::Codes;
 use crate::provider::{KekError, Times};
-use crate::runtime::{Deliver, Errand, Leader};
+use crate::runtime::Leader;
 use crate::state::State;
-use crate::sync::lock;
 
 /// Places in the queue for each session: a request at the end waits as long as this many calls.
 const QUEUE_PER_SESSION: usize = 64;
@@ -42,13 +42,10 @@ pub(super) struct Pool {
     workers: AtomicUsize,
     /// The token gave the last session that was asked for to nobody.
     is_starved: AtomicBool,
+    /// The same, while nobody had one.
+    is_barred: AtomicBool,
     codes: Codes,
 }
-
-/// How long a worker without a session leaves the jobs to those that have one.
-const NO_SESSION: Duration = Duration::from_secs(5);
-/// The same, while the leader makes a call in a session that may be the only one.
-const LEADERS_CALL: Duration = Duration::from_millis(20);
 
 /// The token has no session left for this worker.
 struct NoSession;
@@ -75,6 +72,7 @@ impl Pool {
             sessions,
             workers: AtomicUsize::new(0),
             is_starved: AtomicBool::new(false),
+            is_barred: AtomicBool::new(false),
         }
     }
 
@@ -100,15 +98,6 @@ impl Pool {
             Ok(Ok(answer)) => answer,
             Ok(Err(_)) | Err(_) => Err(KekError::Deadline(self.link.name.clone())),
         }
-    }
-
-    fn leader_will_come(self: &Arc<Self>) -> bool {
-        self.queue.promise();
-        let comes = self.leader.send(Arc::clone(self) as Arc<dyn Errand>);
-        if !comes {
-            self.queue.keeps_promise();
-        }
-        comes
     }
 
     /// Whether a job would be done too late, since others wait before it: each session has one under way, which may have
@@ -164,6 +153,22 @@ impl Pool {
     /// A new connection has got a session: whether others get theirs is to be seen.
     pub(super) fn is_not_starved(&self) {
         self.is_starved.store(false, Ordering::Relaxed);
+        self.is_barred.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether nobody has a session, and the last one who asked was given none.
+    pub(super) fn has_no_session(&self) -> bool {
+        self.is_barred.load(Ordering::Relaxed) && self.link.lanes() == Some(0)
+    }
+
+    /// Gives up a connection that gives nobody a session: its library may keep those that were lost until C_Finalize. That
+    /// is tried now and then, since others may have them.
+    pub(super) fn gives_up_without_a_session(&self) {
+        let Some(connected) = self.link.connected() else { return };
+        if connected.wants_its_library_anew() {
+            let error = CallError::new(Class::Session, "nobody has a session, and none is given");
+            self.is_lost(&connected, &error, Class::Session);
+        }
     }
 
     /// Answers what waits, when no worker will.
@@ -262,11 +267,7 @@ impl Pool {
                 Class::Login if again => self.log_in_again(lane),
                 Class::Login | Class::Token | Class::Doubtful => {
                     if let Some(gone) = lane {
-                        if class == Class::Login {
-                            // Some libraries keep a lost login, or say that it is there, until C_Finalize.
-                            gone.connected.wants_its_library_anew();
-                        }
-                        self.is_lost(&gone.connected, &error, class);
+                        self.gives_up(&gone.connected, &error, class);
                     }
                     false
                 }
@@ -300,30 +301,28 @@ impl Pool {
         let connected = self.link.connected().ok_or_else(lost)?;
         let opened = Lane::open(Arc::clone(&connected), Arc::clone(&self.state));
         let class = opened.as_ref().err().map(|error| error.class(&self.codes));
-        self.is_starved.store(class == Some(Class::Session), Ordering::Relaxed);
+        let is_starved = class == Some(Class::Session);
+        self.is_starved.store(is_starved, Ordering::Relaxed);
+        self.is_barred.store(is_starved && connected.lanes() == 0, Ordering::Relaxed);
         // Without a lane, nobody else can say that the connection is no good.
-        if let (Err(error), Some(class @ (Class::Token | Class::Doubtful))) = (&opened, class) {
-            self.is_lost(&connected, error, class);
+        if let (Err(error), Some(class @ (Class::Token | Class::Doubtful | Class::Login))) = (&opened, class) {
+            self.gives_up(&connected, error, class);
         }
         opened
+    }
+
+    fn gives_up(&self, connected: &Arc<Connected>, error: &CallError, class: Class) {
+        if class == Class::Login {
+            // Some libraries keep a lost login, or say that it is there, until C_Finalize.
+            connected.wants_its_library_anew();
+        }
+        self.is_lost(connected, error, class);
     }
 
     /// Makes every worker give its session up, unless somebody else has done so.
     fn is_lost(&self, connected: &Arc<Connected>, error: &CallError, class: Class) {
         if self.link.is_lost(connected, error, class) {
             self.give_up_sessions();
-        }
-    }
-
-    /// For a worker that has no session: the leader gives up its own, since it is asked only while the token is quick.
-    /// The leader never takes a worker's, so the two do not take turns. If others have theirs the worker leaves the jobs to
-    /// them.
-    fn make_room(&self, round: u64) {
-        let leaders = lock(&self.leaders).as_mut().map(|seat| seat.lane.take());
-        match leaders {
-            Some(Some(lane)) => drop(lane), // calls into the module, with nothing locked
-            Some(None) => self.queue.pause(round, NO_SESSION),
-            None => self.queue.pause(round, LEADERS_CALL),
         }
     }
 
@@ -341,66 +340,6 @@ impl Pool {
 
     pub(super) fn is_closed(&self) -> bool {
         self.queue.is_closed()
-    }
-
-    /// By a thread of its own: whoever asks for this may not wait for a call into the module, which may not return.
-    fn empty_leaders_seat(&self) {
-        let lane = lock(&self.leaders).as_mut().and_then(|seat| seat.lane.take());
-        if let Some(lane) = lane {
-            let _closed_here_then = thread::Builder::new().name("close".into()).spawn(move || drop(lane));
-        }
-    }
-
-    /// Keeps the session for the leader's next call, unless every session was given up since.
-    fn keep(&self, seat: Seat) {
-        let mut leaders = lock(&self.leaders);
-        let gone = if self.queue.goes_on(seat.round) {
-            leaders.replace(seat) // of another thread, which led while this one was held up
-        } else {
-            leaders.get_or_insert_default();
-            Some(seat)
-        };
-        drop(leaders);
-        drop(gone); // calls into the module, with nothing locked
-    }
-}
-
-impl Errand for Pool {
-    fn run(&self) -> Option<Box<dyn Deliver>> {
-        self.queue.keeps_promise();
-        if !self.pace.is_quick() {
-            self.queue.wake();
-            return None;
-        }
-        let mut seat = lock(&self.leaders).take().unwrap_or_default();
-        loop {
-            // A look at a token is dozens of calls: those are a worker's.
-            match self.queue.try_next(seat.round, |job| job.is_typical()) {
-                Some(Next::Job(ticket, job)) => {
-                    let job = self.serve(ticket, job, &mut seat);
-                    self.keep(seat);
-                    return match job {
-                        Ok(job) => Some(job),
-                        Err(NoSession) => {
-                            self.pass_on();
-                            None
-                        }
-                    };
-                }
-                Some(Next::Round(round)) => seat = Seat { round, lane: None, ..seat },
-                Some(Next::Closed) => return None,
-                None => {
-                    self.keep(seat);
-                    return None;
-                }
-            }
-        }
-    }
-
-    fn pass_on(&self) {
-        self.pace.is_slow();
-        self.queue.breaks_promises();
-        self.queue.wake();
     }
 }
 

@@ -88,7 +88,9 @@ impl<J> Queue<J> {
 
     /// Nobody comes of those who promised to: all that waits is the workers'.
     pub(super) fn breaks_promises(&self) {
-        self.lock().promised = 0;
+        let mut inner = self.lock();
+        inner.promised = 0;
+        self.wake_for_all(inner);
     }
 
     /// Has a worker see to what waits, if one is idle.
@@ -97,6 +99,13 @@ impl<J> Queue<J> {
         if somebody_waits {
             self.arrived.notify_one();
         }
+    }
+
+    /// Has a worker see to each job that is promised to nobody, as far as there are idle ones.
+    fn wake_for_all(&self, inner: MutexGuard<'_, Inner<J>>) {
+        let jobs = inner.jobs.len().saturating_sub(inner.promised).min(inner.idle);
+        drop(inner);
+        (0..jobs).for_each(|_| self.arrived.notify_one());
     }
 
     /// Puts a job that was taken back into its place; the bound does not count it again.
@@ -139,8 +148,16 @@ impl<J> Queue<J> {
     }
 
     /// What [`Queue::next`] would return at once, if nothing were promised and no other jobs waited than those that fit.
+    ///
+    /// For whoever keeps a promise by it: if nothing fits, workers may have left what waits for the sake of that promise,
+    /// and nobody else would wake them.
     pub(super) fn try_next(&self, round: u64, fits: impl Fn(&J) -> bool) -> Option<Next<J>> {
-        self.lock().next(round, fits)
+        let mut inner = self.lock();
+        let next = inner.next(round, fits);
+        if next.is_none() {
+            self.wake_for_all(inner);
+        }
+        next
     }
 
     /// The round that goes on.
@@ -192,6 +209,8 @@ impl<J> Inner<J> {
 #[cfg(test)]
 #[allow(clippy::panic)]
 mod tests {
+    use std::sync::mpsc;
+
     use super::*;
 
     #[test]
@@ -231,7 +250,6 @@ mod tests {
             }
             assert_eq!(queue.len(), 1, "one is promised");
             queue.breaks_promises();
-            queue.wake();
             let Ok((Next::Job(_, 1), Next::Job(_, 2))) = worker.join() else { panic!("in their order") };
         });
         queue.promise();
@@ -245,6 +263,30 @@ mod tests {
         queue.promise();
         queue.close();
         assert_eq!(queue.next(0), Next::Closed, "the end is not waited for");
+    }
+
+    #[test]
+    fn what_a_worker_left_for_a_promise_is_its_when_that_is_kept_for_nothing() {
+        let queue = Queue::new(2);
+        let (taken, takes) = mpsc::channel();
+        std::thread::scope(|scope| {
+            queue.promise();
+            assert!((1..3).all(|job| queue.push(job).is_ok()));
+            scope.spawn(|| {
+                while let Next::Job(_, job) = queue.next(0) {
+                    let _nobody_waits = taken.send(job);
+                }
+            });
+            // The worker takes the oldest, as it may, and leaves the other.
+            while queue.lock().idle == 0 {
+                std::thread::yield_now();
+            }
+            queue.keeps_promise();
+            assert_eq!(queue.try_next(0, |job| *job == 1), None);
+            let both = [(); 2].map(|()| takes.recv_timeout(Duration::from_secs(10)).ok());
+            queue.close();
+            assert_eq!(both, [Some(1), Some(2)]);
+        });
     }
 
     #[test]

@@ -13,6 +13,7 @@ use tokio::sync::Notify;
 
 use super::address::{Address, NotConnected};
 use super::admission::Rules;
+use super::connection::Connected;
 use super::error::CallError;
 use super::lane::Lane;
 use super::link::{Link, SILENCE};
@@ -213,7 +214,7 @@ impl Token {
     /// within `patience`; a call that hangs in the module keeps its thread.
     pub(super) fn close(&self, patience: Duration) -> bool {
         self.pool.close();
-        self.link.end();
+        self.link.wake_supervisor();
         let threads = lock(&self.threads);
         matches!(threads.recv_timeout(patience), Err(RecvTimeoutError::Disconnected))
     }
@@ -239,19 +240,9 @@ impl Token {
         // The last connection, while a call holds it open that does not return.
         let mut before: Option<Receiver<()>> = None;
         while !self.pool.is_closed() {
-            let connect = || {
-                let (release, released) = mpsc::channel();
-                (self.address.connect(release), released)
-            };
             let began = Instant::now();
             lock(&self.waiting_since).get_or_insert(began);
-            let (mut connected, mut released) = connect();
-            for _ in 0..std::mem::take(&mut glances) {
-                if connected.as_ref().is_err_and(NotConnected::may_pass) && !self.pool.is_closed() {
-                    let _closed = woken.recv_timeout(GLANCE_AGAIN);
-                    (connected, released) = connect();
-                }
-            }
+            let (connected, released) = self.connect(woken, std::mem::take(&mut glances));
             let unreleased = before.as_ref().is_some_and(|before| before.try_recv() == Err(TryRecvError::Empty));
             let waits = unreleased || matches!(connected, Err(NotConnected::Hangs(_)));
             if connected.is_ok() || !waits {
@@ -269,6 +260,9 @@ impl Token {
                     self.link.is_up(connected);
                     if self.watch(woken, running) == Gone::ToBeRenewed {
                         glances = GLANCES_TO_RENEW;
+                    }
+                    if self.pool.is_closed() {
+                        self.link.end();
                     }
                     // Only when its last session is closed can the library be initialized anew.
                     if released.recv_timeout(RELEASE_PATIENCE) == Err(RecvTimeoutError::Timeout) {
@@ -293,17 +287,44 @@ impl Token {
         }
     }
 
+    /// Connects, and looks again so often while it may be otherwise in a moment. What is received with it ends with the
+    /// connection.
+    fn connect(&self, woken: &Receiver<()>, mut glances: u32) -> (Result<Connected, NotConnected>, Receiver<()>) {
+        let mut may_log_in_again = true; // once: further logins are spaced out
+        loop {
+            let (release, released) = mpsc::channel();
+            let connected = self.address.connect(release);
+            let may_pass = match &connected {
+                Err(NotConnected::NotThere(_)) => true,
+                Err(NotConnected::LoginFailed { is_latched: false, .. }) => std::mem::take(&mut may_log_in_again),
+                Ok(_) | Err(NotConnected::Hangs(_) | NotConnected::LoginFailed { is_latched: true, .. }) => false,
+            };
+            if !may_pass || glances == 0 || self.pool.is_closed() {
+                return (connected, released);
+            }
+            glances -= 1;
+            let _closed = woken.recv_timeout(GLANCE_AGAIN);
+        }
+    }
+
     /// Sees to it that enough workers work and that the module does not grow without end; until the connection is lost
     /// or given up, or the pool is closed.
     fn watch(self: &Arc<Self>, woken: &Receiver<()>, running: &Sender<()>) -> Gone {
+        let mut looks_without_a_session = 0;
         // The end may have been told before: once, to whoever then connected.
         while !self.pool.is_closed() && woken.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
+            let mut hung = self.pool.pace.overdue(None); // before the verdict: none may return unseen
             if self.pool.is_hopeless() {
                 self.link.is_down("does not answer: no call into the module returns");
                 self.pool.give_up_sessions();
                 self.pool.refuse_all();
-                // A call that returns after all ends the wait.
+                // A call that returns after all ends the wait: the token may give the session of that one to others.
                 while self.pool.is_hopeless() && !self.pool.is_closed() {
+                    let hangs = self.pool.pace.overdue(None);
+                    if hangs < hung {
+                        break;
+                    }
+                    hung = hangs;
                     let _closed = woken.recv_timeout(LOOK_EVERY);
                     self.pool.refuse_all();
                 }
@@ -312,6 +333,11 @@ impl Token {
             for _ in 0..self.pool.missing_workers() {
                 tracing::warn!(token = self.link.name, "a call does not return: another session takes its place");
                 let _no_thread = self.start_worker(running);
+            }
+            looks_without_a_session = if self.pool.has_no_session() { looks_without_a_session + 1 } else { 0 };
+            // Twice: somebody's may just be on its way to another.
+            if looks_without_a_session > 1 {
+                self.pool.gives_up_without_a_session();
             }
             if self.link.connected().is_some_and(|connected| connected.is_to_be_renewed(self.renew_after)) {
                 self.link.is_renewed();
