@@ -77,6 +77,12 @@ impl Faults<'_> {
     /// test's then.
     pub fn serve_quiet(&self) -> Plugin {
         let plugin = self.start_healthy(self.command_with_log("calls"));
+        self.wait_until_quiet();
+        plugin
+    }
+
+    /// Of a plugin that was started with [`Self::serve_quiet`].
+    pub fn wait_until_quiet(&self) {
         let calls = || fs::metadata(self.host.path("calls")).unwrap().len();
         // Twice: one that gets no processor for a moment is quiet too.
         let (mut seen, mut quiet) = (0, 0);
@@ -85,7 +91,6 @@ impl Faults<'_> {
             quiet = if seen == calls() { quiet + 1 } else { 0 };
             seen = calls();
         }
-        plugin
     }
 
     /// Starts `serve` over the module and waits until it is healthy.

@@ -3,7 +3,7 @@
 use tonic::Code;
 
 use crate::family::Family;
-use crate::plugin::{Answer, Host, admit, admit_by_id};
+use crate::plugin::{Answer, Host, Plugin, admit, admit_by_id};
 use crate::token::Key;
 
 /// A UUIDv7 of November 2025.
@@ -140,7 +140,8 @@ fn a_new_kek_unwraps_at_once_and_wraps_from_its_instant_on() {
     let first = host.generate("0s");
     let mut plugin = host.serve_healthy();
     let (_, old_key_id) = plugin.round_trip();
-    let second = host.generate("40s");
+    // Pairs of RSA keys take a busy machine long, and so does each look at them.
+    let second = host.generate(if Family::chosen().lacks_aes() { "75s" } else { "40s" });
 
     // Another host over the same token, which is new and so has seen both.
     let other = host.other_host();
@@ -154,7 +155,8 @@ fn a_new_kek_unwraps_at_once_and_wraps_from_its_instant_on() {
     };
     assert_eq!((state_of(&first), state_of(&second)), ("active".into(), "waiting".into()));
 
-    plugin.wait_until("the second KEK is active", |plugin| plugin.status().unwrap().key_id != old_key_id);
+    let has_switched = |plugin: &Plugin| plugin.status().is_ok_and(|status| status.key_id != old_key_id);
+    plugin.wait_until("the second KEK is active", has_switched);
     let now: jiff::Timestamp = second["not-before"].as_str().unwrap().parse().unwrap();
     assert!(jiff::Timestamp::now() >= now, "not before its instant");
     assert_eq!(plugin.status().unwrap(), twin.status().unwrap(), "both hosts switch to the same key_id");
@@ -171,12 +173,18 @@ fn an_identity_that_is_not_known_yet_is_looked_for_at_once() {
     let host = Host::new();
     host.generate("0s");
     let plugin = host.serve_healthy();
-    host.generate("0s");
-    let (ciphertext, key_id) = host.other_host().serve_healthy().round_trip();
-    let found = |plugin: &crate::plugin::Plugin| plugin.log().matches("KEK found").count();
-    assert_eq!(found(&plugin), 1, "the regular look has not come yet");
-    plugin.decrypt(&ciphertext, &key_id).unwrap();
-    assert_eq!(found(&plugin), 2);
+    let found = || plugin.log().matches("KEK found").count();
+    // The regular look may come first, but not each time.
+    let is_looked_for = (0..4).any(|_| {
+        let known = found();
+        host.generate("0s");
+        let (ciphertext, key_id) = host.other_host().serve_healthy().round_trip();
+        let is_not_known_yet = found() == known;
+        plugin.decrypt(&ciphertext, &key_id).unwrap();
+        assert!(found() > known);
+        is_not_known_yet
+    });
+    assert!(is_looked_for);
 }
 
 #[test]

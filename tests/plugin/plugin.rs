@@ -20,7 +20,7 @@ use crate::secrets;
 use crate::token::{PIN, Token};
 
 /// No wait for a condition lasts longer.
-const PATIENCE: Duration = Duration::from_secs(45);
+const PATIENCE: Duration = Duration::from_secs(90);
 
 /// What a test's own profile says for itself.
 const TAKEN_OUT: [&str; 5] = ["renew-after", "reinitialize", "omit-attributes", "sees-new-keys", "one-host"];
