@@ -9,6 +9,9 @@
 //! The call's time is that of the token alone, without a plugin. Beside the percentile stands that of one request at a
 //! time, which waits for nobody: what it is longer than the call is the machine's timers, and the way to the plugin.
 //! `TROUSSEAU_BIN` names the binary; the default is the one that `cargo bench` has built.
+//!
+//! November 30, 2026, two cores: 99, 101 and 102 % of sessions ÷ call; the percentile with 8 sessions 1.37 × the call, with 32
+//! 1.14 ×, of one request at a time 1.13 to 1.15 ×. With one session, half of its rate is a queue: 4.69 ×.
 #![allow(clippy::print_stdout)]
 
 mod host;

@@ -7,8 +7,10 @@
 //!
 //! The library runs inside this process. Measured (November 2026, two busy cores): after a crash in it, or when all its
 //! calls hang and the process leaves, the next process serves 0.5 to 0.9 s later behind the inherited socket, 0.5 s of
-//! which are systemd's pause. A child process for each module would save that, and cost each request two process
-//! switches; two thread switches cost 50 µs of CPU, four times what SoftHSM's own call does.
+//! which are systemd's pause, so that a library that crashes each time does not log in ten times a second. Without the pause
+//! a process serves 10 ms after its start, and one that only loads SoftHSM and logs in takes 5 to 7 (`--bench start`);
+//! with a login of one second it is 1.01 s for both. So a child process for each module would save the pause and 4 ms, and
+//! cost each request two process switches; two thread switches cost 50 µs of CPU, twice what SoftHSM's own call does.
 
 use std::collections::BTreeMap;
 use std::fmt;
