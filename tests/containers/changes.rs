@@ -3,7 +3,7 @@
 use tonic::Code;
 
 use crate::load::{Failure, Load};
-use crate::machine::{Machine, PIN, configuration, image};
+use crate::machine::{Machine, NEW_PIN, PIN, configuration, image};
 
 #[test]
 fn a_reload_takes_what_is_good_and_keeps_the_old_otherwise() {
@@ -29,13 +29,12 @@ fn a_reload_takes_what_is_good_and_keeps_the_old_otherwise() {
 
 #[test]
 fn an_exchanged_pin_is_used_from_the_next_start_on() {
-    const NEW: &str = "v5T8m3Rz";
     let Some(image) = image() else { return };
     let machine = Machine::boot_with_token(&image);
     let load = Load::begin(machine.socket());
     machine.run(&format!(
         "pkcs11-tool --module /usr/lib/softhsm/libsofthsm2.so --token-label trousseau --login --pin {PIN} \
-         --change-pin --new-pin {NEW}"
+         --change-pin --new-pin {NEW_PIN}"
     ));
     load.goes_on();
     assert_eq!(load.end(), [], "who is logged in stays so");
@@ -45,7 +44,7 @@ fn an_exchanged_pin_is_used_from_the_next_start_on() {
     machine.wait_until("the old PIN is refused", |machine| {
         machine.status().is_err_and(|why| why.is_outage() && why.to_string().contains("PIN"))
     });
-    machine.write("pin", NEW);
+    machine.write("pin", NEW_PIN);
     machine.run("systemctl restart trousseau.service");
     machine.wait_until("the new PIN works", |machine| machine.status().is_ok());
     load.goes_on();

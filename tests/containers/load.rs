@@ -23,7 +23,8 @@ pub const WORKERS: usize = 4;
 pub const TIMEOUT: Duration = Duration::from_secs(3);
 /// No wait for answers lasts longer.
 const PATIENCE: Duration = Duration::from_secs(60);
-const SEED: &[u8] = b"thirty-two bytes of a fresh seed";
+/// What is encrypted.
+pub const SEED: &[u8] = b"thirty-two bytes of a fresh seed";
 
 #[derive(Clone, PartialEq, Message)]
 struct EncryptRequest {

@@ -14,10 +14,14 @@ use testcontainers::runners::SyncRunner;
 use testcontainers::{Container, GenericImage, ImageExt};
 use trousseau::service::client::{Client, ClientError, PluginStatus};
 
+use crate::load::SEED;
+
 /// No wait for a condition lasts longer.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The token's PIN, until a test changes it.
 pub const PIN: &str = "k7Q2x9Wd";
+/// What one of them changes it to.
+pub const NEW_PIN: &str = "v5T8m3Rz";
 /// Becomes systemd.
 const BOOT: &str = "
     set -e
@@ -291,6 +295,13 @@ impl Drop for Machine {
             let script =
                 "systemctl status --no-pager -n 0 'trousseau.*'; journalctl --no-pager -n 300 -u 'trousseau.*'";
             eprintln!("{}", self.try_run(script).unwrap_or_else(|said| said));
+            return;
+        }
+        // Of a machine that is no more there is nothing to read.
+        let said = self.try_run("journalctl --no-pager -o cat -u 'trousseau.*'").unwrap_or_default();
+        for secret in [PIN.as_bytes(), NEW_PIN.as_bytes(), SEED] {
+            let shown = String::from_utf8_lossy(secret);
+            assert!(!said.contains(&*shown), "the journal shows {shown}:\n{said}");
         }
     }
 }

@@ -6,10 +6,9 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use serde_json::Value;
 
-use crate::load::Load;
+use crate::load::{Load, SEED};
 use crate::machine::{Machine, image};
 
-const SEED: &[u8] = b"thirty-two bytes of another seed";
 /// How far apart the hosts may switch: the Status of each is asked for one after the other.
 const SWITCH: SignedDuration = SignedDuration::from_secs(1);
 /// How long it is watched that nobody switches back, or late.

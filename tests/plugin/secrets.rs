@@ -1,6 +1,6 @@
 //! What no log, metric or message may show: the PINs, tokens and plaintexts that these tests have used so far, and the data
 //! keys of a stand-in for Transit, in every form in which a program would write them. Whoever gets hold of a text of the
-//! plugin's has it looked through; the suites in tests/containers and tests/kubernetes look through none.
+//! plugin's has it looked through. The containers' tests look for PINs and seed in the journal, those of Go for the PIN.
 
 use std::collections::BTreeSet;
 use std::sync::Mutex;

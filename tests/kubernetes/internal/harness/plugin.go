@@ -218,6 +218,13 @@ func (p *Plugin) stop(process *Process) {
 	if err := process.Stop(); err != nil {
 		p.t.Errorf("the plugin ended with: %v", err)
 	}
+	if p.Token == nil {
+		return
+	}
+	pin, err := os.ReadFile(p.Token.PINFile)
+	if err == nil && strings.Contains(process.Log(), string(pin)) {
+		p.t.Errorf("the plugin's log shows the PIN:\n%s", process.Log())
+	}
 }
 
 // Reload has the daemon read its configuration again, which it must take.
