@@ -60,7 +60,7 @@ pub struct Mark {
 pub struct Gap {
     /// Under which they were sealed.
     pub key_id: String,
-    /// The provider that was out of reach, for people.
+    /// The provider that could not wrap, for people.
     pub provider: String,
     /// Its active KEK.
     pub identity: Identity,

@@ -99,7 +99,7 @@ fn text(Report { status, openers }: &Report) -> String {
     text.push_str(&format!("\nopens    with {}", by.join(", or ")));
     for Gap { provider, since, envelopes, .. } in gaps {
         let lack = format!("{envelopes} ciphertexts or more, since {since}, do not open with provider {provider}");
-        text.push_str(&format!("\nlacking  {lack}: it was out of reach"));
+        text.push_str(&format!("\nlacking  {lack}: it could not wrap then"));
     }
     text
 }

@@ -1,4 +1,4 @@
-//! Envelopes that were sealed under fewer KEKs than were active, because a provider was out of reach: until the API server
+//! Envelopes that were sealed under fewer KEKs than were active, because a provider could not wrap: until the API server
 //! has written them anew, under another key_id, whoever loses the other KEKs loses them.
 
 use std::sync::Mutex;
@@ -71,8 +71,8 @@ impl Gap {
     pub(super) fn concern(&self) -> String {
         let Self { provider, identity, since, .. } = self;
         format!(
-            "ciphertexts that this host has made since {since} lack KEK {identity} of provider {provider}, which was out of \
-             reach: they open with the other providers alone. Rotate a KEK and have the API server rewrite its objects to \
+            "ciphertexts that this host has made since {since} lack KEK {identity} of provider {provider}, which could not \
+             wrap then: they open with the other providers alone. Rotate a KEK and have the API server rewrite its objects to \
              replace them"
         )
     }
