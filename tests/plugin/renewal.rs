@@ -66,17 +66,23 @@ fn is_renewed(replicas: bool) {
     });
 }
 
+/// A host whose token is renewed after so many objects. `None`: its token is none that is; this says so.
+fn renewed_after(objects: u32) -> Option<Host> {
+    let host = Host::new().with_mode("wrapkey");
+    if host.token.family != Family::SoftHsm {
+        eprintln!("skipped: only SoftHSM is renewed");
+        return None;
+    }
+    host.write_profile(&format!("renew-after = {objects}"));
+    host.generate("0s");
+    Some(host)
+}
+
 /// As while another host writes the token's file.
 #[test]
 fn a_token_that_is_not_to_be_seen_for_a_moment_while_it_is_renewed_is_no_outage() {
     let Some(library) = library() else { return };
-    let host = Host::new().with_mode("wrapkey");
-    if host.token.family != Family::SoftHsm {
-        eprintln!("skipped: only SoftHSM is renewed");
-        return;
-    }
-    host.write_profile("renew-after = 40");
-    host.generate("0s");
+    let Some(host) = renewed_after(40) else { return };
     let faults = Faults { host: &host, library: &library };
     let plugin = faults.serve_healthy();
     let connections = || plugin.log().matches("token connected").count();
@@ -93,13 +99,7 @@ fn a_token_that_is_not_to_be_seen_for_a_moment_while_it_is_renewed_is_no_outage(
 #[test]
 fn a_login_that_fails_while_the_token_is_renewed_is_not_repeated_at_once_again_and_again() {
     let Some(library) = library() else { return };
-    let host = Host::new().with_mode("wrapkey");
-    if host.token.family != Family::SoftHsm {
-        eprintln!("skipped: only SoftHSM is renewed");
-        return;
-    }
-    host.write_profile("renew-after = 40");
-    host.generate("0s");
+    let Some(host) = renewed_after(40) else { return };
     let faults = Faults { host: &host, library: &library };
     let mut plugin = faults.start_healthy(faults.command_with_log("calls"));
     faults.set("C_Login return CKR_TOKEN_NOT_PRESENT");
@@ -117,13 +117,7 @@ fn a_login_that_fails_while_the_token_is_renewed_is_not_repeated_at_once_again_a
 /// It is away for a moment then, which is no limit on its sessions.
 #[test]
 fn a_token_is_measured_although_it_is_renewed_meanwhile() {
-    let host = Host::new().with_mode("wrapkey");
-    if host.token.family != Family::SoftHsm {
-        eprintln!("skipped: only SoftHSM is renewed");
-        return;
-    }
-    host.write_profile("renew-after = 100");
-    host.generate("0s");
+    let Some(host) = renewed_after(100) else { return };
     let done = host.run(&["bench", "--token", "--time", "500ms", "--max-sessions", "4", "--output", "json"]);
     let report: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap_or_else(|_| panic!("{done:?}"));
     assert!(report["token-refused"].is_null(), "{report:#}");
