@@ -215,17 +215,10 @@ fn open(path: &Path) -> io::Result<File> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::time::Duration;
 
     use super::super::chain::Verifier;
     use super::super::parts::parts;
     use super::*;
-    use crate::config::{OnFailure, Sync};
-
-    fn config(directory: &Path, rotate_at: u64) -> AuditConfig {
-        let (file, sync, on_failure) = (directory.join("audit.log"), Sync::Never, OnFailure::Count);
-        AuditConfig { file, sync, on_failure, rotate_at, head_every: Duration::ZERO }
-    }
 
     /// The lines of all parts, if the chain through them is whole.
     fn whole(config: &AuditConfig) -> usize {
@@ -238,7 +231,7 @@ mod tests {
     #[test]
     fn the_chain_goes_on_however_files_and_writers_change() {
         let directory = tempfile::tempdir().unwrap();
-        let config = config(directory.path(), 1 << 20);
+        let config = AuditConfig::of_test(directory.path(), 1 << 20);
         let aside = |number: u64| directory.path().join(format!("audit.log.{number:012}"));
         let one = |log: &mut LogFile| log.append(0, &[Event::now("encrypt")]).unwrap();
         let mut daemon = LogFile::open(&config).unwrap();
@@ -257,7 +250,7 @@ mod tests {
     #[test]
     fn a_file_in_the_place_of_the_log_is_not_believed() {
         let directory = tempfile::tempdir().unwrap();
-        let config = config(directory.path(), 1 << 20);
+        let config = AuditConfig::of_test(directory.path(), 1 << 20);
         let mut log = LogFile::open(&config).unwrap();
         log.append(0, &[Event::now("encrypt"), Event::now("decrypt")]).unwrap();
         let head = log.head().clone();
@@ -276,7 +269,7 @@ mod tests {
     #[test]
     fn a_file_that_is_large_is_put_aside_and_nothing_is_overwritten() {
         let directory = tempfile::tempdir().unwrap();
-        let config = config(directory.path(), 1);
+        let config = AuditConfig::of_test(directory.path(), 1);
         for _ in 0..3 {
             let mut log = LogFile::open(&config).unwrap();
             log.append(0, &[Event::now("encrypt"), Event::now("decrypt")]).unwrap();
@@ -287,7 +280,7 @@ mod tests {
     #[test]
     fn a_file_that_cannot_be_put_aside_takes_lines_until_it_can() {
         let directory = tempfile::tempdir().unwrap();
-        let config = config(directory.path(), 1);
+        let config = AuditConfig::of_test(directory.path(), 1);
         let mut log = LogFile::open(&config).unwrap();
         log.append(0, &[Event::now("encrypt")]).unwrap();
         let in_the_way = directory.path().join("audit.log.000000000001");
@@ -306,7 +299,7 @@ mod tests {
     fn what_a_crash_left_of_a_line_is_removed() {
         for torn in ["{\"seq\":3", &"\0".repeat(100_000)] {
             let directory = tempfile::tempdir().unwrap();
-            let config = config(directory.path(), 1 << 20);
+            let config = AuditConfig::of_test(directory.path(), 1 << 20);
             LogFile::open(&config).unwrap().append(0, &[Event::now("encrypt"), Event::now("decrypt")]).unwrap();
             OpenOptions::new().append(true).open(&config.file).unwrap().write_all(torn.as_bytes()).unwrap();
             LogFile::open(&config).unwrap().append(7, &[Event::now("encrypt")]).unwrap();

@@ -55,17 +55,14 @@ fn may(user: u32, metadata: &Metadata, bits: u32) -> io::Result<()> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
-    use std::time::Duration;
 
     use super::*;
-    use crate::config::{OnFailure, Sync};
 
     #[test]
     fn what_the_mode_forbids_is_foreseen_and_no_more() {
         let directory = tempfile::tempdir().unwrap();
-        let file = directory.path().join("audit.log");
-        let (sync, on_failure) = (Sync::Never, OnFailure::Count);
-        let config = AuditConfig { file: file.clone(), sync, on_failure, rotate_at: 1, head_every: Duration::ZERO };
+        let config = AuditConfig::of_test(directory.path(), 1);
+        let file = config.file.clone();
         let owner = fs::metadata(directory.path()).unwrap().uid();
         for (of_directory, of_file, user, is_good) in [
             (0o700, None, None, true),

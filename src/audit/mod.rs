@@ -389,10 +389,8 @@ mod tests {
     #[tokio::test]
     async fn what_was_lost_has_its_line_as_soon_as_the_disk_takes_one_or_at_the_end() {
         let directory = tempfile::tempdir().unwrap();
-        let file = directory.path().join("audit.log");
-        let (sync, head_every) = (Sync::Never, Duration::ZERO);
-        let config =
-            AuditConfig { file: file.clone(), sync, on_failure: OnFailure::Count, rotate_at: 1 << 20, head_every };
+        let config = AuditConfig::of_test(directory.path(), 1 << 20);
+        let file = config.file.clone();
         let audit = Audit::open(&config).unwrap();
         audit.written(Event::now("start")).await.unwrap();
         let aside = directory.path().join("aside");

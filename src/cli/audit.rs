@@ -280,17 +280,14 @@ fn text(report: &Report) -> String {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
-    use std::time::Duration;
 
     use super::*;
-    use crate::config::Sync;
 
     #[test]
     fn a_log_is_whole_also_while_files_of_it_are_put_aside() {
         let directory = tempfile::tempdir().unwrap();
-        let file = directory.path().join("audit.log");
-        let (sync, on_failure) = (Sync::Never, OnFailure::Count);
-        let config = AuditConfig { file: file.clone(), sync, on_failure, rotate_at: 1, head_every: Duration::ZERO };
+        let config = AuditConfig::of_test(directory.path(), 1);
+        let file = config.file.clone();
         append_one(&config, Event::now("start")).unwrap();
         let ended = AtomicBool::new(false);
         std::thread::scope(|scope| {

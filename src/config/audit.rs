@@ -22,6 +22,15 @@ pub struct AuditConfig {
     pub head_every: Duration,
 }
 
+#[cfg(test)]
+impl AuditConfig {
+    /// `audit.log` in this directory, for tests: never synced, and what is missing is counted.
+    pub(crate) fn of_test(directory: &std::path::Path, rotate_at: u64) -> Self {
+        let (file, sync, on_failure) = (directory.join("audit.log"), Sync::Never, OnFailure::Count);
+        Self { file, sync, on_failure, rotate_at, head_every: Duration::ZERO }
+    }
+}
+
 /// When the audit log is synced to the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sync {
